@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Makes .venv with everything that training and testing need, once; says which Python it took.
+#   usage: .ci/environment.sh      (from anywhere; PYTHON=/path/to/python overrides the choice)
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+# The development pin, matched to the GPU machine; pyproject.toml holds what users need.
+torch_pin="torch==2.11.0"
+
+works() { "$1" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1; }
+
+pick_python() { # 3.12 first (megatron-core needs it), then newer, then older; pyenv's own copies behind each
+  if [ -n "${PYTHON:-}" ]; then echo "$PYTHON"; return; fi
+  local version candidate
+  for version in 3.12 3.13 3.11 3.10; do
+    for candidate in "python$version" "${PYENV_ROOT:-$HOME/.pyenv}"/versions/"$version"*/bin/python; do
+      candidate=$(command -v "$candidate" || true)
+      if [ -n "$candidate" ] && works "$candidate"; then echo "$candidate"; return; fi
+    done
+  done
+  echo "no Python from 3.10 on with venv was found; install one or set PYTHON=/path/to/python" >&2
+  return 1
+}
+
+stamp=.venv/ready-$(cat pyproject.toml setup.py .ci/environment.sh | cksum | cut -d' ' -f1)
+if [ ! -e "$stamp" ]; then
+  python=$(pick_python)
+  echo "environment: $("$python" --version) at $python"
+  "$python" -m venv .venv
+  .venv/bin/python -m pip install -q --upgrade "pip>=24" "setuptools>=68" wheel pybind11
+  .venv/bin/python -m pip install -q "$torch_pin"
+  # Editable and without isolation: the build uses what is installed here, and edits take effect at once.
+  .venv/bin/python -m pip install -q --no-build-isolation -e ".[recipes,dev]"
+  rm -f .venv/ready-*
+  touch "$stamp"
+fi
+echo "environment: .venv with $(.venv/bin/python --version), $(.venv/bin/python -m pip list 2>/dev/null | awk '$1 == "torch" {print "torch " $2}')"

@@ -1,0 +1,27 @@
+# make train   trains an MoE language model on two expert-parallel ranks      make test   lints and tests
+# Both set up .venv first. ARGS is passed on: make train ARGS="--steps 50 --data ~/texts"
+.PHONY: train test lint format environment
+ARGS ?=
+NPROC ?= 2
+BIN := .venv/bin
+
+environment:
+	@.ci/environment.sh
+
+train: environment
+	$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) recipes/moe_lm/train.py $(ARGS)
+
+test: environment lint
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: environment
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	files="$$(git ls-files '*.cpp' '*.cu' '*.cuh' '*.hpp' '*.h')"; [ -z "$$files" ] || $(BIN)/clang-format --dry-run -Werror $$files
+	$(BIN)/shellcheck $$(git ls-files '*.sh' '*.sbatch' .ci/run)
+
+format: environment
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	files="$$(git ls-files '*.cpp' '*.cu' '*.cuh' '*.hpp' '*.h')"; [ -z "$$files" ] || $(BIN)/clang-format -i $$files

@@ -1,0 +1,474 @@
+"""`Buffer`: picks an engine, checks arguments, and speaks DeepEP V1's API."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from deepep_train import checks, engines
+from deepep_train.config import Config
+from deepep_train.engines.base import (
+    CombineRequest,
+    DispatchRequest,
+    Payload,
+    Prepared,
+    Received,
+    RedispatchRequest,
+)
+from deepep_train.engines.peers import Peers
+from deepep_train.errors import ArgumentError, DeepEPError
+from deepep_train.events import EventHandle, EventOverlap
+from deepep_train.handle import Handle, Plan
+from deepep_train.routing import RankLayout, tokens_per_node
+from deepep_train.streams import CommStream
+
+PayloadArgument = Tensor | tuple[Tensor, Tensor]
+
+
+class Buffer:
+    """What a group of ranks shares to exchange tokens: DeepEP V1's class, over any engine.
+
+    Making one is a collective call of the group. So is every dispatch and combine; all ranks make them in the same order.
+
+    Args:
+        group: any `ProcessGroup`, gloo included. None takes the default group, or, where torch.distributed is not
+            initialized, this process alone.
+        num_nvl_bytes, num_rdma_bytes: a minimum for the memory held, never a cap; 0 leaves the size to the library. They
+            read back as passed.
+        engine: "auto", "collective", "nvlink", "rdma" or "low_latency"; `buffer.engine` names the one taken and
+            `buffer.engine_reasons` says why.
+        timeout: seconds that a peer may be late before `PeerTimeoutError` is raised.
+        num_local_ranks: ranks per node; None finds it from the host names.
+
+    The other arguments are DeepEP V1's and tune hardware that the chosen engine may not use. V1 wants
+    `explicitly_destroy=True` before `destroy()`; here `destroy()` always works and is never needed to exit cleanly.
+
+    Raises:
+        ArgumentError: on every rank, if an argument is wrong on any or differs between them.
+
+    Attributes:
+        num_sms: class attribute, see `set_num_sms`.
+        rank, group_size, group: this rank's number, the number of ranks, and the group.
+        num_nodes: groups of ranks that V1 calls RDMA ranks; with more than one, handles take V1's internode form.
+    """
+
+    num_sms: int = 20
+    _serials = itertools.count()
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None = None,
+        num_nvl_bytes: int = 0,
+        num_rdma_bytes: int = 0,
+        low_latency_mode: bool = False,
+        num_qps_per_rank: int = 24,
+        allow_nvlink_for_low_latency_mode: bool = True,
+        allow_mnnvl: bool = False,
+        use_fabric: bool = False,
+        explicitly_destroy: bool = False,
+        enable_shrink: bool = False,
+        comm: Any = None,
+        *,
+        engine: str = "auto",
+        timeout: float = 100.0,
+        num_local_ranks: int | None = None,
+    ) -> None:
+        self._destroyed = True  # until the end of this constructor
+        if comm is not None:
+            raise ArgumentError("comm: MPI communicators are not supported; pass a torch ProcessGroup as group", "comm")
+        if group is None and dist.is_available() and dist.is_initialized():
+            group = dist.group.WORLD
+        if group is not None and not isinstance(group, dist.ProcessGroup):
+            what = "this rank is not a member of it" if group is dist.GroupMember.NON_GROUP_MEMBER else checks.shown(group)
+            raise ArgumentError(f"group must be a ProcessGroup that this rank belongs to, got {what}", "group")
+        self.group = group
+        self.rank = 0 if group is None else group.rank()
+        self.group_size = 1 if group is None else group.size()
+        self.num_nvl_bytes = num_nvl_bytes
+        self.num_rdma_bytes = num_rdma_bytes
+        self.low_latency_mode = low_latency_mode
+        self.explicitly_destroy = explicitly_destroy
+        self.enable_shrink = enable_shrink
+
+        error, choice = None, engines.Choice("", [])
+        try:
+            checks.integer(num_nvl_bytes, "num_nvl_bytes")
+            checks.integer(num_rdma_bytes, "num_rdma_bytes")
+            checks.integer(num_qps_per_rank, "num_qps_per_rank", 1)
+            is_number = isinstance(timeout, (int, float)) and not isinstance(timeout, bool)
+            checks.need(is_number and timeout > 0, "timeout", "a number of seconds above 0", timeout)
+            if num_local_ranks is not None:
+                checks.integer(num_local_ranks, "num_local_ranks", 1)
+                even = self.group_size % num_local_ranks == 0
+                checks.need(even, "num_local_ranks", f"a divisor of the group's {self.group_size} ranks", num_local_ranks)
+            choice = engines.choose(engine)
+        except DeepEPError as caught:
+            error = caught
+        agreed = {"engine": choice.name, "low_latency_mode": low_latency_mode, "num_local_ranks": num_local_ranks}
+        mine = {"error": str(error or ""), "argument": getattr(error, "argument", ""), "host": engines.host_name()} | agreed
+        everyone = Peers(group, timeout if error is None else 100.0).gather_objects(mine, "Buffer")
+        broken = [r for r, other in enumerate(everyone) if other["error"]]
+        if broken:
+            what = "; ".join(f"rank {r}: {everyone[r]['error']}" for r in broken)
+            if all(other["argument"] for other in map(everyone.__getitem__, broken)):
+                raise ArgumentError(f"Buffer: {what}", everyone[broken[0]]["argument"], broken) from error
+            raise DeepEPError(f"Buffer: {what}") from error
+        for name in agreed:
+            values = [other[name] for other in everyone]
+            if any(v != values[0] for v in values):
+                what = "; ".join(f"{v!r} on rank {r}" for r, v in enumerate(values))
+                raise ArgumentError(f"Buffer: the ranks disagree on {name}: {what}", name)
+
+        local = num_local_ranks or engines.num_local_ranks([other["host"] for other in everyone])
+        self.num_nodes = self.group_size // local
+        self.engine = choice.name
+        self.engine_reasons = choice.reasons
+        self._engine = engines.create(choice.name, group, timeout, local)
+        self._comm = CommStream(self._engine.check)
+        self._local_bytes: dict[bool, Tensor] = {}
+        self._serial = next(Buffer._serials)
+        self._destroyed = False
+
+    def __repr__(self) -> str:
+        state = ", destroyed" if self._destroyed else ""
+        return f"Buffer(rank {self.rank} of {self.group_size}, engine={getattr(self, 'engine', None)!r}{state})"
+
+    # Life --------------------------------------------------------------------------------------------------------------
+
+    def destroy(self) -> None:
+        """Give back what the buffer holds; raises what has failed and was not raised yet. Later calls raise."""
+        if self._destroyed:
+            return
+        self._destroyed = True
+        self._local_bytes.clear()
+        try:
+            self._engine.check()
+        finally:
+            self._engine.destroy()
+
+    def check(self) -> None:
+        """Raise what has failed on this buffer so far. Failures are sticky: the buffer stays unusable."""
+        if self._destroyed:
+            raise DeepEPError("this Buffer has been destroyed")
+        self._engine.check()
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str | None = None) -> Tensor:
+        """An uninitialized tensor in the memory from which this buffer's combine reads fastest."""
+        self.check()
+        where = torch.device(device) if device is not None else torch.get_default_device()
+        return self._engine.empty(shape, dtype, where)
+
+    def empty_like(self, t: Tensor) -> Tensor:
+        """`empty` with the shape, dtype and device of `t`."""
+        return self.empty(tuple(t.shape), t.dtype, t.device)
+
+    def memory_stats(self) -> dict[str, int]:
+        """Bytes that the buffer holds for communication, by purpose."""
+        self.check()
+        return self._engine.memory_stats()
+
+    # Static settings ---------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def is_sm90_compiled() -> bool:
+        """Whether FP8 pairs can be sent: always, here."""
+        return True
+
+    @staticmethod
+    def set_num_sms(new_num_sms: int) -> None:
+        """Set how many SMs the kernels of later calls may occupy; even, as in V1."""
+        checks.integer(new_num_sms, "new_num_sms", 2)
+        checks.need(new_num_sms % 2 == 0, "new_num_sms", "even", new_num_sms)
+        Buffer.num_sms = new_num_sms
+
+    @staticmethod
+    def capture() -> EventOverlap:
+        """An event of the current stream's work so far, to pass as `previous_event`."""
+        return EventOverlap(EventHandle())
+
+    @staticmethod
+    def get_dispatch_config(num_ranks: int) -> Config:
+        """The configuration that dispatch uses by default on `num_ranks` ranks, any number of them."""
+        checks.integer(num_ranks, "num_ranks", 1)
+        return Config(Buffer.num_sms)
+
+    @staticmethod
+    def get_combine_config(num_ranks: int) -> Config:
+        """The configuration that combine uses by default on `num_ranks` ranks, any number of them."""
+        checks.integer(num_ranks, "num_ranks", 1)
+        return Config(Buffer.num_sms)
+
+    def get_comm_stream(self) -> torch.cuda.Stream:
+        """The CUDA stream on which this buffer works."""
+        self.check()
+        return self._comm.stream
+
+    def get_local_buffer_tensor(
+        self, dtype: torch.dtype, size: torch.Size | None = None, offset: int = 0, use_rdma_buffer: bool = False
+    ) -> Tensor:
+        """This rank's raw buffer of `num_nvl_bytes` (or `num_rdma_bytes`) bytes from byte `offset` on, as a tensor.
+
+        The memory is the caller's to use: no operation of this library reads or writes it.
+        """
+        self.check()
+        checks.integer(offset, "offset")
+        num_bytes = self.num_rdma_bytes if use_rdma_buffer else self.num_nvl_bytes
+        if use_rdma_buffer not in self._local_bytes:
+            self._local_bytes[use_rdma_buffer] = torch.zeros(num_bytes, dtype=torch.uint8)
+        usable = (num_bytes - offset) // dtype.itemsize * dtype.itemsize
+        checks.need(usable >= 0 and offset % dtype.itemsize == 0, "offset", f"aligned and at most {num_bytes}", offset)
+        flat = self._local_bytes[use_rdma_buffer][offset : offset + usable].view(dtype)
+        if size is None:
+            return flat
+        count = torch.Size(size).numel()
+        checks.need(count <= flat.numel(), "size", f"at most {flat.numel()} elements", size)
+        return flat[:count].view(size)
+
+    # DeepEP V1's normal kernels ----------------------------------------------------------------------------------------
+
+    def get_dispatch_layout(
+        self,
+        topk_idx: Tensor,
+        num_experts: int,
+        previous_event: EventOverlap | None = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, EventOverlap]:
+        """Count where tokens go; asks no other rank.
+
+        Args:
+            topk_idx: int64 [T, K] in [-1, num_experts), -1 meaning not routed.
+
+        Returns:
+            num_tokens_per_rank int32 [R], num_tokens_per_rdma_rank int32 [nodes] or None with one node,
+            num_tokens_per_expert int32 [E], is_token_in_rank bool [T, R], event.
+        """
+        self.check()
+        checks.experts(num_experts, self.group_size)
+        checks.topk_idx(topk_idx, None, num_experts, None)
+        layout, event = self._comm.run(
+            lambda: self._engine.layout(topk_idx, num_experts),
+            [topk_idx],
+            previous_event,
+            async_finish,
+            allocate_on_comm_stream,
+        )
+        return *layout, event
+
+    def dispatch(
+        self,
+        x: PayloadArgument,
+        handle: tuple | None = None,
+        num_tokens_per_rank: Tensor | None = None,
+        num_tokens_per_rdma_rank: Tensor | None = None,
+        is_token_in_rank: Tensor | None = None,
+        num_tokens_per_expert: Tensor | None = None,
+        topk_idx: Tensor | None = None,
+        topk_weights: Tensor | None = None,
+        expert_alignment: int = 1,
+        num_worst_tokens: int = 0,
+        config: Config | None = None,
+        previous_event: EventOverlap | None = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> tuple[PayloadArgument, Tensor | None, Tensor | None, list[int] | None, Handle | None, EventOverlap]:
+        """Send tokens to the ranks of their experts, in rank layout. Not differentiable: see `deepep_train.dispatch`.
+
+        Args:
+            x: [T, hidden] of any floating dtype, or an FP8 pair (data [T, hidden], scales [T, n]).
+            handle: of an earlier dispatch, whose routing is used again; the counts and top-k must then be None.
+            num_tokens_per_rank … num_tokens_per_expert: what `get_dispatch_layout` gave.
+            topk_idx, topk_weights: int64 and float32 [T, K], travel with the tokens; None sends none.
+            expert_alignment: rounds up the counts returned (rows are not padded).
+            num_worst_tokens: if not 0, results have that many rows, padded with zeros, -1 and 0.0.
+
+        Returns:
+            recv_x, recv_topk_idx (local expert numbers, -1 elsewhere), recv_topk_weights (0.0 elsewhere),
+            num_recv_tokens_per_expert_list (empty with `num_worst_tokens`), handle, event. With a handle given:
+            (recv_x, None, None, None, None, event). Rows come ordered by (source rank, token).
+        """
+        self.check()
+        inputs = [*(x if isinstance(x, (tuple, list)) else (x,)), topk_idx, topk_weights, is_token_in_rank]
+        streams = (previous_event, async_finish, allocate_on_comm_stream)
+        if handle is not None:
+            again, event = self._comm.run(lambda: self.redispatch(x, handle, topk_idx, topk_weights), inputs, *streams)
+            return _unwrap(again), None, None, None, None, event
+
+        def make() -> DispatchRequest:
+            payload = checks.payload(x)
+            layout = self._given_layout(
+                payload, num_tokens_per_rank, num_tokens_per_rdma_rank, num_tokens_per_expert, is_token_in_rank
+            )
+            num_experts = layout.num_tokens_per_expert.numel()
+            if topk_idx is not None:
+                checks.topk_idx(topk_idx, payload.data.size(0), num_experts, payload.data.device)
+            self._check_topk_weights(topk_idx, topk_weights)
+            return DispatchRequest(
+                payload,
+                layout,
+                topk_idx,
+                topk_weights,
+                num_experts,
+                alignment=checks.integer(expert_alignment, "expert_alignment", 1),
+                num_worst_tokens=checks.integer(num_worst_tokens, "num_worst_tokens"),
+            )
+
+        got, event = self._comm.run(lambda: self._engine.dispatch(Prepared(make)), inputs, *streams)
+        counts = [] if num_worst_tokens else got.plan.tokens_per_expert.tolist()
+        new_handle = Handle(got.tensors, got.plan, self)
+        return _unwrap(got.payload), got.topk_idx, got.topk_weights, counts, new_handle, event
+
+    def combine(
+        self,
+        x: Tensor,
+        handle: tuple,
+        topk_weights: Tensor | None = None,
+        bias: Tensor | tuple[Tensor, Tensor] | None = None,
+        config: Config | None = None,
+        previous_event: EventOverlap | None = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> tuple[Tensor, Tensor | None, EventOverlap]:
+        """Bring rows back to their tokens' ranks and sum them, unweighted. Not differentiable: see `deepep_train.combine`.
+
+        Args:
+            x: [rows of the dispatch, hidden], bfloat16, float16, float32 or float64.
+            handle: what the dispatch returned.
+            topk_weights: float32 [rows, K]; summed alongside, in float32.
+            bias: one or two tensors [T, hidden] that the sum starts from.
+
+        Returns:
+            combined_x [T, hidden], combined_topk_weights float32 [T, K] or None, event. Additions are in float32 (float64
+            for float64), the bias first, then by ascending rank, rounded once.
+        """
+        self.check()
+        inputs = [x, topk_weights, *(bias if isinstance(bias, (tuple, list)) else (bias,))]
+        (z, weights), event = self._comm.run(
+            lambda: self.combine_rows(x, handle, topk_weights, bias),
+            inputs,
+            previous_event,
+            async_finish,
+            allocate_on_comm_stream,
+        )
+        return z, weights, event
+
+    def internode_dispatch(self, *args: Any, **kwargs: Any) -> tuple:
+        """`dispatch`, by the name V1 uses across nodes."""
+        return self.dispatch(*args, **kwargs)
+
+    def internode_combine(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None, EventOverlap]:
+        """`combine`, by the name V1 uses across nodes."""
+        return self.combine(*args, **kwargs)
+
+    # What deepep_train.ops builds on -----------------------------------------------------------------------------------
+
+    def route_and_dispatch(
+        self,
+        x: PayloadArgument,
+        topk_idx: Tensor | None,
+        topk_weights: Tensor | None,
+        num_experts: int | None,
+        layout: str,
+        alignment: int,
+        num_worst_tokens: int,
+    ) -> Received:
+        """`get_dispatch_layout` and a dispatch into either layout, on the current stream."""
+        self.check()
+
+        def make() -> DispatchRequest:
+            payload = checks.payload(x)
+            total = checks.experts(num_experts, self.group_size)
+            idx = checks.topk_idx(topk_idx, payload.data.size(0), total, payload.data.device)
+            self._check_topk_weights(idx, topk_weights)
+            return DispatchRequest(
+                payload,
+                self._engine.layout(idx, total),
+                idx,
+                topk_weights,
+                total,
+                checks.layout(layout),
+                checks.integer(alignment, "alignment", 1),
+                checks.integer(num_worst_tokens, "num_worst_tokens"),
+            )
+
+        return self._engine.dispatch(Prepared(make))
+
+    def redispatch(
+        self, x: PayloadArgument, handle: tuple, topk_idx: Tensor | None = None, topk_weights: Tensor | None = None
+    ) -> Payload:
+        """Send `x` the way the handle's dispatch went, into its layout, on the current stream."""
+        self.check()
+
+        def make() -> RedispatchRequest:
+            plan = self._plan(handle)
+            checks.need(topk_idx is None, "topk_idx", "None with a handle", topk_idx)
+            checks.need(topk_weights is None, "topk_weights", "None with a handle", topk_weights)
+            return RedispatchRequest(checks.payload(x, num_tokens=plan.num_tokens), plan)
+
+        return self._engine.redispatch(Prepared(make))
+
+    def combine_rows(
+        self,
+        x: Tensor,
+        handle: tuple,
+        topk_weights: Tensor | None = None,
+        bias: Tensor | tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """`combine` from either layout, on the current stream."""
+        self.check()
+
+        def make() -> CombineRequest:
+            plan = self._plan(handle)
+            checks.tensor(x, "x", [plan.num_rows, None], checks.PAYLOAD_DTYPES, None)
+            checks.need(x.size(1) >= 1, "x", "at least one element wide", x)
+            if topk_weights is not None:
+                shape = [plan.num_rows] if plan.layout == "expert" else [plan.num_rows, plan.top_k or None]
+                checks.tensor(topk_weights, "topk_weights", shape, (torch.float32,), x.device)
+            return CombineRequest(x, plan, topk_weights, checks.bias(bias, plan.num_tokens, x))
+
+        return self._engine.combine(Prepared(make))
+
+    # Checks ------------------------------------------------------------------------------------------------------------
+
+    def _plan(self, handle: Any) -> Plan:
+        if isinstance(handle, Handle):
+            if handle.buffer is not self:
+                raise ArgumentError(f"handle was made by {handle.buffer}, not by this {self}", "handle")
+            return handle.plan
+        size = 6 if self.num_nodes == 1 else 10
+        fits = isinstance(handle, (tuple, list)) and len(handle) == size and all(isinstance(t, Tensor) for t in handle)
+        checks.need(fits, "handle", f"what dispatch returned ({size} tensors)", handle)
+        return self._engine.plan_of(tuple(handle))
+
+    @staticmethod
+    def _check_topk_weights(topk_idx: Tensor | None, topk_weights: Any) -> None:
+        if topk_weights is not None:
+            if topk_idx is None:
+                raise ArgumentError("topk_weights must be None without topk_idx", "topk_weights")
+            checks.tensor(topk_weights, "topk_weights", topk_idx.shape, (torch.float32,), topk_idx.device)
+
+    def _given_layout(self, payload: Payload, per_rank: Any, per_node: Any, per_expert: Any, in_rank: Any) -> RankLayout:
+        device = payload.data.device
+        checks.tensor(per_rank, "num_tokens_per_rank", [self.group_size], (torch.int32,), device)
+        checks.tensor(per_expert, "num_tokens_per_expert", [None], (torch.int32,), device)
+        checks.experts(per_expert.numel(), self.group_size)
+        checks.tensor(in_rank, "is_token_in_rank", [payload.data.size(0), self.group_size], (torch.bool,), device)
+        if self.num_nodes > 1:
+            if per_node is None:
+                per_node = tokens_per_node(in_rank, self.num_nodes)
+            checks.tensor(per_node, "num_tokens_per_rdma_rank", [self.num_nodes], (torch.int32,), device)
+        counted = in_rank.sum(0, dtype=torch.int32)
+        if not torch.equal(counted, per_rank):
+            raise ArgumentError(
+                f"num_tokens_per_rank={per_rank.tolist()} does not count is_token_in_rank, which has {counted.tolist()}",
+                "num_tokens_per_rank",
+            )
+        return RankLayout(per_rank, per_node, per_expert, in_rank)
+
+
+def _unwrap(payload: Payload) -> PayloadArgument:
+    return payload.data if payload.scales is None else (payload.data, payload.scales)

@@ -1,0 +1,103 @@
+"""Argument checks shared by every public call: each raises `ArgumentError` naming the argument and what was passed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepep_train.engines.base import Payload
+from deepep_train.errors import ArgumentError
+from deepep_train.handle import LAYOUTS
+
+PAYLOAD_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.uint8)
+SCALE_DTYPES = (torch.float32, torch.int32, torch.uint8)
+
+
+def shown(value: Any) -> str:
+    """A value as error messages show it: tensors by dtype and shape."""
+    if isinstance(value, Tensor):
+        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {list(value.shape)} on {value.device}"
+    text = repr(value)
+    return f"{text if len(text) < 80 else text[:77] + '...'} ({type(value).__name__})"
+
+
+def need(condition: bool, argument: str, expected: str, got: Any) -> None:
+    """Raise `ArgumentError` unless `condition` holds."""
+    if not condition:
+        raise ArgumentError(f"{argument} must be {expected}, got {shown(got)}", argument)
+
+
+def integer(value: Any, argument: str, minimum: int = 0) -> int:
+    need(isinstance(value, int) and not isinstance(value, bool) and value >= minimum, argument, f"an int >= {minimum}", value)
+    return value
+
+
+def tensor(
+    value: Any, argument: str, shape: Sequence[int | None], dtypes: Sequence[torch.dtype], device: torch.device | None
+) -> Tensor:
+    """A dense tensor of this shape (None: any size), one of these dtypes, on this device (None: any)."""
+    names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+    wanted = f"a {names} tensor of shape [{', '.join('any' if n is None else str(n) for n in shape)}]"
+    wanted += f" on {device}" if device is not None else ""
+    need(isinstance(value, Tensor), argument, wanted, value)
+    need(value.layout == torch.strided, argument, f"{wanted}, dense (layout torch.strided, not {value.layout})", value)
+    need(value.dtype in dtypes, argument, wanted, value)
+    fits = value.dim() == len(shape) and all(n is None or n == m for n, m in zip(shape, value.shape, strict=True))
+    need(fits, argument, wanted, value)
+    need(device is None or value.device == device, argument, wanted, value)
+    return value
+
+
+def payload(x: Any, argument: str = "x", num_tokens: int | None = None) -> Payload:
+    """`x`: a floating tensor [tokens, hidden], or an FP8 pair (data [tokens, hidden], scales [tokens, n])."""
+    if isinstance(x, (tuple, list)):
+        need(len(x) == 2, argument, "a tensor or a pair (data, scales)", x)
+        data = tensor(x[0], f"{argument}[0]", [num_tokens, None], FP8_DTYPES, None)
+        scales = tensor(x[1], f"{argument}[1]", [data.size(0), None], SCALE_DTYPES, data.device)
+        need(data.size(1) >= 1, f"{argument}[0]", "at least one element wide", data)
+        need(scales.size(1) >= 1, f"{argument}[1]", "at least one scale wide", scales)
+        return Payload(data, scales)
+    if isinstance(x, Tensor) and x.dtype in FP8_DTYPES:
+        raise ArgumentError(f"{argument} in FP8 must come as a pair (data, scales), got {shown(x)}", argument)
+    data = tensor(x, argument, [num_tokens, None], PAYLOAD_DTYPES, None)
+    need(data.size(1) >= 1, argument, "at least one element wide", data)
+    return Payload(data)
+
+
+def experts(num_experts: Any, num_ranks: int) -> int:
+    integer(num_experts, "num_experts", 1)
+    if num_experts % num_ranks:
+        raise ArgumentError(f"num_experts={num_experts} must be divisible by the group's {num_ranks} ranks", "num_experts")
+    return num_experts
+
+
+def topk_idx(value: Any, num_tokens: int | None, num_experts: int, device: torch.device | None) -> Tensor:
+    """int64 [tokens, top_k] in [-1, num_experts). Reading the range waits for the GPU if the tensor is there."""
+    tensor(value, "topk_idx", [num_tokens, None], (torch.int64,), device)
+    need(value.size(1) >= 1, "topk_idx", "at least one choice wide", value)
+    if value.numel():
+        low, high = (int(v) for v in torch.aminmax(value))
+        if low < -1 or high >= num_experts:
+            raise ArgumentError(
+                f"topk_idx must lie in [-1, {num_experts}) (num_experts={num_experts}), got values from {low} to {high}",
+                "topk_idx",
+            )
+    return value
+
+
+def layout(value: Any) -> str:
+    need(isinstance(value, str) and value in LAYOUTS, "layout", " or ".join(map(repr, LAYOUTS)), value)
+    return value
+
+
+def bias(value: Any, num_tokens: int, like: Tensor) -> tuple[Tensor, ...]:
+    """None, a tensor or a pair of tensors, each of the combined result's shape and dtype."""
+    if value is None:
+        return ()
+    given = value if isinstance(value, (tuple, list)) else (value,)
+    need(1 <= len(given) <= 2, "bias", "None, a tensor or a pair of tensors", value)
+    return tuple(tensor(b, "bias", [num_tokens, like.size(1)], (like.dtype,), like.device) for b in given)

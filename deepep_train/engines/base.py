@@ -1,0 +1,162 @@
+"""The interface between `Buffer` and the engines that move data."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from deepep_train.handle import Plan
+from deepep_train.routing import RankLayout
+
+
+class Payload(NamedTuple):
+    """Rows to move: `data` [rows, hidden] of any floating dtype and, for FP8, `scales` [rows, n]."""
+
+    data: Tensor
+    scales: Tensor | None = None
+
+    def signature(self) -> dict[str, object]:
+        """What all ranks must agree on."""
+        s = {"dtype": str(self.data.dtype), "hidden": self.data.size(1), "device": self.data.device.type}
+        if self.scales is not None:
+            s |= {"scales dtype": str(self.scales.dtype), "scales per row": self.scales.size(1)}
+        return s
+
+
+@dataclass(frozen=True)
+class DispatchRequest:
+    """A checked dispatch with fresh routing. Shapes as in `deepep_train.dispatch`; `layout` and the rest as in `Plan`."""
+
+    payload: Payload
+    layout: RankLayout
+    topk_idx: Tensor | None
+    topk_weights: Tensor | None
+    num_experts: int
+    arrangement: str = "rank"
+    alignment: int = 1
+    num_worst_tokens: int = 0
+
+    def signature(self) -> dict[str, object]:
+        return self.payload.signature() | {
+            "num_experts": self.num_experts,
+            "top_k": 0 if self.topk_idx is None else self.topk_idx.size(1),
+            "topk_weights given": self.topk_weights is not None,
+            "layout": self.arrangement,
+            "alignment": self.alignment,
+        }
+
+
+@dataclass(frozen=True)
+class RedispatchRequest:
+    """A checked dispatch along the routing of an earlier one."""
+
+    payload: Payload
+    plan: Plan
+
+    def signature(self) -> dict[str, object]:
+        return self.payload.signature() | {"layout": self.plan.layout, "alignment": self.plan.alignment}
+
+
+@dataclass(frozen=True)
+class CombineRequest:
+    """A checked combine.
+
+    Attributes:
+        rows: [plan.num_rows, hidden].
+        weights: float32, [num_rows, top_k] in rank layout, [num_rows] in expert layout; summed alongside.
+        bias: tensors [num_tokens, hidden] that the sum starts from.
+    """
+
+    rows: Tensor
+    plan: Plan
+    weights: Tensor | None = None
+    bias: Sequence[Tensor] = field(default=())
+
+    def signature(self) -> dict[str, object]:
+        width = 0 if self.weights is None else self.plan.top_k
+        return Payload(self.rows).signature() | {"layout": self.plan.layout, "weights per token": width}
+
+
+class Received(NamedTuple):
+    """What a dispatch with fresh routing gives.
+
+    Attributes:
+        payload: [num_rows, …].
+        topk_idx: int64 [num_rows, top_k] local expert numbers (rank layout with indices), else None.
+        topk_weights: float32 [num_rows, top_k], in expert layout [num_rows], None if none were sent.
+        plan, tensors: for the handle; `tensors` as DeepEP V1 lays them out.
+    """
+
+    payload: Payload
+    topk_idx: Tensor | None
+    topk_weights: Tensor | None
+    plan: Plan
+    tensors: tuple[Tensor, ...]
+
+
+RequestT = TypeVar("RequestT", bound="DispatchRequest | RedispatchRequest | CombineRequest")
+
+
+class Prepared(Generic[RequestT]):
+    """A request, or the error that stood in the way of making one.
+
+    An engine whose call exchanges anything joins the exchange either way, so that every rank learns of the error.
+    """
+
+    def __init__(self, make: Callable[[], RequestT]) -> None:
+        self.request: RequestT | None = None
+        self.error: Exception | None = None
+        try:
+            self.request = make()
+        except Exception as error:  # noqa: BLE001 - whatever it is, the peers must hear of it
+            self.error = error
+
+
+class Engine(ABC):
+    """Moves rows between the ranks of one group. Results are the same, bit for bit, on every engine.
+
+    Engines work on the current stream; `Buffer` chooses it. Arguments come checked.
+    """
+
+    name: str
+
+    @abstractmethod
+    def layout(self, topk_idx: Tensor, num_experts: int) -> RankLayout:
+        """Count tokens by rank, node and expert; exchanges nothing."""
+
+    @abstractmethod
+    def dispatch(self, prepared: Prepared[DispatchRequest]) -> Received:
+        """Send every row to the ranks its layout names."""
+
+    @abstractmethod
+    def redispatch(self, prepared: Prepared[RedispatchRequest]) -> Payload:
+        """Send rows the way an earlier dispatch sent its own."""
+
+    @abstractmethod
+    def combine(self, prepared: Prepared[CombineRequest]) -> tuple[Tensor, Tensor | None]:
+        """Bring rows back and sum them: ([num_tokens, hidden], weights float32 [num_tokens, top_k] or None)."""
+
+    @abstractmethod
+    def plan_of(self, tensors: tuple[Tensor, ...]) -> Plan:
+        """The plan of a handle that lost its own, rebuilt from V1's tensors (rank layout, no indices)."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raise what has failed so far."""
+
+    @abstractmethod
+    def destroy(self) -> None:
+        """Give back what the engine holds."""
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """An uninitialised tensor in the memory from which `combine` reads fastest."""
+        return torch.empty(tuple(shape), dtype=dtype, device=device)
+
+    def memory_stats(self) -> dict[str, int]:
+        """Bytes held for communication, by purpose."""
+        return {}

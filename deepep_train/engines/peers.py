@@ -1,0 +1,175 @@
+"""The other ranks of a group, as a library that must never hang sees them: collectives with a deadline, and agreement
+before data moves."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from deepep_train.engines.base import Prepared
+from deepep_train.errors import ArgumentError, DeepEPError, PeerTimeoutError
+
+_TEXT_BYTES = 4096
+# How long survivors of a failure wait for each other's sign of life before they name who gave none.
+_ROLL_CALL_SECONDS = 2.0
+
+
+def backends_of(group: dist.ProcessGroup) -> dict[str, str]:
+    """Device type -> backend name, e.g. {"cpu": "gloo", "cuda": "nccl"}."""
+    pairs = (entry.split(":") for entry in str(dist.get_backend_config(group)).split(","))
+    return {p[0]: p[-1] for p in pairs}
+
+
+class Peers:
+    """One group of ranks.
+
+    Args:
+        group: any process group; None stands for this process alone.
+        timeout: seconds that others may be late.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None, timeout: float) -> None:
+        self.group = group
+        self.timeout = timeout
+        self.rank = 0 if group is None else group.rank()
+        self.size = 1 if group is None else group.size()
+        self.backends = {"cpu": "local", "cuda": "local"} if group is None else backends_of(group)
+        self.header_device = torch.device("cpu")
+        if "cpu" not in self.backends:
+            self.header_device = torch.device("cuda", torch.cuda.current_device())
+        self.failure: DeepEPError | None = None
+        self._calls = 0
+
+    # Collectives -------------------------------------------------------------------------------------------------------
+
+    def all_gather(self, mine: Tensor, operation: str) -> Tensor:
+        """[…] -> [R, …], on any device that the group's backends serve."""
+        if self.size == 1:
+            return mine.unsqueeze(0)
+        out = mine.new_empty(self.size * mine.numel())
+        self._wait(lambda: dist.all_gather_into_tensor(out, mine.reshape(-1), group=self.group, async_op=True), operation)
+        return out.view(self.size, *mine.shape)
+
+    def all_to_all_rows(self, rows: Tensor, give: Sequence[int], take: Sequence[int], operation: str) -> Tensor:
+        """Send `rows` [sum(give), …], contiguous and ordered by destination; get [sum(take), …] ordered by source.
+
+        Bits travel as bytes, so every dtype works on every backend.
+        """
+        if self.size == 1:
+            return rows
+        out = torch.empty(sum(take), *rows.shape[1:], dtype=rows.dtype, device=rows.device)
+        width = rows[:1].nbytes if rows.size(0) else out[:1].nbytes
+        flat_out, flat_in = out.view(-1).view(torch.uint8), rows.reshape(-1).view(torch.uint8)
+        take, give = [n * width for n in take], [n * width for n in give]
+        self._wait(lambda: dist.all_to_all_single(flat_out, flat_in, take, give, group=self.group, async_op=True), operation)
+        return out
+
+    def gather_objects(self, mine: Any, operation: str) -> list[Any]:
+        """Any JSON-able object of every rank, whatever its size."""
+        if self.size == 1:
+            return [mine]
+        data = json.dumps(mine).encode()
+        sizes = self.all_gather(torch.tensor([len(data)], device=self.header_device), operation).flatten().tolist()
+        buffer = torch.zeros(max(sizes), dtype=torch.uint8)
+        buffer[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        everyone = self.all_gather(buffer.to(self.header_device), operation).cpu()
+        return [json.loads(bytes(row[:n].tolist())) for row, n in zip(everyone, sizes, strict=True)]
+
+    # Agreement ---------------------------------------------------------------------------------------------------------
+
+    def agree(self, operation: str, prepared: Prepared[Any], numbers: Sequence[int]) -> list[list[int]]:
+        """Exchange up to R + 1 `numbers` if every rank is in the same call with matching, valid arguments.
+
+        Returns every rank's numbers, padded with zeros: headers of one size meet even when the ranks' calls do not match
+        (gloo aborts the process when sizes differ). Raises the same on every rank otherwise, naming the ranks and what is
+        wrong there.
+        """
+        self._calls += 1
+        fields = {} if prepared.request is None else prepared.request.signature()
+        description = {"operation": operation, "call number": self._calls} | fields
+        digest = hashlib.blake2b(json.dumps(description).encode(), digest_size=7).digest()
+        mine = [int(prepared.error is not None), int.from_bytes(digest, "big"), *numbers]
+        mine += [0] * (self.size + 3 - len(mine))
+        table = self.all_gather(torch.tensor(mine, dtype=torch.int64, device=self.header_device), operation).tolist()
+        if any(row[0] for row in table) or len({row[1] for row in table}) > 1:
+            self._raise_disagreement(operation, description, prepared.error)
+        return [row[2:] for row in table]
+
+    def _raise_disagreement(self, operation: str, description: Mapping[str, object], error: Exception | None) -> None:
+        argument = getattr(error, "argument", "")
+        text = "" if error is None else str(error) if isinstance(error, DeepEPError) else f"{type(error).__name__}: {error}"
+        mine = {"error": text[: _TEXT_BYTES // 2], "argument": argument, "description": description}
+        everyone = self.gather_objects(mine, operation)
+        broken = [r for r, other in enumerate(everyone) if other["error"]]
+        if broken:
+            if error is not None and not isinstance(error, DeepEPError):
+                raise error
+            what = "; ".join(f"rank {r}: {everyone[r]['error']}" for r in broken)
+            raise ArgumentError(f"{operation}: {what}", everyone[broken[0]]["argument"], broken) from error
+        descriptions = [other["description"] for other in everyone]
+        different = []
+        for key in dict.fromkeys(k for d in descriptions for k in d):
+            values: dict[str, list[int]] = {}
+            for r, d in enumerate(descriptions):
+                values.setdefault(str(d.get(key, "absent")), []).append(r)
+            if len(values) > 1:
+                majority = max(values, key=lambda v: len(values[v]))
+                odd = [r for v, ranks in values.items() if v != majority for r in ranks]
+                different.append((key, odd, "; ".join(f"{v} on rank {', '.join(map(str, r))}" for v, r in values.items())))
+        # The first difference explains the others: two ranks in different calls differ in everything.
+        key, odd, text = different[0]
+        raise ArgumentError(f"{operation}: the ranks disagree on {key}: {text}", key, odd)
+
+    # Deadlines ---------------------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raise the failure that broke this group, if one has."""
+        if self.failure is not None:
+            raise self.failure
+
+    def _wait(self, start: Any, operation: str) -> None:
+        self.check()
+        try:
+            work = start()
+            if self._waits_on_cpu():
+                work.wait(timedelta(seconds=self.timeout))
+            else:
+                work.wait()  # only the stream waits; NCCL's own watchdog holds the deadline
+        except RuntimeError as error:
+            missing = self._roll_call()
+            self.failure = PeerTimeoutError(
+                f"{operation} on rank {self.rank}: rank{'s' if len(missing) != 1 else ''} "
+                f"{', '.join(map(str, missing)) or 'unknown'} did not take part within {self.timeout:g} s or died; "
+                f"this buffer can no longer be used ({str(error).splitlines()[0]})",
+                missing,
+                operation,
+            )
+            raise self.failure from error
+
+    def _waits_on_cpu(self) -> bool:
+        return "nccl" not in self.backends.values()
+
+    def _roll_call(self) -> list[int]:
+        """Ranks that do not say within two seconds that they, too, saw the failure."""
+        others = [r for r in range(self.size) if r != self.rank]
+        try:
+            assert self.group is not None
+            store = self.group.get_group_store()
+            prefix = f"deepep_train/roll_call/{self._calls}/"
+            store.set(f"{prefix}{self.rank}", "here")
+            deadline = time.monotonic() + _ROLL_CALL_SECONDS
+            missing = set(others)
+            while missing and time.monotonic() < deadline:
+                missing = {r for r in missing if not store.check([f"{prefix}{r}"])}
+                time.sleep(0.02)
+            return sorted(missing) or others
+        except Exception:  # noqa: BLE001 - the store may have died with its rank; then all others are suspects
+            return others

@@ -1,0 +1,198 @@
+"""`dispatch` and `combine`: differentiable, each the other's backward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from deepep_train import checks
+from deepep_train.buffer import Buffer, PayloadArgument
+from deepep_train.engines.base import Payload
+from deepep_train.errors import ArgumentError, DeepEPError
+from deepep_train.handle import Handle
+
+
+class Dispatched(NamedTuple):
+    """What arrived. N rows received, K top-k, M expert rows with padding, L local experts.
+
+    Attributes:
+        x: rank layout [N, hidden], by (source rank, token); expert layout [M, hidden], one row per (token, local expert),
+            grouped by expert, each group by (source rank, token) and padded with zero rows. A pair if a pair was sent.
+        topk_idx: rank layout int64 [N, K] local expert numbers, -1 where the expert lives elsewhere; expert layout None.
+        topk_weights: float32 [N, K], 0.0 where the expert lives elsewhere; expert layout [M], 0.0 on padding; None if none
+            were sent.
+        tokens_per_expert: int64 [L] on the CPU, rounded up to the alignment; with `num_worst_tokens` on x's device.
+        handle: for `combine`, and for dispatching again along the same routing.
+    """
+
+    x: Any
+    topk_idx: Tensor | None
+    topk_weights: Tensor | None
+    tokens_per_expert: Tensor
+    handle: Handle
+
+
+@torch._disable_dynamo  # collectives with data-dependent shapes: torch.compile breaks the graph here and compiles around it
+def dispatch(
+    x: PayloadArgument,
+    topk_idx: Tensor | None = None,
+    topk_weights: Tensor | None = None,
+    *,
+    buffer: Buffer,
+    num_experts: int | None = None,
+    layout: str = "rank",
+    alignment: int = 1,
+    num_worst_tokens: int = 0,
+    handle: Handle | None = None,
+) -> Dispatched:
+    """Send every token to the ranks of its experts; a collective call of the buffer's group.
+
+    A row crosses to each rank once, bit for bit. Differentiable in `x` and `topk_weights`: the backward is `combine` of the
+    gradients, and like it a collective call, so every rank must run it. The gradient comes in `x`'s dtype, summed in
+    float32.
+
+    Args:
+        x: [T, hidden], bfloat16, float16, float32 or float64, or an FP8 pair (data [T, hidden], scales [T, n]). T may
+            differ between ranks and be 0.
+        topk_idx: int64 [T, K] in [-1, num_experts); -1 is not routed. Expert e lives on rank e // (num_experts / ranks).
+        topk_weights: float32 [T, K], or None.
+        buffer: the group's buffer.
+        num_experts: of all ranks together, divisible by their number.
+        layout: "rank" or "expert", see `Dispatched`.
+        alignment: each expert's count is rounded up to a multiple of it; in expert layout its group of rows is, too.
+        num_worst_tokens: if not 0, `x` has exactly that many rows, zero rows at the end.
+        handle: of an earlier dispatch, whose routing and layout are used again; the top-k and `num_experts` stay None and so
+            do the result's `topk_idx` and `topk_weights`.
+
+    Raises:
+        ArgumentError: on every rank, if an argument is wrong on any of them or they disagree; names rank and argument.
+        PeerTimeoutError: if a rank does not come.
+    """
+    if not isinstance(buffer, Buffer):
+        raise ArgumentError(f"buffer must be a deepep_train.Buffer, got {checks.shown(buffer)}", "buffer")
+    call = _DispatchCall(buffer, topk_idx, num_experts, layout, alignment, num_worst_tokens, handle)
+    is_pair = isinstance(x, (tuple, list)) and len(x) == 2
+    data, scales = x if is_pair else (x, None)
+    data, scales, weights = _Dispatch.apply(data, scales, topk_weights, call)
+    rows = data if scales is None else (data, scales)
+    assert call.handle is not None
+    return Dispatched(rows, call.recv_topk_idx, weights, call.handle.plan.tokens_per_expert, call.handle)
+
+
+@torch._disable_dynamo
+def combine(y: Tensor, handle: Handle, *, bias: Tensor | tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """Bring every token's rows back to its rank and sum them, unweighted; a collective call of the group.
+
+    Additions are in float32 (float64 for float64) from +0.0: the bias, then by ascending rank, rounded once to `y`'s dtype.
+    In expert layout each rank first adds a token's rows by ascending local expert and rounds that sum to `y`'s dtype.
+    Differentiable in `y` and `bias`; the backward is a dispatch of the gradient along the handle's routing.
+
+    Args:
+        y: [rows of the dispatch, any hidden size], bfloat16, float16, float32 or float64.
+        handle: `Dispatched.handle`.
+        bias: one or two tensors [T, hidden] of y's dtype.
+
+    Returns:
+        z: [T, hidden] in y's dtype, zeros for a token that was routed nowhere.
+
+    Raises:
+        ArgumentError: if an argument is wrong; on every rank where the engine can tell them in time.
+        PeerTimeoutError: if a rank does not come.
+    """
+    if not isinstance(handle, Handle):
+        raise ArgumentError(f"handle must be what deepep_train.dispatch returned, got {checks.shown(handle)}", "handle")
+    biases = bias if isinstance(bias, (tuple, list)) else (bias,)
+    return _Combine.apply(y, handle, *biases)
+
+
+@dataclass
+class _DispatchCall:
+    """The arguments that carry no gradient, and what comes back besides differentiable tensors."""
+
+    buffer: Buffer
+    topk_idx: Tensor | None
+    num_experts: int | None
+    layout: str
+    alignment: int
+    num_worst_tokens: int
+    handle: Handle | None
+    recv_topk_idx: Tensor | None = None
+
+
+class _Dispatch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, data: Any, scales: Any, topk_weights: Any, call: _DispatchCall) -> tuple:
+        x = data if scales is None else (data, scales)
+        if call.handle is not None:
+            payload = call.buffer.redispatch(x, call.handle, call.topk_idx, topk_weights)
+            weights = None
+        else:
+            payload, weights = _dispatch_fresh(x, topk_weights, call)
+        assert call.handle is not None
+        ctx.handle = call.handle
+        if payload.scales is not None:
+            ctx.mark_non_differentiable(payload.scales)
+        return payload.data, payload.scales, weights
+
+    @staticmethod
+    def backward(ctx: Any, grad_data: Tensor, _: Any, grad_weights: Tensor | None) -> tuple:
+        handle: Handle = ctx.handle
+        with torch.no_grad():
+            if grad_weights is not None and handle.plan.layout == "rank":
+                # The entries of experts that live elsewhere are constants, whatever the caller did with them.
+                assert handle.plan.recv_topk_idx is not None
+                grad_weights = grad_weights.masked_fill(handle.plan.recv_topk_idx < 0, 0.0)
+            grad_x, grad_w = handle.buffer.combine_rows(grad_data, handle, grad_weights)
+        return (
+            _differentiable_once("dispatch", grad_x, grad_data),
+            None,
+            _differentiable_once("dispatch", grad_w, grad_data),
+            None,
+        )
+
+
+def _dispatch_fresh(x: Any, topk_weights: Any, call: _DispatchCall) -> tuple[Payload, Tensor | None]:
+    got = call.buffer.route_and_dispatch(
+        x, call.topk_idx, topk_weights, call.num_experts, call.layout, call.alignment, call.num_worst_tokens
+    )
+    call.handle, call.recv_topk_idx = Handle(got.tensors, got.plan, call.buffer), got.topk_idx
+    return got.payload, got.topk_weights
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Any, handle: Handle, *biases: Any) -> Tensor:
+        ctx.handle = handle
+        given = tuple(b for b in biases if b is not None)
+        return handle.buffer.combine_rows(y, handle, None, given or None)[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad_z: Tensor) -> tuple:
+        with torch.no_grad():
+            grad_y = ctx.handle.buffer.redispatch(grad_z, ctx.handle).data
+        biases = [grad_z if needed else None for needed in ctx.needs_input_grad[2:]]
+        return _differentiable_once("combine", grad_y, grad_z), None, *biases
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """The identity, with a backward that says why there is none."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, operation: str, _: Tensor) -> Tensor:
+        ctx.operation = operation
+        return grad
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple:
+        raise DeepEPError(
+            f"second derivatives of deepep_train.{ctx.operation} are not supported: its gradient was differentiated again"
+        )
+
+
+def _differentiable_once(operation: str, grad: Tensor | None, incoming: Tensor) -> Tensor | None:
+    if grad is None or not torch.is_grad_enabled():
+        return grad
+    return _NoSecondDerivative.apply(grad, operation, incoming)

@@ -1,0 +1,84 @@
+"""Runs a buffer's work on its communication stream, with DeepEP V1's rules about who waits for whom."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from deepep_train.errors import ArgumentError
+from deepep_train.events import EventHandle, EventOverlap
+
+T = TypeVar("T")
+
+
+class CommStream:
+    """The communication stream of one buffer; does nothing for CPU tensors.
+
+    Args:
+        check: raises what has failed so far; called when somebody waits for an event of this stream.
+    """
+
+    def __init__(self, check: Callable[[], None]) -> None:
+        self._check = check
+        self._stream: torch.cuda.Stream | None = None
+
+    @property
+    def stream(self) -> torch.cuda.Stream:
+        if self._stream is None:
+            if not torch.cuda.is_available():
+                raise ArgumentError("this machine has no CUDA device, so there is no communication stream")
+            self._stream = torch.cuda.Stream(priority=-1)
+        return self._stream
+
+    def run(
+        self,
+        work: Callable[[], T],
+        inputs: Iterable[Any],
+        previous_event: EventOverlap | None,
+        async_finish: bool,
+        allocate_on_comm_stream: bool,
+    ) -> tuple[T, EventOverlap]:
+        """Run `work` after `previous_event` (default: after the current stream's work so far).
+
+        The current stream waits for it unless `async_finish`; then whoever uses the result must wait for the event.
+        Results are always safe to use and free on the current stream after the wait.
+        """
+        if allocate_on_comm_stream and not (async_finish and previous_event is not None):
+            raise ArgumentError(
+                "allocate_on_comm_stream=True needs previous_event and async_finish=True", "allocate_on_comm_stream"
+            )
+        tensors = [t for t in inputs if isinstance(t, Tensor)]
+        if not any(t.is_cuda for t in tensors):
+            if previous_event is not None:
+                previous_event.current_stream_wait()
+            result = work()
+            return result, EventOverlap(EventHandle() if async_finish else None, check=self._check)
+        current, comm = torch.cuda.current_stream(), self.stream
+        if previous_event is not None and previous_event.event is not None:
+            with torch.cuda.stream(comm):
+                previous_event.event.current_stream_wait()
+        else:
+            comm.wait_stream(current)
+        with torch.cuda.stream(comm):
+            result = work()
+            event = EventHandle()
+        for t in tensors:
+            t.record_stream(comm)
+        for t in _tensors_in(result):
+            if t.is_cuda:
+                t.record_stream(current)
+        if async_finish:
+            return result, EventOverlap(event, tuple(tensors), check=self._check)
+        event.current_stream_wait()
+        return result, EventOverlap(None, check=self._check)
+
+
+def _tensors_in(value: Any) -> Iterable[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors_in(item)
