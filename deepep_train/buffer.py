@@ -137,7 +137,16 @@ class Buffer:
         state = ", destroyed" if self._destroyed else ""
         return f"Buffer(rank {self.rank} of {self.group_size}, engine={getattr(self, 'engine', None)!r}{state})"
 
+    def __deepcopy__(self, _: Any) -> Buffer:
+        """A copied model talks through the same buffer: a copy would be a collective call."""
+        return self
+
     # Life --------------------------------------------------------------------------------------------------------------
+
+    @property
+    def destroyed(self) -> bool:
+        """Whether `destroy` has been called."""
+        return self._destroyed
 
     def destroy(self) -> None:
         """Give back what the buffer holds; raises what has failed and was not raised yet. Later calls raise."""

@@ -1,0 +1,228 @@
+"""`MoELayer`: router, dispatch, experts, combine."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deepep_train import checks
+from deepep_train.buffer import Buffer
+from deepep_train.errors import ArgumentError
+from deepep_train.moe.experts import GroupedExperts, swiglu
+from deepep_train.moe.router import TopKRouter, picks_per_expert
+from deepep_train.ops import combine, dispatch
+
+# One buffer per group, shared by the layers made without one; it goes when the last of them does.
+_group_buffers: weakref.WeakValueDictionary[str, Buffer] = weakref.WeakValueDictionary()
+
+
+class LoadBalance(NamedTuple):
+    """How evenly experts were picked.
+
+    Attributes:
+        picks_per_expert: int64 [E], since the last reset.
+        max_over_mean: the busiest expert's picks over the mean; 1.0 is perfect.
+        aux_loss: the balance loss of the last forward pass, before its coefficient.
+    """
+
+    picks_per_expert: Tensor
+    max_over_mean: float
+    aux_loss: float
+
+
+class MoELayer(nn.Module):
+    """A Mixture-of-Experts feed-forward layer whose experts are spread over the ranks of a group.
+
+    Every rank calls it with its own tokens; tokens travel to their experts' ranks and back. It replaces a transformer's
+    feed-forward block: [..., hidden_size] -> [..., hidden_size]. Construction is a collective call of the group.
+
+    The gradients of expert parameters are sums over the group's tokens, those of the other parameters are local: see
+    `deepep_train.moe.reduce_gradients`.
+
+    Args:
+        hidden_size, ffn_hidden_size: of each expert.
+        num_experts: of all ranks together; divisible by the group's size.
+        top_k: experts per token.
+        group: the expert-parallel group; None for the default group, or this process alone without torch.distributed.
+        buffer: the `Buffer` to use; None shares one among all layers of the group.
+        score_function, normalize_weights, scaling_factor, num_groups, num_limited_groups: see `TopKRouter`.
+        aux_loss_coeff: weight of the balance loss. Its gradient is added during the backward pass, so it needs no place in
+            the training loss and survives activation checkpointing; multiply it through `aux_loss_scale`.
+        bias_update_rate: step of the loss-free balancing bias, applied by `update_expert_bias`; 0.0 for no bias.
+        activation: "swiglu" or "gelu".
+        num_shared_experts: experts that every token visits besides, held by every rank, as wide as so many routed ones.
+        alignment: groups of rows are padded to a multiple of it; None takes what grouped matmul wants (16 on CUDA, else 1).
+        dtype, device: of the experts; the router stays in float32.
+
+    Attributes:
+        aux_loss_scale: multiplies the balance loss's gradient. Set it to 1 / accumulation steps, times the loss scale if a
+            GradScaler is used.
+    """
+
+    _picks: Tensor
+    _picks_at_update: Tensor
+
+    def __init__(
+        self,
+        hidden_size: int,
+        ffn_hidden_size: int,
+        num_experts: int,
+        top_k: int,
+        group: dist.ProcessGroup | None = None,
+        *,
+        buffer: Buffer | None = None,
+        score_function: str = "softmax",
+        normalize_weights: bool = True,
+        scaling_factor: float = 1.0,
+        num_groups: int = 1,
+        num_limited_groups: int | None = None,
+        aux_loss_coeff: float = 0.0,
+        bias_update_rate: float = 0.0,
+        activation: str = "swiglu",
+        num_shared_experts: int = 0,
+        alignment: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value, least in (
+            ("hidden_size", hidden_size, 1),
+            ("ffn_hidden_size", ffn_hidden_size, 1),
+            ("top_k", top_k, 1),
+            ("num_shared_experts", num_shared_experts, 0),
+            ("alignment", 1 if alignment is None else alignment, 1),
+        ):
+            checks.integer(value, name, least)
+        if buffer is not None and group is not None and buffer.group is not group:
+            raise ArgumentError("buffer belongs to another group than the group given", "buffer")
+        self.buffer = buffer if buffer is not None else _buffer_of(group)
+        checks.experts(num_experts, self.buffer.group_size)
+        num_local_experts = num_experts // self.buffer.group_size
+        self.num_experts, self.top_k, self.alignment = num_experts, top_k, alignment
+        self.hidden_size = hidden_size
+        self.aux_loss_coeff, self.aux_loss_scale = aux_loss_coeff, 1.0
+        self.bias_update_rate = bias_update_rate
+        self.router = TopKRouter(
+            hidden_size,
+            num_experts,
+            top_k,
+            score_function=score_function,
+            normalize_weights=normalize_weights,
+            scaling_factor=scaling_factor,
+            num_groups=num_groups,
+            num_limited_groups=num_limited_groups,
+            use_bias=bias_update_rate > 0,
+            device=device,
+        )
+        self.experts = GroupedExperts(
+            num_local_experts,
+            hidden_size,
+            ffn_hidden_size,
+            first_expert=self.buffer.rank * num_local_experts,
+            activation=activation,
+            dtype=dtype,
+            device=device,
+        )
+        self.shared_experts: nn.Module | None = None
+        if num_shared_experts:
+            width = ffn_hidden_size * num_shared_experts
+            self.shared_experts = _SharedExperts(hidden_size, width, activation, dtype, device)
+        for name in ("_picks", "_picks_at_update"):
+            self.register_buffer(name, torch.zeros(num_experts, dtype=torch.int64, device=device), persistent=False)
+        self._last_aux_loss: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., hidden_size] -> [..., hidden_size]; a collective call of the group, any number of tokens, none included."""
+        if x.size(-1) != self.hidden_size:
+            # Left to dispatch, a rank with a wrong width would stop in the router while the others wait for it.
+            raise ArgumentError(f"x must be [..., hidden_size={self.hidden_size}], got {checks.shown(x)}", "x")
+        x_TH = x.reshape(-1, self.hidden_size)
+        topk_idx, weights_TK, aux_loss = self.router(x_TH)
+        if self.training:
+            with torch.no_grad():
+                self._picks += picks_per_expert(topk_idx, self.num_experts)
+        self._last_aux_loss = aux_loss.detach()
+        if self.aux_loss_coeff and self.training and torch.is_grad_enabled():
+            weights_TK = _AttachLoss.apply(weights_TK, aux_loss, self.aux_loss_coeff * self.aux_loss_scale)
+        alignment = self.alignment or (16 if x.is_cuda else 1)
+        got = dispatch(
+            x_TH, topk_idx, weights_TK, buffer=self.buffer, num_experts=self.num_experts, layout="expert", alignment=alignment
+        )
+        y_MH = self.experts(got.x, got.tokens_per_expert, got.topk_weights)
+        z_TH = combine(y_MH, got.handle)
+        if self.shared_experts is not None:
+            z_TH = z_TH + self.shared_experts(x_TH)
+        return z_TH.view(x.shape)
+
+    def load_balance(self, group: dist.ProcessGroup | None = None, reset: bool = False) -> LoadBalance:
+        """Picks of the training forward passes since the last reset: this rank's, or summed over `group` (a collective)."""
+        picks = self._picks.clone()
+        if group is not None:
+            dist.all_reduce(picks, group=group)
+        if reset:
+            self._picks_at_update -= self._picks
+            self._picks.zero_()
+        mean = max(picks.sum().item() / self.num_experts, 1e-9)
+        aux = float(self._last_aux_loss) if self._last_aux_loss is not None else float("nan")
+        return LoadBalance(picks, picks.max().item() / mean, aux)
+
+    @torch.no_grad()
+    def update_expert_bias(self, group: dist.ProcessGroup | None = None) -> None:
+        """After an optimizer step: raise the bias of experts picked less than the mean, lower that of the others.
+
+        Counts picks since the last update, over `group`: the ranks that share this router, None for the default group.
+        """
+        bias = self.router.expert_bias
+        if bias is None:
+            return
+        picks = self._picks - self._picks_at_update
+        self._picks_at_update.copy_(self._picks)
+        if self.buffer.group is not None:
+            dist.all_reduce(picks, group=group)
+        picks = picks.to(torch.float32)
+        bias += self.bias_update_rate * torch.sign(picks.mean() - picks)
+
+    def extra_repr(self) -> str:
+        b = self.buffer
+        return f"{self.num_experts} experts, top-{self.top_k}, rank {b.rank} of {b.group_size}, engine={b.engine!r}"
+
+
+class _SharedExperts(nn.Module):
+    def __init__(self, hidden: int, width: int, activation: str, dtype: Any, device: Any) -> None:
+        super().__init__()
+        self.activation = activation
+        wide = width * (2 if activation == "swiglu" else 1)
+        self.up = nn.Linear(hidden, wide, bias=False, dtype=dtype, device=device)
+        self.down = nn.Linear(width, hidden, bias=False, dtype=dtype, device=device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up(x)
+        return self.down(swiglu(h) if self.activation == "swiglu" else F.gelu(h))
+
+
+class _AttachLoss(torch.autograd.Function):
+    """The identity on `weights` that sends `scale` into the loss's gradient whenever the weights' gradient is computed."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, loss: Tensor, scale: float) -> Tensor:
+        ctx.scale, ctx.loss_dtype = scale, loss.dtype
+        return weights.view_as(weights)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        return grad, torch.full((), ctx.scale, dtype=ctx.loss_dtype, device=grad.device), None
+
+
+def _buffer_of(group: dist.ProcessGroup | None) -> Buffer:
+    if group is None and dist.is_available() and dist.is_initialized():
+        group = dist.group.WORLD
+    name = "" if group is None else str(getattr(group, "group_name", id(group)))
+    buffer = _group_buffers.get(name)
+    if buffer is None or buffer.destroyed or buffer.group is not group:
+        buffer = _group_buffers[name] = Buffer(group)
+    return buffer
