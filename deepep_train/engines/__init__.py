@@ -36,14 +36,40 @@ def num_local_ranks(hosts: list[str]) -> int:
     return per_node if even else size
 
 
+class Surveyed(NamedTuple):
+    """Whether an engine can be used in this process, and why or why not."""
+
+    name: str
+    usable: bool
+    reason: str
+
+
+def survey() -> list[Surveyed]:
+    """Every engine, best first, as far as one process alone can tell."""
+    has_distributed = dist.is_available()
+    reason = (
+        "any process group: gloo on CPUs, NCCL or gloo on GPUs" if has_distributed else "torch was built without distributed"
+    )
+    absent = "its kernels are not part of this release"
+    return [
+        Surveyed("nvlink", False, absent),
+        Surveyed("rdma", False, absent),
+        Surveyed("low_latency", False, absent),
+        Surveyed("collective", has_distributed, reason),
+    ]
+
+
 def choose(requested: str) -> Choice:
     """The engine a Buffer takes for `engine=requested`. Raises `DeepEPError` with the reason if it cannot be had."""
     if requested not in ENGINES:
         raise ArgumentError(f"engine must be one of {', '.join(map(repr, ENGINES))}, got {requested!r}", "engine")
-    if requested in ("auto", "collective"):
-        reason = "asked for by engine='collective'" if requested == "collective" else "the CUDA engines are not in this build"
-        return Choice("collective", [f"collective: {reason}"])
-    raise DeepEPError(f"engine={requested!r} is not in this build of deepep_train; engine='collective' is")
+    found = {engine.name: engine for engine in survey()}
+    if requested != "auto":
+        if not found[requested].usable:
+            raise DeepEPError(f"engine={requested!r} cannot be used: {found[requested].reason}")
+        return Choice(requested, [f"{requested}: asked for"])
+    reasons = [f"{e.name}: {e.reason}" for e in found.values()]
+    return Choice("collective", reasons)
 
 
 def create(name: str, group: dist.ProcessGroup | None, timeout: float, local_ranks: int) -> Engine:

@@ -124,6 +124,7 @@ class Engine(ABC):
     """
 
     name: str
+    rank: int
 
     @abstractmethod
     def layout(self, topk_idx: Tensor, num_experts: int) -> RankLayout:

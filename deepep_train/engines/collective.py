@@ -55,6 +55,7 @@ class CollectiveEngine(Engine):
 
     def __init__(self, group: dist.ProcessGroup | None, timeout: float, num_local_ranks: int) -> None:
         self.peers = Peers(group, timeout)
+        self.rank = self.peers.rank
         self.num_nodes = self.peers.size // num_local_ranks
 
     def layout(self, topk_idx: Tensor, num_experts: int) -> RankLayout:
@@ -135,11 +136,14 @@ class CollectiveEngine(Engine):
         dtype = rows.dtype
         if dtype.itemsize == 1:
             rows = rows.view(torch.uint8)  # FP8: copied as bytes, which every backend and every index kernel knows
-        got = self.peers.all_to_all_rows(rows.index_select(0, plan.send_token), plan.send_counts, plan.recv_counts, "dispatch")
-        if plan.experts is None:
-            got = _extend(got, plan.num_rows, 0)
-        else:
-            got = _extend(_gather_or_zero(got, plan.experts.source_row), plan.num_rows, 0)
+        experts = plan.experts
+        # Padding rows of the expert layout copy one spare row of zeros.
+        spare = plan.num_rows - plan.num_received if experts is None else 1
+        got = self.peers.all_to_all_rows(
+            rows.index_select(0, plan.send_token), plan.send_counts, plan.recv_counts, "dispatch", spare
+        )
+        if experts is not None:
+            got = _extend(got.index_select(0, experts.source_row), plan.num_rows, 0)
         return got.view(dtype)
 
     def _check_bounds(self, request: DispatchRequest, bounds: list[int], counts_RR: list[list[int]], rows: list[int]) -> None:
@@ -174,7 +178,7 @@ class CollectiveEngine(Engine):
 
     def _sum_over_ranks(self, rows: Tensor, plan: CollectivePlan, bias: tuple[Tensor, ...] | list[Tensor] = ()) -> Tensor:
         """[num_received, n] -> [num_tokens, n]: from +0.0, the biases in order, then ascending ranks, rounded once."""
-        back = self.peers.all_to_all_rows(rows.contiguous(), plan.recv_counts, plan.send_counts, "combine")
+        back = self.peers.all_to_all_rows(rows, plan.recv_counts, plan.send_counts, "combine")
         total = torch.zeros(plan.num_tokens, rows.size(1), dtype=_accumulator(rows.dtype), device=rows.device)
         for b in bias:
             total.add_(b)
@@ -300,7 +304,11 @@ def _from_picks(weights: Tensor, plan: CollectivePlan) -> Tensor:
 def _sum_local(rows: Tensor, plan: CollectivePlan) -> Tensor:
     """Expert rows -> received rows: from +0.0, ascending local expert, rounded to the payload's dtype."""
     assert plan.experts is not None
-    total = torch.zeros(plan.num_received, rows.size(1), dtype=_accumulator(rows.dtype), device=rows.device)
-    for received, row in plan.experts.sums:
-        total.index_add_(0, received, rows.index_select(0, row).to(total.dtype))
+    dtype = _accumulator(rows.dtype)
+    if not plan.experts.sums:
+        return rows.new_zeros(plan.num_received, rows.size(1))
+    # Every received row has a first local expert, and the first list is in received order.
+    total = rows.index_select(0, plan.experts.sums[0][1]).to(dtype).add_(0.0)
+    for received, row in plan.experts.sums[1:]:
+        total.index_add_(0, received, rows.index_select(0, row).to(dtype))
     return total.to(rows.dtype)

@@ -58,16 +58,22 @@ class Peers:
         self._wait(lambda: dist.all_gather_into_tensor(out, mine.reshape(-1), group=self.group, async_op=True), operation)
         return out.view(self.size, *mine.shape)
 
-    def all_to_all_rows(self, rows: Tensor, give: Sequence[int], take: Sequence[int], operation: str) -> Tensor:
-        """Send `rows` [sum(give), …], contiguous and ordered by destination; get [sum(take), …] ordered by source.
+    def all_to_all_rows(self, rows: Tensor, give: Sequence[int], take: Sequence[int], operation: str, spare: int = 0) -> Tensor:
+        """Send `rows` [sum(give), …], ordered by destination; get [sum(take) + spare, …], ordered by source, zeros at the end.
 
         Bits travel as bytes, so every dtype works on every backend.
         """
-        if self.size == 1:
+        rows = rows.contiguous()
+        if self.size == 1 and not spare:
             return rows
-        out = torch.empty(sum(take), *rows.shape[1:], dtype=rows.dtype, device=rows.device)
-        width = rows[:1].nbytes if rows.size(0) else out[:1].nbytes
-        flat_out, flat_in = out.view(-1).view(torch.uint8), rows.reshape(-1).view(torch.uint8)
+        received = sum(take)
+        out = torch.empty(received + spare, *rows.shape[1:], dtype=rows.dtype, device=rows.device)
+        out[received:] = 0
+        if self.size == 1:
+            out[:received] = rows
+            return out
+        width = rows[0].nbytes if rows.size(0) else out[:1].nbytes
+        flat_out, flat_in = out[:received].reshape(-1).view(torch.uint8), rows.reshape(-1).view(torch.uint8)
         take, give = [n * width for n in take], [n * width for n in give]
         self._wait(lambda: dist.all_to_all_single(flat_out, flat_in, take, give, group=self.group, async_op=True), operation)
         return out

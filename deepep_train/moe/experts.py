@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -87,9 +85,8 @@ def _grouped_matmul(x: Tensor, w: Tensor, tokens_per_expert: Tensor) -> Tensor:
     if _grouped_mm_runs(x, w):
         offsets = tokens_per_expert.cumsum(0).to(device=x.device, dtype=torch.int32, non_blocking=True)
         return F.grouped_mm(x, w, offs=offsets)
-    ends = list(accumulate(tokens_per_expert.tolist()))
-    # unbind: one gradient is stacked at the end, where indexing w[e] would add up as many full-sized ones as experts.
-    groups = [x[end - n : end] @ w_e for end, n, w_e in zip(ends, tokens_per_expert.tolist(), w.unbind(0), strict=True)]
+    # split and unbind: each has one gradient, put together at the end; slices would add up as many full-sized ones as experts.
+    groups = [x_e @ w_e for x_e, w_e in zip(x.split(tokens_per_expert.tolist()), w.unbind(0), strict=True)]
     return torch.cat(groups)
 
 

@@ -1,0 +1,8 @@
+"""`python -m deepep_train doctor | bench`."""
+
+import sys
+
+from deepep_train.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,122 @@
+"""`doctor`: what this machine offers, which engine a Buffer would take here, and why not another."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from deepep_train import engines
+from deepep_train.version import __version__
+
+OPTIONAL_PACKAGES = ("megatron-core", "transformer-engine", "nvidia-nvshmem-cu13", "nvidia-nvshmem-cu12", "triton")
+
+
+def add_parser(commands: Any) -> None:
+    parser: argparse.ArgumentParser = commands.add_parser("doctor", help=__doc__, description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit status 0 if at least one engine can be used."""
+    report = examine()
+    print(json.dumps(report, indent=2) if args.json else as_text(report))
+    return 0 if any(e["usable"] for e in report["engines"]) else 1
+
+
+def examine() -> dict[str, Any]:
+    """Everything that `doctor` reports, JSON-able. Starts no process group and allocates nothing on a GPU."""
+    choice = engines.choose("auto")
+    return {
+        "deepep_train": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "host": engines.host_name(),
+        "cpus": os.cpu_count(),
+        "backends": _backends(),
+        "gpus": _gpus(),
+        "peer access": _peer_access(),
+        "nvcc": _nvcc(),
+        "packages": _packages(),
+        "engines": [engine._asdict() for engine in engines.survey()],
+        "auto": {"engine": choice.name, "reasons": choice.reasons},
+    }
+
+
+def as_text(report: dict[str, Any]) -> str:
+    lines = [
+        f"deepep_train {report['deepep_train']}, torch {report['torch']}, Python {report['python']}",
+        f"host          {report['host']}, {report['cpus']} CPUs",
+        f"backends      {', '.join(report['backends']) or 'none: torch was built without distributed'}",
+    ]
+    for gpu in report["gpus"]:
+        lines.append(
+            f"GPU {gpu['index']}         {gpu['name']}, sm_{gpu['capability']}, {gpu['memory_gib']} GiB, {gpu['sms']} SMs"
+        )
+    if not report["gpus"]:
+        lines.append("GPUs          none visible to torch")
+    for pair in report["peer access"]["missing"]:
+        lines.append(f"              no peer access from GPU {pair[0]} to GPU {pair[1]}")
+    lines.append(f"nvcc          {report['nvcc'] or 'not found'}")
+    lines.extend(f"{name:13s} {version or 'not installed'}" for name, version in report["packages"].items())
+    lines.append("")
+    for engine in report["engines"]:
+        lines.append(f"{engine['name']:13s} {'usable ' if engine['usable'] else 'no     '} {engine['reason']}")
+    lines.append(f"\nBuffer(engine='auto') would take: {report['auto']['engine']}")
+    return "\n".join(lines)
+
+
+def _backends() -> list[str]:
+    if not dist.is_available():
+        return []
+    found = {"gloo": dist.is_gloo_available(), "nccl": dist.is_nccl_available(), "mpi": dist.is_mpi_available()}
+    return [name for name, there in found.items() if there]
+
+
+def _gpus() -> list[dict[str, Any]]:
+    gpus = []
+    for index in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(index)
+        memory = round(p.total_memory / 2**30, 1)
+        capability = f"{p.major}{p.minor}"
+        gpus.append(
+            {"index": index, "name": p.name, "capability": capability, "memory_gib": memory, "sms": p.multi_processor_count}
+        )
+    return gpus
+
+
+def _peer_access() -> dict[str, Any]:
+    count = torch.cuda.device_count()
+    pairs = [(a, b) for a in range(count) for b in range(count) if a != b]
+    missing = [pair for pair in pairs if not torch.cuda.can_device_access_peer(*pair)]
+    return {"complete": not missing, "missing": missing}
+
+
+def _nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    path = shutil.which("nvcc", path=os.path.join(home, "bin")) if home else None
+    path = path or shutil.which("nvcc")
+    if path is None:
+        return None
+    out = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
+    release = next((line.split("release ")[1].split(",")[0] for line in out.splitlines() if "release " in line), "unknown")
+    return f"{release} at {path}"
+
+
+def _packages() -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
+    for name in OPTIONAL_PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
