@@ -28,7 +28,7 @@ def quantize_blocks(x: Tensor, *, power_of_two: bool = False) -> tuple[Tensor, T
     """
     if x.dim() != 2 or x.size(1) % BLOCK:
         raise ArgumentError(f"x must be [rows, hidden] with hidden a multiple of {BLOCK}, got shape {list(x.shape)}", "x")
-    blocks = x.to(torch.float32).view(x.size(0), -1, BLOCK)
+    blocks = x.to(torch.float32).view(x.size(0), x.size(1) // BLOCK, BLOCK)
     scale = blocks.abs().amax(2).clamp(min=MIN_AMAX) / E4M3_MAX
     if power_of_two:
         scale = torch.exp2(torch.ceil(torch.log2(scale)))

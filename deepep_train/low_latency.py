@@ -112,7 +112,7 @@ def combine(
             checks.tensor(out, "out", [num_tokens, hidden], (torch.bfloat16,), x.device)
         return CombineRequest(torch.cat([x[e, :n] for e, n in enumerate(handle.counts)]), handle.plan)
 
-    rows = engine.combine(Prepared(make))[0].view(*topk_idx.shape, -1)
+    rows = engine.combine(Prepared(make))[0].view(*topk_idx.shape, handle[3])
     total = torch.zeros(rows.size(0), rows.size(2), dtype=torch.float32, device=rows.device)
     for k in range(topk_idx.size(1)):
         weight = torch.where(topk_idx[:, k] >= 0, topk_weights[:, k], 0.0).unsqueeze(1)

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from deepep_train.moe.experts import GroupedExperts
 from deepep_train.moe.layer import MoELayer
@@ -61,7 +62,7 @@ def reduce_expert_gradients(
     parameters = expert_parameters(model)
     _fill_missing(parameters)
     for bucket in _buckets(p.grad for p in parameters):
-        torch._foreach_div_(bucket, dist.get_world_size(group))
+        torch._foreach_div_(bucket, _world_size(group))
         if replicas is not None:
             _all_reduce(bucket, replicas)
 
@@ -79,7 +80,7 @@ def reduce_gradients(
     _fill_missing(parameters)
     for bucket in _buckets(p.grad for p in parameters):
         _all_reduce(bucket, group)
-        torch._foreach_div_(bucket, dist.get_world_size(group))
+        torch._foreach_div_(bucket, _world_size(group))
 
 
 def clip_grad_norm_(
@@ -90,22 +91,31 @@ def clip_grad_norm_(
     Call it after gradients are reduced. `group` is the expert-parallel group; None for the default group. Dense parameters
     may be DTensors of FSDP2. Returns the total norm before clipping, the same on every rank.
     """
-    dense = [p for p in dense_parameters(model) if p.grad is not None]
-    experts = [p for p in expert_parameters(model) if p.grad is not None]
-    get_norm = torch.nn.utils.get_total_norm
-    dense_norm = get_norm([p.grad for p in dense if p.grad is not None], norm_type)
-    if hasattr(dense_norm, "full_tensor"):
-        dense_norm = dense_norm.full_tensor()
-    expert_norm = get_norm([p.grad for p in experts if p.grad is not None], norm_type).to(dense_norm.device)
-    if norm_type == float("inf"):
-        dist.all_reduce(expert_norm, dist.ReduceOp.MAX, group=group)
-        total = torch.maximum(dense_norm, expert_norm)
+    dense = [p.grad for p in dense_parameters(model) if p.grad is not None]
+    experts = [p.grad for p in expert_parameters(model) if p.grad is not None]
+    # torch's norm takes either DTensors or plain tensors, and FSDP2 may have left some of the dense parameters plain.
+    sharded = [g for g in dense if isinstance(g, DTensor)]
+    plain = [g for g in dense if not isinstance(g, DTensor)]
+    norms = [_norm(sharded, norm_type), _norm(plain, norm_type), _norm(experts, norm_type)]
+    device = next((g.device for g in (*plain, *experts, *sharded)), torch.device("cpu"))
+    sharded_norm, plain_norm, expert_norm = (n.to(device) for n in norms)
+    is_max = norm_type == float("inf")
+    shared = expert_norm if is_max else expert_norm**norm_type
+    if _distributed():
+        dist.all_reduce(shared, dist.ReduceOp.MAX if is_max else dist.ReduceOp.SUM, group=group)
+    if is_max:
+        total = torch.stack([sharded_norm, plain_norm, shared]).amax()
     else:
-        powered = expert_norm**norm_type
-        dist.all_reduce(powered, group=group)
-        total = (dense_norm**norm_type + powered) ** (1 / norm_type)
-    torch.nn.utils.clip_grads_with_norm_(dense + experts, max_norm, total)
+        total = (sharded_norm**norm_type + plain_norm**norm_type + shared) ** (1 / norm_type)
+    coefficient = (max_norm / (total + 1e-6)).clamp(max=1.0)
+    for grad in (*dense, *experts):
+        (grad.to_local() if isinstance(grad, DTensor) else grad).mul_(coefficient.to(grad.device))
     return total
+
+
+def _norm(grads: list[Tensor], norm_type: float) -> Tensor:
+    norm = torch.nn.utils.get_total_norm(grads, norm_type)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def update_expert_biases(model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
@@ -113,6 +123,14 @@ def update_expert_biases(model: nn.Module, group: dist.ProcessGroup | None = Non
     for module in model.modules():
         if isinstance(module, MoELayer):
             module.update_expert_bias(group)
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _world_size(group: dist.ProcessGroup | None) -> int:
+    return dist.get_world_size(group) if _distributed() else 1
 
 
 def _fill_missing(parameters: Iterable[nn.Parameter]) -> None:
@@ -136,6 +154,8 @@ def _buckets(grads: Iterable[Tensor | None]) -> Iterator[list[Tensor]]:
 
 
 def _all_reduce(bucket: list[Tensor], group: dist.ProcessGroup | None) -> None:
+    if not _distributed():
+        return
     flat = torch.cat([g.reshape(-1) for g in bucket])
     dist.all_reduce(flat, group=group)
     for grad, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):

@@ -1,0 +1,77 @@
+"""`python -m deepep_train`: exit codes, machine-readable output, one-line errors."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PNG = b"\x89PNG"
+
+
+def _run(*args: str, timeout: float = 150) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "deepep_train", *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def test_doctor_names_engines_and_reasons() -> None:
+    done = _run("doctor")
+    assert done.returncode == 0, done.stderr
+    for engine in ("nvlink", "rdma", "low_latency", "collective"):
+        assert engine in done.stdout
+    assert "Buffer(engine='auto') would take:" in done.stdout
+    report = json.loads(_run("doctor", "--json").stdout)
+    assert {e["name"]: e["usable"] for e in report["engines"]}["collective"]
+    assert all(e["reason"] for e in report["engines"])
+    assert report["auto"]["engine"] in {e["name"] for e in report["engines"] if e["usable"]}
+
+
+SMALL = ("--num-tokens", "64", "--hidden", "32", "--num-experts", "8", "--num-topk", "2", "--iterations", "2")
+
+
+@pytest.mark.parametrize("launcher", ["spawn", "torchrun"])
+def test_bench_writes_table_json_and_plot(tmp_path: Path, launcher: str) -> None:
+    if launcher == "spawn":
+        done = _run("bench", *SMALL, "--num-processes", "2", "--out", str(tmp_path))
+    else:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+        command = [*torchrun, "deepep_train", "bench", *SMALL, "--dtype", "bfloat16", "--out", str(tmp_path)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "bench.json").read_text())
+    assert result["ranks"] == 2 and result["work"]["num_tokens"] == 64
+    names = [t["name"] for t in result["timings_ms"]]
+    assert names == ["plain all-to-all", "rank layout", "expert layout"]
+    for t in result["timings_ms"]:
+        assert t["total"] > 0 and t["name"] in done.stdout
+    # Top-2 of 8 experts on 2 ranks: a token needs each other rank at most once, the plain path once per expert.
+    assert result["timings_ms"][1]["rows_crossing"] < result["timings_ms"][0]["rows_crossing"]
+    assert (tmp_path / "bench.png").read_bytes().startswith(PNG)
+
+
+@pytest.mark.parametrize(
+    "args,named",
+    [
+        (("bench", "--num-experts", "7"), "--num-experts 7"),
+        (("bench", "--num-tokens", "0"), "--num-tokens"),
+        (("bench", "--num-topk", "99"), "--num-topk 99"),
+        (("bench", "--num-processes", "0"), "--num-processes 0"),
+        (("bench", "--dtype", "int8"), "int8"),
+        (
+            (
+                "bench",
+                "--frobnicate",
+            ),
+            "--frobnicate",
+        ),
+        (("dance",), "dance"),
+    ],
+)
+def test_bad_arguments_end_in_one_line(args: tuple[str, ...], named: str) -> None:
+    done = _run(*args)
+    assert done.returncode == 2
+    assert named in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
