@@ -1,5 +1,91 @@
-"""Builds the package. Everything else is in pyproject.toml."""
+"""Builds the package, and with it the CUDA kernels if there is an nvcc; without one the package is pure Python.
 
-from setuptools import setup
+Everything else is in pyproject.toml. Environment:
+    CUDA_HOME               a toolkit to use before the nvcc on PATH
+    TORCH_CUDA_ARCH_LIST    architectures to compile for, such as "9.0a;10.0"; default: all below that nvcc knows
+    DEEPEP_TRAIN_NO_CUDA=1  build without kernels although there is an nvcc
+"""
 
-setup()
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+# sm_90a for Hopper's own instructions; sm_80 takes the plain-load path; sm_100 runs the Hopper path without the "a" features.
+DEFAULT_ARCHITECTURES = ("80", "90a", "100")
+
+
+def find_nvcc() -> str | None:
+    """CUDA_HOME, then PATH, then the registry's nvcc wheels."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    candidates = [str(Path(home) / "bin" / "nvcc")] if home else []
+    candidates.append("nvcc")
+    for site in {*sys.path, sysconfig.get_paths()["purelib"]}:
+        candidates += [str(p) for p in Path(site or ".").glob("nvidia/*/bin/nvcc")]
+    return next((found for c in candidates if (found := shutil.which(c))), None)
+
+
+def architectures(nvcc: str) -> list[str]:
+    """As nvcc spells them: 80, 90a, …"""
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if wanted:
+        found = re.findall(r"(\d+)\.(\d)(a?)", wanted)
+        # Hopper's kernels need sm_90a; torch's lists usually say 9.0.
+        return [f"{major}{minor}{'a' if (major, minor) == ('9', '0') else a}" for major, minor, a in found]
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
+    return [a for a in DEFAULT_ARCHITECTURES if f"sm_{a.rstrip('a')}" in known.split()]  # it lists no "a" variants
+
+
+class BuildKernels(build_ext):
+    """Compiles csrc with nvcc, two files at a time, and links one extension that needs the driver alone."""
+
+    def build_extension(self, ext: Extension) -> None:
+        nvcc = find_nvcc()
+        assert nvcc is not None
+        import pybind11
+
+        out = Path(self.get_ext_fullpath(ext.name))
+        objects = Path(self.build_temp).resolve()
+        objects.mkdir(parents=True, exist_ok=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        includes = [pybind11.get_include(), sysconfig.get_paths()["include"]]
+        archs = architectures(nvcc)
+        flags = ["-std=c++17", "-O3", "-Xptxas", "-v,-warn-spills", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+        flags += [f"-I{path}" for path in includes]
+        flags += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+
+        def compile_one(source: str) -> str:
+            made = str(objects / (source.replace("/", "_") + ".o"))
+            command = [nvcc, *flags, "-c", str(ROOT / source), "-o", made]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            report = f"{source}\n{done.stdout}{done.stderr}"
+            (objects / (source.replace("/", "_") + ".log")).write_text(report)
+            if done.returncode:
+                raise RuntimeError(f"nvcc failed on {report}")
+            return made
+
+        print(f"deepep_train: {nvcc} for {', '.join('sm_' + a for a in archs)}")
+        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+            made = list(pool.map(compile_one, ext.sources))
+        subprocess.run([nvcc, "-shared", "-cudart", "static", *made, "-o", str(out)], check=True)
+
+
+def extensions() -> list[Extension]:
+    if os.environ.get("DEEPEP_TRAIN_NO_CUDA") == "1" or find_nvcc() is None:
+        print("deepep_train: no nvcc (or DEEPEP_TRAIN_NO_CUDA=1), so the CUDA engines are left out; `doctor` says so too")
+        return []
+    sources = sorted(str(p.relative_to(ROOT)) for ending in ("*.cu", "*.cpp") for p in (ROOT / "csrc").rglob(ending))
+    return [Extension("deepep_train._C", sources)]
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildKernels})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,7 @@ from deepep_train.engines.base import (
     Received,
     RedispatchRequest,
 )
-from deepep_train.engines.peers import Peers
+from deepep_train.engines.peers import Peers, raise_if_different
 from deepep_train.errors import ArgumentError, DeepEPError
 from deepep_train.events import EventHandle, EventOverlap
 from deepep_train.handle import Handle, Plan
@@ -99,7 +100,8 @@ class Buffer:
             checks.integer(num_rdma_bytes, "num_rdma_bytes")
             checks.integer(num_qps_per_rank, "num_qps_per_rank", 1)
             is_number = isinstance(timeout, (int, float)) and not isinstance(timeout, bool)
-            checks.need(is_number and timeout > 0, "timeout", "a number of seconds above 0", timeout)
+            checks.need(is_number and 0 < timeout < math.inf, "timeout", "a finite number of seconds above 0", timeout)
+            checks.flag(low_latency_mode, "low_latency_mode")
             if num_local_ranks is not None:
                 checks.integer(num_local_ranks, "num_local_ranks", 1)
                 even = self.group_size % num_local_ranks == 0
@@ -107,26 +109,24 @@ class Buffer:
             choice = engines.choose(engine)
         except DeepEPError as caught:
             error = caught
+        # Of the arguments only what has passed its check can be compared, and sent.
         agreed = {"engine": choice.name, "low_latency_mode": low_latency_mode, "num_local_ranks": num_local_ranks}
-        mine = {"error": str(error or ""), "argument": getattr(error, "argument", ""), "host": engines.host_name()} | agreed
+        mine = {"error": str(error or ""), "argument": getattr(error, "argument", ""), "host": engines.host_name()}
+        mine |= {"agreed": agreed if error is None else {}}
         everyone = Peers(group, timeout if error is None else 100.0).gather_objects(mine, "Buffer")
         broken = [r for r, other in enumerate(everyone) if other["error"]]
         if broken:
             what = "; ".join(f"rank {r}: {everyone[r]['error']}" for r in broken)
-            if all(other["argument"] for other in map(everyone.__getitem__, broken)):
+            if all(everyone[r]["argument"] for r in broken):
                 raise ArgumentError(f"Buffer: {what}", everyone[broken[0]]["argument"], broken) from error
             raise DeepEPError(f"Buffer: {what}") from error
-        for name in agreed:
-            values = [other[name] for other in everyone]
-            if any(v != values[0] for v in values):
-                what = "; ".join(f"{v!r} on rank {r}" for r, v in enumerate(values))
-                raise ArgumentError(f"Buffer: the ranks disagree on {name}: {what}", name)
+        raise_if_different("Buffer", [other["agreed"] for other in everyone])
 
         local = num_local_ranks or engines.num_local_ranks([other["host"] for other in everyone])
         self.num_nodes = self.group_size // local
         self.engine = choice.name
         self.engine_reasons = choice.reasons
-        self._engine = engines.create(choice.name, group, timeout, local)
+        self._engine = engines.create(choice.name, group, timeout, local, num_nvl_bytes, lambda: Buffer.num_sms)
         self._comm = CommStream(self._engine.check)
         self._local_bytes: dict[bool, Tensor] = {}
         self._destroyed = False
@@ -255,14 +255,14 @@ class Buffer:
             num_tokens_per_expert int32 [E], is_token_in_rank bool [T, R], event.
         """
         self.check()
+        checks.stream_arguments(previous_event, async_finish, allocate_on_comm_stream)
         checks.experts(num_experts, self.group_size)
-        checks.topk_idx(topk_idx, None, num_experts, None)
+        self._check_topk_idx(topk_idx, None, num_experts, None)
         layout, event = self._comm.run(
             lambda: self._engine.layout(topk_idx, num_experts),
             [topk_idx],
             previous_event,
             async_finish,
-            allocate_on_comm_stream,
         )
         return *layout, event
 
@@ -300,19 +300,29 @@ class Buffer:
         """
         self.check()
         inputs = [*(x if isinstance(x, (tuple, list)) else (x,)), topk_idx, topk_weights, is_token_in_rank]
-        streams = (previous_event, async_finish, allocate_on_comm_stream)
+
+        def check_streams() -> None:
+            checks.stream_arguments(previous_event, async_finish, allocate_on_comm_stream, config)
+
         if handle is not None:
-            again, event = self._comm.run(lambda: self.redispatch(x, handle, topk_idx, topk_weights), inputs, *streams)
+            again, event = self._comm.run(
+                lambda: self.redispatch(x, handle, topk_idx, topk_weights, also=check_streams),
+                inputs,
+                previous_event,
+                async_finish,
+            )
             return _unwrap(again), None, None, None, None, event
 
         def make() -> DispatchRequest:
+            check_streams()
             payload = checks.payload(x)
+            self._engine.check_payload(payload)
             layout = self._given_layout(
                 payload, num_tokens_per_rank, num_tokens_per_rdma_rank, num_tokens_per_expert, is_token_in_rank
             )
             num_experts = layout.num_tokens_per_expert.numel()
             if topk_idx is not None:
-                checks.topk_idx(topk_idx, payload.data.size(0), num_experts, payload.data.device)
+                self._check_topk_idx(topk_idx, payload.data.size(0), num_experts, payload.data.device)
             self._check_topk_weights(topk_idx, topk_weights)
             return DispatchRequest(
                 payload,
@@ -324,7 +334,7 @@ class Buffer:
                 num_worst_tokens=checks.integer(num_worst_tokens, "num_worst_tokens"),
             )
 
-        got, event = self._comm.run(lambda: self._engine.dispatch(Prepared(make)), inputs, *streams)
+        got, event = self._comm.run(lambda: self._engine.dispatch(Prepared(make)), inputs, previous_event, async_finish)
         counts = [] if num_worst_tokens else got.plan.tokens_per_expert.tolist()
         new_handle = Handle(got.tensors, got.plan, self)
         return _unwrap(got.payload), got.topk_idx, got.topk_weights, counts, new_handle, event
@@ -354,12 +364,15 @@ class Buffer:
         """
         self.check()
         inputs = [x, topk_weights, *(bias if isinstance(bias, (tuple, list)) else (bias,))]
+
+        def check_streams() -> None:
+            checks.stream_arguments(previous_event, async_finish, allocate_on_comm_stream, config)
+
         (z, weights), event = self._comm.run(
-            lambda: self.combine_rows(x, handle, topk_weights, bias),
+            lambda: self.combine_rows(x, handle, topk_weights, bias, also=check_streams),
             inputs,
             previous_event,
             async_finish,
-            allocate_on_comm_stream,
         )
         return z, weights, event
 
@@ -434,7 +447,6 @@ class Buffer:
             [x, topk_idx, cumulative_local_expert_recv_stats],
             None,
             async_finish,
-            False,
         )
         return recv, count, handle, event, low_latency.NO_HOOK if return_recv_hook else None
 
@@ -469,7 +481,6 @@ class Buffer:
             [x, topk_idx, topk_weights, out],
             None,
             async_finish,
-            False,
         )
         return z, event, low_latency.NO_HOOK if return_recv_hook else None
 
@@ -516,8 +527,9 @@ class Buffer:
 
         def make() -> DispatchRequest:
             payload = checks.payload(x)
+            self._engine.check_payload(payload)
             total = checks.experts(num_experts, self.group_size)
-            idx = checks.topk_idx(topk_idx, payload.data.size(0), total, payload.data.device)
+            idx = self._check_topk_idx(topk_idx, payload.data.size(0), total, payload.data.device)
             self._check_topk_weights(idx, topk_weights)
             return DispatchRequest(
                 payload,
@@ -533,16 +545,26 @@ class Buffer:
         return self._engine.dispatch(Prepared(make))
 
     def redispatch(
-        self, x: PayloadArgument, handle: tuple, topk_idx: Tensor | None = None, topk_weights: Tensor | None = None
+        self,
+        x: PayloadArgument,
+        handle: tuple,
+        topk_idx: Tensor | None = None,
+        topk_weights: Tensor | None = None,
+        num_experts: int | None = None,
+        also: Callable[[], None] = lambda: None,
     ) -> Payload:
-        """Send `x` the way the handle's dispatch went, into its layout, on the current stream."""
+        """Send `x` the way the handle's dispatch went, into its layout, on the current stream; `also` checks what else the
+        caller was given."""
         self.check()
 
         def make() -> RedispatchRequest:
             plan = self._plan(handle)
-            checks.need(topk_idx is None, "topk_idx", "None with a handle", topk_idx)
-            checks.need(topk_weights is None, "topk_weights", "None with a handle", topk_weights)
-            return RedispatchRequest(checks.payload(x, num_tokens=plan.num_tokens), plan)
+            also()
+            for name, given in (("topk_idx", topk_idx), ("topk_weights", topk_weights), ("num_experts", num_experts)):
+                checks.need(given is None, name, "None with a handle", given)
+            payload = checks.payload(x, num_tokens=plan.num_tokens)
+            self._engine.check_payload(payload)
+            return RedispatchRequest(payload, plan)
 
         return self._engine.redispatch(Prepared(make))
 
@@ -552,14 +574,18 @@ class Buffer:
         handle: tuple,
         topk_weights: Tensor | None = None,
         bias: Tensor | tuple[Tensor, Tensor] | None = None,
+        argument: str = "x",
+        also: Callable[[], None] = lambda: None,
     ) -> tuple[Tensor, Tensor | None]:
-        """`combine` from either layout, on the current stream."""
+        """`combine` from either layout, on the current stream; `argument` is the caller's name for `x`, `also` as above."""
         self.check()
 
         def make() -> CombineRequest:
+            also()
             plan = self._plan(handle)
-            checks.tensor(x, "x", [plan.num_rows, None], checks.PAYLOAD_DTYPES, None)
-            checks.need(x.size(1) >= 1, "x", "at least one element wide", x)
+            checks.tensor(x, argument, [plan.num_rows, None], checks.PAYLOAD_DTYPES, None)
+            checks.need(x.size(1) >= 1, argument, "at least one element wide", x)
+            self._engine.check_payload(Payload(x), argument)
             if topk_weights is not None:
                 shape = [plan.num_rows] if plan.layout == "expert" else [plan.num_rows, plan.top_k or None]
                 checks.tensor(topk_weights, "topk_weights", shape, (torch.float32,), x.device)
@@ -577,7 +603,11 @@ class Buffer:
         size = 6 if self.num_nodes == 1 else 10
         fits = isinstance(handle, (tuple, list)) and len(handle) == size and all(isinstance(t, Tensor) for t in handle)
         checks.need(fits, "handle", f"what dispatch returned ({size} tensors)", handle)
+        checks.v1_handle(handle, self.group_size)
         return self._engine.plan_of(tuple(handle))
+
+    def _check_topk_idx(self, topk_idx: Any, num_tokens: int | None, num_experts: int, device: torch.device | None) -> Tensor:
+        return checks.topk_idx(topk_idx, num_tokens, num_experts, device, check_range=not self._engine.checks_range)
 
     @staticmethod
     def _check_topk_weights(topk_idx: Tensor | None, topk_weights: Any) -> None:

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deepep_train.config import Config
 from deepep_train.engines.base import Payload
 from deepep_train.errors import ArgumentError
+from deepep_train.events import EventOverlap
 from deepep_train.handle import LAYOUTS
 
 PAYLOAD_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -28,7 +30,7 @@ def shown(value: Any) -> str:
 def need(condition: bool, argument: str, expected: str, got: Any) -> None:
     """Raise `ArgumentError` unless `condition` holds."""
     if not condition:
-        raise ArgumentError(f"{argument} must be {expected}, got {shown(got)}", argument)
+        raise ArgumentError(f"{argument} must be {expected}, got {shown(got)}", argument.partition(":")[0])
 
 
 def integer(value: Any, argument: str, minimum: int = 0) -> int:
@@ -52,8 +54,42 @@ def tensor(
     return value
 
 
+def flag(value: Any, argument: str) -> bool:
+    need(isinstance(value, bool), argument, "True or False", value)
+    return value
+
+
+def stream_arguments(previous_event: Any, async_finish: Any, allocate_on_comm_stream: Any, config: Any = None) -> None:
+    """What every call of V1 says about streams and tuning."""
+    need(config is None or isinstance(config, Config), "config", "a deepep_train.Config or None", config)
+    is_event = previous_event is None or isinstance(previous_event, EventOverlap)
+    need(is_event, "previous_event", "an EventOverlap or None", previous_event)
+    flag(async_finish, "async_finish")
+    flag(allocate_on_comm_stream, "allocate_on_comm_stream")
+    if allocate_on_comm_stream and not (async_finish and previous_event is not None):
+        raise ArgumentError(
+            "allocate_on_comm_stream=True needs previous_event and async_finish=True", "allocate_on_comm_stream"
+        )
+
+
+def v1_handle(tensors: Sequence[Any], num_ranks: int) -> None:
+    """The tensors of a handle that lost its class, in V1's places: 6 of an intranode or 10 of an internode dispatch."""
+    int32 = (torch.int32,)
+    in_rank = tensors[4] if len(tensors) == 6 else tensors[0]
+    tensor(in_rank, "handle: is_token_in_rank", [None, num_ranks], (torch.bool,), None)
+    if len(tensors) == 6:
+        tensor(tensors[0], "handle: rank_prefix_matrix", [num_ranks, num_ranks], int32, in_rank.device)
+        tensor(tensors[3], "handle: recv_src_idx", [None], int32, in_rank.device)
+        tensor(tensors[5], "handle: send_head", list(in_rank.shape), int32, in_rank.device)
+    else:
+        tensor(tensors[6], "handle: recv_gbl_rank_prefix_sum", [num_ranks], int32, in_rank.device)
+
+
 def payload(x: Any, argument: str = "x", num_tokens: int | None = None) -> Payload:
     """`x`: a floating tensor [tokens, hidden], or an FP8 pair (data [tokens, hidden], scales [tokens, n])."""
+    first = x[0] if isinstance(x, (tuple, list)) and x else x
+    if isinstance(first, Tensor):
+        need(first.device.type in ("cpu", "cuda"), argument, "on the CPU or a CUDA device", first)
     if isinstance(x, (tuple, list)):
         need(len(x) == 2, argument, "a tensor or a pair (data, scales)", x)
         data = tensor(x[0], f"{argument}[0]", [num_tokens, None], FP8_DTYPES, None)
@@ -75,11 +111,13 @@ def experts(num_experts: Any, num_ranks: int) -> int:
     return num_experts
 
 
-def topk_idx(value: Any, num_tokens: int | None, num_experts: int, device: torch.device | None) -> Tensor:
+def topk_idx(
+    value: Any, num_tokens: int | None, num_experts: int, device: torch.device | None, check_range: bool = True
+) -> Tensor:
     """int64 [tokens, top_k] in [-1, num_experts). Reading the range waits for the GPU if the tensor is there."""
     tensor(value, "topk_idx", [num_tokens, None], (torch.int64,), device)
     need(value.size(1) >= 1, "topk_idx", "at least one choice wide", value)
-    if value.numel():
+    if check_range and value.numel():
         low, high = (int(v) for v in torch.aminmax(value))
         if low < -1 or high >= num_experts:
             raise ArgumentError(

@@ -16,6 +16,7 @@ class Plan:
     """The part of a handle that every engine has; engines add theirs in a subclass.
 
     Attributes:
+        number: which of the buffer's calls made it, the same on all ranks; 0 if that is not known.
         num_tokens: T, tokens this rank dispatched.
         num_received: N, rows that arrived (a token once, however many local experts it has).
         num_rows: rows of the dispatched tensor: N in rank layout, the padded expert rows in expert layout, the given bound
@@ -26,6 +27,7 @@ class Plan:
         recv_topk_idx: int64 [num_rows or num_received, top_k] local expert numbers, None without indices.
     """
 
+    number: int
     num_tokens: int
     num_received: int
     num_rows: int

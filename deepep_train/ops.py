@@ -127,7 +127,7 @@ class _Dispatch(torch.autograd.Function):
     def forward(ctx: Any, data: Any, scales: Any, topk_weights: Any, call: _DispatchCall) -> tuple:
         x = data if scales is None else (data, scales)
         if call.handle is not None:
-            payload = call.buffer.redispatch(x, call.handle, call.topk_idx, topk_weights)
+            payload = call.buffer.redispatch(x, call.handle, call.topk_idx, topk_weights, call.num_experts)
             weights = None
         else:
             payload, weights = _dispatch_fresh(x, topk_weights, call)
@@ -167,7 +167,7 @@ class _Combine(torch.autograd.Function):
     def forward(ctx: Any, y: Any, handle: Handle, *biases: Any) -> Tensor:
         ctx.handle = handle
         given = tuple(b for b in biases if b is not None)
-        return handle.buffer.combine_rows(y, handle, None, given or None)[0]
+        return handle.buffer.combine_rows(y, handle, None, given or None, argument="y")[0]
 
     @staticmethod
     def backward(ctx: Any, grad_z: Tensor) -> tuple:

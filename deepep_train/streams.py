@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from deepep_train.errors import ArgumentError
+from deepep_train.errors import DeepEPError
 from deepep_train.events import EventHandle, EventOverlap
 
 T = TypeVar("T")
@@ -29,7 +29,7 @@ class CommStream:
     def stream(self) -> torch.cuda.Stream:
         if self._stream is None:
             if not torch.cuda.is_available():
-                raise ArgumentError("this machine has no CUDA device, so there is no communication stream")
+                raise DeepEPError("this machine has no CUDA device, so there is no communication stream")
             self._stream = torch.cuda.Stream(priority=-1)
         return self._stream
 
@@ -39,17 +39,15 @@ class CommStream:
         inputs: Iterable[Any],
         previous_event: EventOverlap | None,
         async_finish: bool,
-        allocate_on_comm_stream: bool,
     ) -> tuple[T, EventOverlap]:
         """Run `work` after `previous_event` (default: after the current stream's work so far).
 
         The current stream waits for it unless `async_finish`; then whoever uses the result must wait for the event.
         Results are always safe to use and free on the current stream after the wait.
         """
-        if allocate_on_comm_stream and not (async_finish and previous_event is not None):
-            raise ArgumentError(
-                "allocate_on_comm_stream=True needs previous_event and async_finish=True", "allocate_on_comm_stream"
-            )
+        # Wrong arguments are `work`'s to refuse, on every rank at once.
+        if not isinstance(previous_event, EventOverlap):
+            previous_event = None
         tensors = [t for t in inputs if isinstance(t, Tensor)]
         if not any(t.is_cuda for t in tensors):
             if previous_event is not None:

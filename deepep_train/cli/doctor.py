@@ -23,14 +23,23 @@ OPTIONAL_PACKAGES = ("megatron-core", "transformer-engine", "nvidia-nvshmem-cu13
 def add_parser(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser("doctor", help=__doc__, description=__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    parser.add_argument("--brief", action="store_true", help="one line if an engine can be used, everything if none can")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Exit status 0 if at least one engine can be used."""
     report = examine()
-    print(json.dumps(report, indent=2) if args.json else as_text(report))
-    return 0 if any(e["usable"] for e in report["engines"]) else 1
+    usable = [e["name"] for e in report["engines"] if e["usable"]]
+    if args.json:
+        print(json.dumps(report, indent=2))
+    elif args.brief and usable:
+        print(
+            f"{report['host']}: {len(report['gpus'])} GPUs, engines {', '.join(usable)}; auto takes {report['auto']['engine']}"
+        )
+    else:
+        print(as_text(report))
+    return 0 if usable else 1
 
 
 def examine() -> dict[str, Any]:

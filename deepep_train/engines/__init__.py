@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import socket
+from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 import torch.distributed as dist
 
 from deepep_train.engines.base import Engine
 from deepep_train.engines.collective import CollectiveEngine
 from deepep_train.errors import ArgumentError, DeepEPError
 
+DEFAULT_ARENA_BYTES = 2 << 30
 ENGINES = ("auto", "collective", "nvlink", "rdma", "low_latency")
 
 
@@ -52,11 +56,23 @@ def survey() -> list[Surveyed]:
     )
     absent = "its kernels are not part of this release"
     return [
-        Surveyed("nvlink", False, absent),
+        _survey_nvlink(),
         Surveyed("rdma", False, absent),
         Surveyed("low_latency", False, absent),
         Surveyed("collective", has_distributed, reason),
     ]
+
+
+def _survey_nvlink() -> Surveyed:
+    if importlib.util.find_spec("deepep_train._C") is None:
+        return Surveyed("nvlink", False, "the package was built without nvcc, so it has no kernels")
+    if not torch.cuda.is_available():
+        return Surveyed("nvlink", False, "torch sees no CUDA device")
+    if torch.cuda.get_device_capability() < (8, 0):
+        return Surveyed("nvlink", False, f"{torch.cuda.get_device_name()} is older than sm_80")
+    return Surveyed(
+        "nvlink", True, "in development: only by engine='nvlink', for ranks of one host that reach each other's memory"
+    )
 
 
 def choose(requested: str) -> Choice:
@@ -72,7 +88,18 @@ def choose(requested: str) -> Choice:
     return Choice("collective", reasons)
 
 
-def create(name: str, group: dist.ProcessGroup | None, timeout: float, local_ranks: int) -> Engine:
-    """Build the engine that `choose` named."""
+def create(
+    name: str,
+    group: dist.ProcessGroup | None,
+    timeout: float,
+    local_ranks: int,
+    num_nvl_bytes: int,
+    num_sms: Callable[[], int],
+) -> Engine:
+    """Build the engine that `choose` named; `num_sms` gives the SMs that a call may occupy."""
+    if name == "nvlink":
+        from deepep_train.engines.nvlink import NvlinkEngine
+
+        return NvlinkEngine(group, timeout, max(num_nvl_bytes, DEFAULT_ARENA_BYTES), num_sms)
     assert name == "collective", name
     return CollectiveEngine(group, timeout, local_ranks)

@@ -125,6 +125,10 @@ class Engine(ABC):
 
     name: str
     rank: int
+    checks_range: bool = False  # whether dispatch itself finds indices out of range, so that no check need wait for the GPU
+
+    def check_payload(self, payload: Payload, argument: str = "x") -> None:  # noqa: B027 - most engines take everything
+        """Raise `ArgumentError` if this engine cannot move `payload`."""
 
     @abstractmethod
     def layout(self, topk_idx: Tensor, num_experts: int) -> RankLayout:

@@ -22,6 +22,7 @@ from deepep_train.engines.base import (
     Received,
     RedispatchRequest,
 )
+from deepep_train.engines.expert_layout import accumulator, extend, sum_by_token, weights_by_pick, weights_by_row
 from deepep_train.engines.peers import Peers
 from deepep_train.errors import ArgumentError
 from deepep_train.handle import Plan
@@ -99,6 +100,7 @@ class CollectiveEngine(Engine):
             counts = counts.to(request.payload.data.device)
         num_rows = request.num_worst_tokens or (num_received if experts is None else experts.num_rows)
         plan = CollectivePlan(
+            number=peers.calls,
             num_tokens=request.payload.data.size(0),
             num_received=num_received,
             num_rows=num_rows,
@@ -107,14 +109,14 @@ class CollectiveEngine(Engine):
             layout=request.arrangement,
             alignment=request.alignment,
             tokens_per_expert=counts,
-            recv_topk_idx=idx if experts is not None or idx is None else _extend(idx, num_rows, -1),
+            recv_topk_idx=idx if experts is not None or idx is None else extend(idx, num_rows, -1),
             send_token=token,
             send_counts=send_counts,
             recv_counts=recv_counts,
             experts=experts,
         )
         if weights is not None:
-            weights = _by_pick(weights, plan) if experts is not None else _extend(weights, num_rows, 0.0)
+            weights = extend(weights if experts is None else weights_by_row(weights, experts), num_rows, 0.0)
         return Received(
             payload=self._move(request.payload, plan),
             topk_idx=None if experts is not None else plan.recv_topk_idx,
@@ -143,7 +145,7 @@ class CollectiveEngine(Engine):
             rows.index_select(0, plan.send_token), plan.send_counts, plan.recv_counts, "dispatch", spare
         )
         if experts is not None:
-            got = _extend(got.index_select(0, experts.source_row), plan.num_rows, 0)
+            got = extend(got.index_select(0, experts.source_row), plan.num_rows, 0)
         return got.view(dtype)
 
     def _check_bounds(self, request: DispatchRequest, bounds: list[int], counts_RR: list[list[int]], rows: list[int]) -> None:
@@ -157,9 +159,18 @@ class CollectiveEngine(Engine):
 
     def _agree_if_cheap(self, operation: str, prepared: Prepared) -> None:
         """Cached calls exchange no counts. Where a header costs no GPU synchronization, they still make sure that every
-        rank is in the same call: an error on one rank is then an error on all, not a deadline missed."""
-        if self.peers.header_device.type == "cpu":
-            self.peers.agree(operation, prepared, [])
+        rank is in the same call, with handles of one dispatch: an error on one rank is then an error on all, not a deadline
+        missed."""
+        if self.peers.header_device.type != "cpu":
+            return
+        number = 0 if prepared.request is None else prepared.request.plan.number
+        numbers = [row[0] for row in self.peers.agree(operation, prepared, [number])]
+        known = [n for n in numbers if n]  # a handle that was rebuilt from its tensors does not know
+        majority = max(known, key=known.count, default=0)
+        odd = [r for r, n in enumerate(numbers) if n not in (0, majority)]
+        if odd:
+            text = "; ".join(f"of call {n} on rank {r}" for r, n in enumerate(numbers))
+            raise ArgumentError(f"{operation}: handle: the ranks use handles of different dispatches: {text}", "handle", odd)
 
     # Combine -----------------------------------------------------------------------------------------------------------
 
@@ -167,19 +178,21 @@ class CollectiveEngine(Engine):
         self._agree_if_cheap("combine", prepared)
         request = _request_of(prepared)
         plan = _mine(request.plan)
-        rows = request.rows[: plan.num_received] if plan.experts is None else _sum_local(request.rows, plan)
+        rows = request.rows[: plan.num_received]
+        if plan.experts is not None:
+            rows = sum_by_token(request.rows, plan.experts, plan.num_received)
         z = self._sum_over_ranks(rows, plan, request.bias)
         weights = request.weights
         if weights is None:
             return z, None
         if plan.experts is not None:
-            weights = _from_picks(weights, plan)
+            weights = weights_by_pick(weights, plan.experts, plan.num_received, plan.top_k)
         return z, self._sum_over_ranks(weights[: plan.num_received], plan)
 
     def _sum_over_ranks(self, rows: Tensor, plan: CollectivePlan, bias: tuple[Tensor, ...] | list[Tensor] = ()) -> Tensor:
         """[num_received, n] -> [num_tokens, n]: from +0.0, the biases in order, then ascending ranks, rounded once."""
         back = self.peers.all_to_all_rows(rows, plan.recv_counts, plan.send_counts, "combine")
-        total = torch.zeros(plan.num_tokens, rows.size(1), dtype=_accumulator(rows.dtype), device=rows.device)
+        total = torch.zeros(plan.num_tokens, rows.size(1), dtype=accumulator(rows.dtype), device=rows.device)
         for b in bias:
             total.add_(b)
         start = 0
@@ -235,6 +248,7 @@ class CollectiveEngine(Engine):
             in_rank, prefix_R = tensors[0], tensors[6]
         recv_counts = prefix_R.diff(prepend=prefix_R.new_zeros(1)).tolist()
         return CollectivePlan(
+            number=0,
             num_tokens=in_rank.size(0),
             num_received=sum(recv_counts),
             num_rows=sum(recv_counts),
@@ -267,48 +281,3 @@ def _request_of(prepared: Prepared):
 def _mine(plan: Plan) -> CollectivePlan:
     assert isinstance(plan, CollectivePlan), "Buffer lets no other engine's handle through"
     return plan
-
-
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _extend(rows: Tensor, num_rows: int, value: float) -> Tensor:
-    """Append rows of `value` up to `num_rows`."""
-    if rows.size(0) == num_rows:
-        return rows
-    out = rows.new_full((num_rows, *rows.shape[1:]), value)
-    out[: rows.size(0)] = rows
-    return out
-
-
-def _gather_or_zero(rows: Tensor, index: Tensor) -> Tensor:
-    """rows[index], and a zero row where `index` is one past the end."""
-    return torch.cat([rows, rows.new_zeros(1, *rows.shape[1:])]).index_select(0, index)
-
-
-def _by_pick(weights_NK: Tensor, plan: CollectivePlan) -> Tensor:
-    """Received weights [N, K] -> one per expert row [num_rows], 0.0 on padding."""
-    assert plan.experts is not None
-    return _extend(_gather_or_zero(weights_NK.reshape(-1), plan.experts.source_pick), plan.num_rows, 0.0)
-
-
-def _from_picks(weights: Tensor, plan: CollectivePlan) -> Tensor:
-    """The reverse: [num_rows] -> [N, K], 0.0 where the expert lives elsewhere; padding is dropped."""
-    assert plan.experts is not None
-    flat = weights.new_zeros(plan.num_received * plan.top_k + 1)
-    flat[plan.experts.source_pick] = weights[: plan.experts.num_rows]
-    return flat[:-1].view(plan.num_received, plan.top_k)
-
-
-def _sum_local(rows: Tensor, plan: CollectivePlan) -> Tensor:
-    """Expert rows -> received rows: from +0.0, ascending local expert, rounded to the payload's dtype."""
-    assert plan.experts is not None
-    dtype = _accumulator(rows.dtype)
-    if not plan.experts.sums:
-        return rows.new_zeros(plan.num_received, rows.size(1))
-    # Every received row has a first local expert, and the first list is in received order.
-    total = rows.index_select(0, plan.experts.sums[0][1]).to(dtype).add_(0.0)
-    for received, row in plan.experts.sums[1:]:
-        total.index_add_(0, received, rows.index_select(0, row).to(dtype))
-    return total.to(rows.dtype)

@@ -48,6 +48,11 @@ class Peers:
         self.failure: DeepEPError | None = None
         self._calls = 0
 
+    @property
+    def calls(self) -> int:
+        """How often this group has been asked to agree; the same number on every rank."""
+        return self._calls
+
     # Collectives -------------------------------------------------------------------------------------------------------
 
     def all_gather(self, mine: Tensor, operation: str) -> Tensor:
@@ -73,7 +78,7 @@ class Peers:
             out[:received] = rows
             return out
         width = rows[0].nbytes if rows.size(0) else out[:1].nbytes
-        flat_out, flat_in = out[:received].reshape(-1).view(torch.uint8), rows.reshape(-1).view(torch.uint8)
+        flat_out, flat_in = _as_bytes(out[:received]), _as_bytes(rows)
         take, give = [n * width for n in take], [n * width for n in give]
         self._wait(lambda: dist.all_to_all_single(flat_out, flat_in, take, give, group=self.group, async_op=True), operation)
         return out
@@ -106,10 +111,10 @@ class Peers:
         mine += [0] * (self.size + 3 - len(mine))
         table = self.all_gather(torch.tensor(mine, dtype=torch.int64, device=self.header_device), operation).tolist()
         if any(row[0] for row in table) or len({row[1] for row in table}) > 1:
-            self._raise_disagreement(operation, description, prepared.error)
+            self.raise_disagreement(operation, description, prepared.error)
         return [row[2:] for row in table]
 
-    def _raise_disagreement(self, operation: str, description: Mapping[str, object], error: Exception | None) -> None:
+    def raise_disagreement(self, operation: str, description: Mapping[str, object], error: Exception | None) -> None:
         argument = getattr(error, "argument", "")
         text = "" if error is None else str(error) if isinstance(error, DeepEPError) else f"{type(error).__name__}: {error}"
         mine = {"error": text[: _TEXT_BYTES // 2], "argument": argument, "description": description}
@@ -120,19 +125,7 @@ class Peers:
                 raise error
             what = "; ".join(f"rank {r}: {everyone[r]['error']}" for r in broken)
             raise ArgumentError(f"{operation}: {what}", everyone[broken[0]]["argument"], broken) from error
-        descriptions = [other["description"] for other in everyone]
-        different = []
-        for key in dict.fromkeys(k for d in descriptions for k in d):
-            values: dict[str, list[int]] = {}
-            for r, d in enumerate(descriptions):
-                values.setdefault(str(d.get(key, "absent")), []).append(r)
-            if len(values) > 1:
-                majority = max(values, key=lambda v: len(values[v]))
-                odd = [r for v, ranks in values.items() if v != majority for r in ranks]
-                different.append((key, odd, "; ".join(f"{v} on rank {', '.join(map(str, r))}" for v, r in values.items())))
-        # The first difference explains the others: two ranks in different calls differ in everything.
-        key, odd, text = different[0]
-        raise ArgumentError(f"{operation}: the ranks disagree on {key}: {text}", key, odd)
+        raise_if_different(operation, [other["description"] for other in everyone])
 
     # Deadlines ---------------------------------------------------------------------------------------------------------
 
@@ -179,3 +172,23 @@ class Peers:
             return sorted(missing) or others
         except Exception:  # noqa: BLE001 - the store may have died with its rank; then all others are suspects
             return others
+
+
+def _as_bytes(t: Tensor) -> Tensor:
+    """The bytes of a contiguous tensor; a view, except where a lone element has an odd stride."""
+    flat = t.reshape(-1)
+    return (flat if flat.stride(0) == 1 else flat.clone(memory_format=torch.contiguous_format)).view(torch.uint8)
+
+
+def raise_if_different(operation: str, descriptions: Sequence[Mapping[str, object]]) -> None:
+    """Raise `ArgumentError` for the first field on which the ranks' descriptions differ: two ranks in different calls differ
+    in everything, and the first field says so."""
+    for key in dict.fromkeys(k for d in descriptions for k in d):
+        values: dict[str, list[int]] = {}
+        for rank, description in enumerate(descriptions):
+            values.setdefault(str(description.get(key, "absent")), []).append(rank)
+        if len(values) > 1:
+            majority = max(values, key=lambda v: len(values[v]))
+            odd = [r for v, ranks in values.items() if v != majority for r in ranks]
+            text = "; ".join(f"{v} on rank {', '.join(map(str, ranks))}" for v, ranks in values.items())
+            raise ArgumentError(f"{operation}: the ranks disagree on {key}: {text}", key, odd)

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
@@ -71,14 +72,15 @@ def save_checkpoint(
 
 def load_checkpoint(path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Loaded:
     """Load `save_checkpoint`'s directory into the model and the optimizer, in place, on any number of ranks; a collective
-    call. Raises `DeepEPError` if there is no whole checkpoint at `path`."""
+    call. Raises `DeepEPError` if there is no whole checkpoint at `path`, or it is another model's."""
     path = Path(path)
     if not (path / ".metadata").is_file():
         raise DeepEPError(f"{path} holds no checkpoint (no .metadata file)")
-    with _quietly():
+    with _quietly(), _plainly(path):
         head: dict[str, Any] = {"world_size": 0, "shared": b""}
         dcp.load(head, checkpoint_id=path)
         state = _state(model, optimizer)
+        _check_fits(path, state["model"])
         own = f"own_{_rank()}"
         if head["world_size"] == _world_size():
             state[own] = b""
@@ -107,6 +109,18 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[st
         }
         state["optimizer"] = optimizer_state
     return state
+
+
+def _check_fits(path: Path, parameters: dict[str, Any]) -> None:
+    """DCP ignores what only the checkpoint holds, so a smaller model would take part of a larger one's for its own."""
+    entries = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    sizes = {name: getattr(entry, "size", None) for name, entry in entries.items()}
+    saved = {name.removeprefix("model."): size for name, size in sizes.items() if name.startswith("model.")}
+    for name in sorted({*saved, *parameters}, key=lambda name: (name in saved and name in parameters, name)):
+        there, here = saved.get(name), getattr(parameters.get(name), "shape", None)
+        if there != here:
+            shown = [f"is {list(size)}" if size is not None else "does not exist" for size in (there, here)]
+            raise DeepEPError(f"{path} is a checkpoint of another model: {name} {shown[0]} there and {shown[1]} here")
 
 
 def _is_like(value: Any, parameter: Tensor) -> bool:
@@ -147,6 +161,16 @@ def _world_size() -> int:
 def _barrier() -> None:
     if dist.is_initialized():
         dist.barrier()
+
+
+@contextmanager
+def _plainly(path: Path) -> Iterator[None]:
+    """DCP raises a BaseException that prints every rank's traceback; what went wrong is the innermost one's message."""
+    try:
+        yield
+    except CheckpointException as error:
+        rank, (cause, _) = next(iter(sorted(error.failures.items())))
+        raise DeepEPError(f"{path} cannot be loaded: rank {rank}: {type(cause).__name__}: {cause}") from error
 
 
 @contextmanager

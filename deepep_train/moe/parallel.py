@@ -7,7 +7,7 @@ ranks that hold the same experts (the replicas, if the group is smaller than D),
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -113,8 +113,8 @@ def clip_grad_norm_(
     return total
 
 
-def _norm(grads: list[Tensor], norm_type: float) -> Tensor:
-    norm = torch.nn.utils.get_total_norm(grads, norm_type)
+def _norm(grads: Sequence[Tensor], norm_type: float) -> Tensor:
+    norm = torch.nn.utils.get_total_norm(list(grads), norm_type)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 

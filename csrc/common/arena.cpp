@@ -1,0 +1,114 @@
+#include "arena.hpp"
+
+#include <set>
+
+#include "check.hpp"
+
+namespace deepep_train {
+
+namespace {
+
+constexpr size_t kAlignment = 512;
+
+thread_local Arena* current_arena = nullptr;
+
+// Every arena of the process: torch frees a segment from whichever thread drops the last tensor, without saying whose it is.
+std::mutex& registry_mutex() {
+    static std::mutex mutex;
+    return mutex;
+}
+std::set<Arena*>& registry() {
+    static std::set<Arena*> arenas;
+    return arenas;
+}
+
+}  // namespace
+
+Arena::Arena(int device, size_t bytes, size_t reserve) : device_(device), bytes_(bytes) {
+    DT_CUDA(cudaSetDevice(device));
+    void* memory = nullptr;
+    DT_CUDA(cudaMalloc(&memory, bytes));
+    base_ = static_cast<char*>(memory);
+    DT_CUDA(cudaMemset(base_, 0, reserve));
+    DT_CUDA(cudaDeviceSynchronize());
+    reserve = (reserve + kAlignment - 1) / kAlignment * kAlignment;
+    free_[reserve] = bytes - reserve;
+    const std::lock_guard<std::mutex> lock(registry_mutex());
+    registry().insert(this);
+}
+
+Arena::~Arena() {
+    {
+        const std::lock_guard<std::mutex> lock(registry_mutex());
+        registry().erase(this);
+    }
+    if (!abandoned_) cudaFree(base_);  // at process exit the driver may be gone already, which is no error
+}
+
+size_t Arena::used() const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return used_;
+}
+
+size_t Arena::peak() const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return peak_;
+}
+
+void* Arena::allocate(size_t bytes) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    bytes = (bytes + kAlignment - 1) / kAlignment * kAlignment;
+    for (auto it = free_.begin(); it != free_.end(); ++it) {
+        const auto [offset, size] = *it;
+        if (size < bytes) continue;
+        free_.erase(it);
+        if (size > bytes) free_[offset + bytes] = size - bytes;
+        taken_[offset] = bytes;
+        used_ += bytes;
+        if (used_ > peak_) peak_ = used_;
+        return base_ + offset;
+    }
+    return nullptr;
+}
+
+bool Arena::release(void* pointer) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto taken = taken_.find(static_cast<size_t>(static_cast<char*>(pointer) - base_));
+    if (taken == taken_.end()) return false;
+    size_t offset = taken->first, size = taken->second;
+    taken_.erase(taken);
+    used_ -= size;
+    auto next = free_.lower_bound(offset);
+    if (next != free_.end() && offset + size == next->first) {
+        size += next->second;
+        next = free_.erase(next);
+    }
+    if (next != free_.begin()) {
+        const auto before = std::prev(next);
+        if (before->first + before->second == offset) {
+            offset = before->first;
+            size += before->second;
+            free_.erase(before);
+        }
+    }
+    free_[offset] = size;
+    return true;
+}
+
+void set_current_arena(Arena* arena) { current_arena = arena; }
+
+}  // namespace deepep_train
+
+// What torch.cuda.memory.CUDAPluggableAllocator looks up by name.
+extern "C" {
+
+__attribute__((visibility("default"))) void* deepep_train_allocate(size_t bytes, int, void*) {
+    return deepep_train::current_arena == nullptr ? nullptr : deepep_train::current_arena->allocate(bytes);
+}
+
+__attribute__((visibility("default"))) void deepep_train_release(void* pointer, size_t, int, void*) {
+    const std::lock_guard<std::mutex> lock(deepep_train::registry_mutex());
+    for (deepep_train::Arena* arena : deepep_train::registry())
+        if (arena->release(pointer)) return;
+}
+}

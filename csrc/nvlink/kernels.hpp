@@ -1,0 +1,17 @@
+// The nvlink engine's launches. Each is asynchronous on `stream` and throws if it cannot be launched.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "params.hpp"
+
+namespace deepep_train::nvlink {
+
+struct Domain;
+
+void launch_layout(const LayoutParams& p, cudaStream_t stream);
+void launch_count(const Domain& d, const CountParams& p, cudaStream_t stream);
+void launch_dispatch(const Domain& d, const DispatchParams& p, cudaStream_t stream);
+void launch_combine(const Domain& d, const CombineParams& p, cudaStream_t stream);
+
+}  // namespace deepep_train::nvlink
