@@ -8,7 +8,9 @@ BIN := .venv/bin
 environment:
 	@.ci/environment.sh
 
+# Input that cannot be used is refused by the first command in one line; torchrun would add a traceback of its own to it.
 train: environment
+	@WORLD_SIZE=$(NPROC) $(BIN)/python recipes/moe_lm/train.py --dry-run $(ARGS)
 	$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) recipes/moe_lm/train.py $(ARGS)
 
 test: environment lint

