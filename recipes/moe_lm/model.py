@@ -73,6 +73,8 @@ class _Block(nn.Module):
         batch, length, hidden = x_BSH.shape
         heads = self.qkv(x_BSH).view(batch, length, 3, self.heads, hidden // self.heads).permute(2, 0, 3, 1, 4)
         q, k, v = heads.unbind(0)
+        if batch == 0:  # a rank that only serves its experts; on GPUs torch's attention does not take it
+            return self.out(x_BSH)
         mixed = F.scaled_dot_product_attention(_rotate(q, rotation), _rotate(k, rotation), v, is_causal=True)
         return self.out(mixed.transpose(1, 2).reshape(batch, length, hidden))
 

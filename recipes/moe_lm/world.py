@@ -88,6 +88,7 @@ def _device_and_backend(wanted: str) -> tuple[torch.device, str]:
     # A resumed run repeats the first one's bits; read when cuBLAS starts.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # the one attention whose gradient changes from run to run
     device = torch.device("cuda", environment("LOCAL_RANK", 0) % gpus)
     torch.cuda.set_device(device)
     # NCCL refuses two ranks on one GPU; gloo does not.
