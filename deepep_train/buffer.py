@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -138,6 +138,9 @@ class Buffer:
     def __deepcopy__(self, _: Any) -> Buffer:
         """A copied model talks through the same buffer: a copy would be a collective call."""
         return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a Buffer cannot be pickled: it belongs to a process group; save state dicts, not modules")
 
     # Life --------------------------------------------------------------------------------------------------------------
 
@@ -543,6 +546,16 @@ class Buffer:
             )
 
         return self._engine.dispatch(Prepared(make))
+
+    def refuse_dispatch(self, error: Exception) -> NoReturn:
+        """Take this rank's part in a dispatch whose arguments could not even be made: every rank raises, naming this one."""
+        self.check()
+
+        def make() -> DispatchRequest:
+            raise error
+
+        self._engine.dispatch(Prepared(make))
+        raise error
 
     def redispatch(
         self,

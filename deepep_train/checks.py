@@ -33,8 +33,19 @@ def need(condition: bool, argument: str, expected: str, got: Any) -> None:
         raise ArgumentError(f"{argument} must be {expected}, got {shown(got)}", argument.partition(":")[0])
 
 
+# Counts of rows, experts and bytes: far above what fits a machine, and safely inside the int64 that headers are made of.
+LARGEST = 2**48
+
+
 def integer(value: Any, argument: str, minimum: int = 0) -> int:
-    need(isinstance(value, int) and not isinstance(value, bool) and value >= minimum, argument, f"an int >= {minimum}", value)
+    is_int = isinstance(value, int) and not isinstance(value, bool)
+    need(is_int and minimum <= value <= LARGEST, argument, f"an int from {minimum} to 2**48", value)
+    return value
+
+
+def number(value: Any, argument: str, minimum: float = 0.0) -> float:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    need(is_number and minimum <= value < float("inf"), argument, f"a finite number >= {minimum:g}", value)
     return value
 
 

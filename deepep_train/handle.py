@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor
 
@@ -53,6 +53,15 @@ class Handle(tuple):
         self.plan = plan
         self.buffer = buffer
         return self
+
+    def __copy__(self) -> Handle:
+        return self
+
+    def __deepcopy__(self, _: Any) -> Handle:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a Handle cannot be pickled: it belongs to a Buffer of this process")
 
     def __repr__(self) -> str:
         p = self.plan

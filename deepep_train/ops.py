@@ -121,13 +121,28 @@ class _DispatchCall:
     handle: Handle | None
     recv_topk_idx: Tensor | None = None
 
+    def check_against_handle(self) -> None:
+        """A handle fixes the layout: other arguments may be left out or repeat it."""
+        if not isinstance(self.handle, Handle):
+            return  # refused elsewhere
+        plan = self.handle.plan
+        given = (
+            ("layout", self.layout, "rank", plan.layout),
+            ("alignment", self.alignment, 1, plan.alignment),
+            ("num_worst_tokens", self.num_worst_tokens, 0, plan.num_rows),
+        )
+        for name, value, default, fixed in given:
+            checks.need(value in (default, fixed), name, f"left out or the handle's own, {fixed!r}", value)
+
 
 class _Dispatch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, data: Any, scales: Any, topk_weights: Any, call: _DispatchCall) -> tuple:
         x = data if scales is None else (data, scales)
         if call.handle is not None:
-            payload = call.buffer.redispatch(x, call.handle, call.topk_idx, topk_weights, call.num_experts)
+            payload = call.buffer.redispatch(
+                x, call.handle, call.topk_idx, topk_weights, call.num_experts, also=call.check_against_handle
+            )
             weights = None
         else:
             payload, weights = _dispatch_fresh(x, topk_weights, call)

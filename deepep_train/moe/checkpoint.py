@@ -99,6 +99,9 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[st
     sharded = _sharded_names(model)
     mesh = _mesh(model)
     parameters: dict[str, Any] = dict(dcp_state.get_model_state_dict(model))
+    lost = sharded - parameters.keys()
+    if lost:
+        raise DeepEPError(f"expert parameters are not in the model's state dict under the names expected: {sorted(lost)}")
     state: dict[str, Any] = {"model": {n: _global(t, mesh) if n in sharded else t for n, t in parameters.items()}}
     if optimizer is not None:
         optimizer_state: dict[str, Any] = dict(dcp_state.get_optimizer_state_dict(model, optimizer))
@@ -146,8 +149,12 @@ def _local(value: Any) -> Any:
 
 
 def _sharded_names(model: nn.Module) -> set[str]:
-    """Expert parameters as the state dict API names them, without DDP's prefix."""
-    return {name.removeprefix("module.") for name in expert_parameter_names(model)}
+    """Expert parameters as the state dict API names them: without what DDP, torch.compile and checkpoint wrappers put in
+    between. Its own mapping is asked, because a name taken wrongly would save one rank's experts as everybody's."""
+    names: set[str] = set()
+    for name in expert_parameter_names(model):
+        names |= dcp_state._get_fqns(model, name)
+    return names
 
 
 def _rank() -> int:

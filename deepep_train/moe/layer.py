@@ -95,9 +95,15 @@ class MoELayer(nn.Module):
             ("ffn_hidden_size", ffn_hidden_size, 1),
             ("top_k", top_k, 1),
             ("num_shared_experts", num_shared_experts, 0),
+            ("num_groups", num_groups, 1),
+            ("num_limited_groups", num_groups if num_limited_groups is None else num_limited_groups, 1),
             ("alignment", 1 if alignment is None else alignment, 1),
         ):
             checks.integer(value, name, least)
+        for name, weight in (("aux_loss_coeff", aux_loss_coeff), ("bias_update_rate", bias_update_rate)):
+            checks.number(weight, name)
+        checks.number(scaling_factor, "scaling_factor")
+        checks.need(dtype is None or dtype.is_floating_point, "dtype", "a floating dtype", dtype)
         if buffer is not None and group is not None and buffer.group is not group:
             raise ArgumentError("buffer belongs to another group than the group given", "buffer")
         self.buffer = buffer if buffer is not None else _buffer_of(group)
@@ -138,9 +144,10 @@ class MoELayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden_size] -> [..., hidden_size]; a collective call of the group, any number of tokens, none included."""
-        if x.size(-1) != self.hidden_size:
-            # Left to dispatch, a rank with a wrong width would stop in the router while the others wait for it.
-            raise ArgumentError(f"x must be [..., hidden_size={self.hidden_size}], got {checks.shown(x)}", "x")
+        try:
+            self._check_input(x)
+        except ArgumentError as error:
+            self.buffer.refuse_dispatch(error)  # where the other ranks wait for this one
         x_TH = x.reshape(-1, self.hidden_size)
         topk_idx, weights_TK, aux_loss = self.router(x_TH)
         if self.training:
@@ -159,8 +166,23 @@ class MoELayer(nn.Module):
             z_TH = z_TH + self.shared_experts(x_TH)
         return z_TH.view(x.shape)
 
+    def _check_input(self, x: Any) -> None:
+        fits = isinstance(x, Tensor) and x.dim() >= 1 and x.size(-1) == self.hidden_size
+        checks.need(fits, "x", f"a tensor [..., hidden_size={self.hidden_size}]", x)
+        weights = self.experts.w1
+        checks.need(x.device == weights.device, "x", f"on {weights.device}, as the experts", x)
+        checks.need(
+            torch.is_autocast_enabled(x.device.type) or x.dtype == weights.dtype,
+            "x",
+            f"in the experts' dtype, {weights.dtype}, or under autocast",
+            x,
+        )
+
     def load_balance(self, group: dist.ProcessGroup | None = None, reset: bool = False) -> LoadBalance:
-        """Picks of the training forward passes since the last reset: this rank's, or summed over `group` (a collective)."""
+        """Picks of the training forward passes since the last reset: this rank's, or summed over `group` (a collective).
+
+        A pass that activation checkpointing repeats counts again.
+        """
         picks = self._picks.clone()
         if group is not None:
             dist.all_reduce(picks, group=group)

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from harness import run_ranks
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from deepep_train import DeepEPError, moe
 
@@ -105,3 +106,35 @@ def test_no_checkpoint_is_said(tmp_path: Path) -> None:
     model, optimizer = _model()
     with pytest.raises(DeepEPError, match=r"nothing here holds no checkpoint|holds no checkpoint"):
         moe.load_checkpoint(tmp_path / "nothing here", model, optimizer)
+
+
+def _wrapped(rank: int, size: int, group: dist.ProcessGroup, path: Path) -> list[bool]:
+    """Experts are found under whatever stands between them and the model."""
+
+    def layer() -> moe.MoELayer:
+        return moe.MoELayer(HIDDEN, 16, 2 * size, 2)
+
+    def holder() -> nn.Module:
+        outer = nn.Module()
+        outer.module = layer()
+        return outer
+
+    kept = []
+    for number, make in enumerate(
+        [lambda: nn.Sequential(checkpoint_wrapper(layer())), holder, lambda: torch.compile(nn.Sequential(layer()))]
+    ):
+        model = make()
+        own = moe.expert_parameters(model)
+        assert own
+        for p in own:
+            nn.init.constant_(p, rank + 1)
+        moe.save_checkpoint(path / str(number), model)
+        for p in own:
+            nn.init.zeros_(p)
+        moe.load_checkpoint(path / str(number), model)
+        kept += [bool((p == rank + 1).all()) for p in own]
+    return kept
+
+
+def test_wrappers_do_not_hide_experts(tmp_path: Path) -> None:
+    assert all(all(kept) for kept in run_ranks(2, _wrapped, tmp_path))

@@ -202,6 +202,12 @@ def test_one_process_without_distributed() -> None:
         ({"num_shared_experts": -1}, "num_shared_experts"),
         ({"alignment": 0}, "alignment"),
         ({"num_experts": 0}, "num_experts"),
+        ({"aux_loss_coeff": "x"}, "aux_loss_coeff"),
+        ({"aux_loss_coeff": float("nan")}, "aux_loss_coeff"),
+        ({"bias_update_rate": -1.0}, "bias_update_rate"),
+        ({"scaling_factor": "a"}, "scaling_factor"),
+        ({"num_groups": 2.0}, "num_groups"),
+        ({"dtype": torch.int64}, "dtype"),
     ],
 )
 def test_bad_arguments(kwargs: dict, argument: str) -> None:
@@ -213,3 +219,20 @@ def test_bad_arguments(kwargs: dict, argument: str) -> None:
 def test_wrong_width_is_named() -> None:
     with pytest.raises(ArgumentError, match=r"hidden_size=12.*\[3, 5\]"):
         _layer({})(torch.zeros(3, 5, dtype=torch.float64))
+
+
+def _one_wrong_input(rank: int, size: int, group: dist.ProcessGroup) -> list[str]:
+    layer = moe.MoELayer(HIDDEN, FFN, EXPERTS, TOP_K)
+    right, said = torch.randn(3, HIDDEN), []
+    for wrong in (torch.randn(3, HIDDEN + 1), right.tolist(), torch.tensor(1.0), right.double()):
+        with pytest.raises(ArgumentError) as caught:
+            layer(wrong if rank == 1 else right)
+        assert caught.value.ranks == (1,) and caught.value.argument == "x"
+        said.append(str(caught.value))
+        layer(right)  # the buffer still works
+    return said
+
+
+def test_a_wrong_input_on_one_rank_raises_on_all() -> None:
+    first, second = run_ranks(2, _one_wrong_input)
+    assert first == second
