@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -58,6 +59,7 @@ class Buffer:
     """
 
     num_sms: int = 20
+    _made = itertools.count(1)
 
     def __init__(
         self,
@@ -112,7 +114,7 @@ class Buffer:
         # Of the arguments only what has passed its check can be compared, and sent.
         agreed = {"engine": choice.name, "low_latency_mode": low_latency_mode, "num_local_ranks": num_local_ranks}
         mine = {"error": str(error or ""), "argument": getattr(error, "argument", ""), "host": engines.host_name()}
-        mine |= {"agreed": agreed if error is None else {}}
+        mine |= {"agreed": agreed if error is None else {}, "made": next(Buffer._made)}
         everyone = Peers(group, timeout if error is None else 100.0).gather_objects(mine, "Buffer")
         broken = [r for r, other in enumerate(everyone) if other["error"]]
         if broken:
@@ -126,7 +128,9 @@ class Buffer:
         self.num_nodes = self.group_size // local
         self.engine = choice.name
         self.engine_reasons = choice.reasons
-        self._engine = engines.create(choice.name, group, timeout, local, num_nvl_bytes, lambda: Buffer.num_sms)
+        self._engine = engines.create(
+            choice.name, group, timeout, local, num_nvl_bytes, lambda: Buffer.num_sms, everyone[0]["made"]
+        )
         self._comm = CommStream(self._engine.check)
         self._local_bytes: dict[bool, Tensor] = {}
         self._destroyed = False

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from harness import run_ranks
 from misuses import Misuse, Outcome, Scene, altered, outcomes
 
 import deepep_train as dt
@@ -108,7 +110,7 @@ NUMBERS = {
             "num_experts": (None, "8", True, 8.0, 0, -8, 9, [8]),
             "layout": ("token", None, 3, ["rank"]),
             "alignment": (0, -1, 2.0, None, True, "16"),
-            "num_worst_tokens": (-1, 8.0, None, "8", True),
+            "num_worst_tokens": (-1, 8.0, None, "8", True, 2**64, 10**15),
         }.items()
         for value in values
     },
@@ -124,6 +126,9 @@ HANDLES = {
     "handle is a tuple of None": _set("redispatch", "handle", (None,) * 6),
     "handle and topk_idx": Misuse("redispatch", "topk_idx", lambda s: {"topk_idx": s.idx}),
     "handle and topk_weights": Misuse("redispatch", "topk_weights", lambda s: {"topk_weights": s.w}),
+    "handle and another alignment": _set("redispatch", "alignment", 16),
+    "handle and num_worst_tokens": _set("redispatch", "num_worst_tokens", 100),
+    "handle and another layout": _set("redispatch", "layout", "expert"),
     "handle and num_experts": Misuse("redispatch", "num_experts", lambda s: {"num_experts": s.num_experts}),
     "handle for another number of tokens": Misuse("redispatch", "x", lambda s: {"x": s.x[:3]}),
     "handle and no tensor": _set("redispatch", "x", None),
@@ -229,3 +234,15 @@ def test_combine_without_a_handle(handle: object) -> None:
     with pytest.raises(dt.ArgumentError, match="handle") as caught:
         dt.combine(torch.ones(1, 1), handle)  # type: ignore[arg-type]
     assert caught.value.argument == "handle"
+
+
+def _another_buffer(rank: int, size: int, group: dist.ProcessGroup) -> tuple[str, tuple[int, ...]]:
+    buffers = dt.Buffer(group, timeout=6), dt.Buffer(group, timeout=6)
+    with pytest.raises(dt.ArgumentError) as caught:
+        dt.dispatch(torch.ones(2, 4), torch.zeros(2, 1, dtype=torch.int64), buffer=buffers[rank == 1], num_experts=size)
+    return str(caught.value), caught.value.ranks
+
+
+def test_ranks_that_use_different_buffers_are_told() -> None:
+    for text, ranks in run_ranks(3, _another_buffer):
+        assert "disagree on buffer" in text and ranks == (1,)

@@ -95,11 +95,12 @@ def create(
     local_ranks: int,
     num_nvl_bytes: int,
     num_sms: Callable[[], int],
+    number: int,
 ) -> Engine:
-    """Build the engine that `choose` named; `num_sms` gives the SMs that a call may occupy."""
+    """Build the engine that `choose` named; `num_sms` gives the SMs that a call may occupy, `number` is the buffer's."""
     if name == "nvlink":
         from deepep_train.engines.nvlink import NvlinkEngine
 
         return NvlinkEngine(group, timeout, max(num_nvl_bytes, DEFAULT_ARENA_BYTES), num_sms)
     assert name == "collective", name
-    return CollectiveEngine(group, timeout, local_ranks)
+    return CollectiveEngine(group, timeout, local_ranks, number)

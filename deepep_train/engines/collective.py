@@ -50,12 +50,13 @@ class CollectiveEngine(Engine):
         group: any process group, or None for this process alone.
         timeout: seconds before a missing rank is reported.
         num_local_ranks: ranks per node, for the per-node counts of DeepEP V1's multi-node calls.
+        number: of the buffer, the same on all ranks.
     """
 
     name = "collective"
 
-    def __init__(self, group: dist.ProcessGroup | None, timeout: float, num_local_ranks: int) -> None:
-        self.peers = Peers(group, timeout)
+    def __init__(self, group: dist.ProcessGroup | None, timeout: float, num_local_ranks: int, number: int) -> None:
+        self.peers = Peers(group, timeout, number)
         self.rank = self.peers.rank
         self.num_nodes = self.peers.size // num_local_ranks
 

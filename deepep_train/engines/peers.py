@@ -34,10 +34,12 @@ class Peers:
     Args:
         group: any process group; None stands for this process alone.
         timeout: seconds that others may be late.
+        number: of the buffer that this serves, the same on all ranks; a rank that uses another buffer of the group is told so.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None, timeout: float) -> None:
+    def __init__(self, group: dist.ProcessGroup | None, timeout: float, number: int = 0) -> None:
         self.group = group
+        self.number = number
         self.timeout = timeout
         self.rank = 0 if group is None else group.rank()
         self.size = 1 if group is None else group.size()
@@ -105,7 +107,7 @@ class Peers:
         """
         self._calls += 1
         fields = {} if prepared.request is None else prepared.request.signature()
-        description = {"operation": operation, "call number": self._calls} | fields
+        description = {"operation": operation, "buffer": self.number, "call number": self._calls} | fields
         digest = hashlib.blake2b(json.dumps(description).encode(), digest_size=7).digest()
         mine = [int(prepared.error is not None), int.from_bytes(digest, "big"), *numbers]
         mine += [0] * (self.size + 3 - len(mine))
