@@ -13,55 +13,114 @@ using namespace deepep_train::nvlink;
 
 namespace {
 
-using Offsets = std::array<int64_t, 5>;
-
+// A params struct whose fields Python sets by name.
 template <typename Params>
-auto offsets_property() {
-    return std::make_pair(
-        [](const Params& p) {
-            Offsets o{};
-            std::copy(std::begin(p.offsets), std::end(p.offsets), o.begin());
-            return o;
-        },
-        [](Params& p, const Offsets& o) { std::copy(o.begin(), o.end(), std::begin(p.offsets)); });
-}
+class ParamsBinding {
+public:
+    ParamsBinding(py::module_& m, const char* name) : class_(m, name) { class_.def(py::init<>()); }
 
-#define DT_FIELD(name) .def_readwrite(#name, &P::name)
+    template <typename Field>
+    ParamsBinding& field(const char* name, Field Params::* member) {
+        class_.def_readwrite(name, member);
+        return *this;
+    }
+
+    // Arrays are set as a whole.
+    ParamsBinding& array(const char* name, int64_t (Params::*member)[5]) {
+        using Values = std::array<int64_t, 5>;
+        class_.def_property(
+            name,
+            [member](const Params& p) {
+                Values values{};
+                std::copy(std::begin(p.*member), std::end(p.*member), values.begin());
+                return values;
+            },
+            [member](Params& p, const Values& values) { std::copy(values.begin(), values.end(), std::begin(p.*member)); });
+        return *this;
+    }
+
+private:
+    py::class_<Params> class_;
+};
+
+#define DT_FIELD(name) .field(#name, &P::name)
 
 void bind_params(py::module_& m) {
     {
         using P = LayoutParams;
-        py::class_<P>(m, "LayoutParams")
-            .def(py::init<>()) DT_FIELD(topk_idx) DT_FIELD(num_tokens_per_rank) DT_FIELD(num_tokens_per_expert)
-                DT_FIELD(is_token_in_rank) DT_FIELD(send_index) DT_FIELD(out_of_range) DT_FIELD(num_tokens) DT_FIELD(top_k)
-                    DT_FIELD(num_experts) DT_FIELD(num_ranks);
+        ParamsBinding<P>(m, "LayoutParams") DT_FIELD(topk_idx) DT_FIELD(num_tokens_per_rank) DT_FIELD(num_tokens_per_expert)
+            DT_FIELD(is_token_in_rank) DT_FIELD(send_index) DT_FIELD(out_of_range) DT_FIELD(num_tokens) DT_FIELD(top_k)
+                DT_FIELD(num_experts) DT_FIELD(num_ranks);
     }
     {
         using P = CountParams;
-        py::class_<P>(m, "CountParams")
-            .def(py::init<>()) DT_FIELD(num_tokens_per_rank) DT_FIELD(num_tokens_per_expert) DT_FIELD(out_of_range)
-                DT_FIELD(rank_prefix_matrix) DT_FIELD(send_base) DT_FIELD(signature) DT_FIELD(bound) DT_FIELD(status)
-                    DT_FIELD(num_experts);
+        ParamsBinding<P>(m, "CountParams") DT_FIELD(num_tokens_per_rank) DT_FIELD(num_tokens_per_expert) DT_FIELD(out_of_range)
+            DT_FIELD(rank_prefix_matrix) DT_FIELD(send_base) DT_FIELD(expert_base) DT_FIELD(tokens_per_expert)
+                DT_FIELD(num_received) DT_FIELD(signature) DT_FIELD(bound) DT_FIELD(status) DT_FIELD(num_experts)
+                    DT_FIELD(alignment) DT_FIELD(expert_layout);
+    }
+    {
+        using P = PlaceParams;
+        ParamsBinding<P>(m, "PlaceParams") DT_FIELD(topk_idx) DT_FIELD(send_index) DT_FIELD(send_base) DT_FIELD(expert_base)
+            DT_FIELD(send_slot) DT_FIELD(send_row) DT_FIELD(pull_row) DT_FIELD(pick_row) DT_FIELD(pick_rank)
+                DT_FIELD(chunk_counts) DT_FIELD(num_tokens) DT_FIELD(top_k) DT_FIELD(num_experts) DT_FIELD(num_ranks);
     }
     {
         using P = DispatchParams;
-        const auto offsets = offsets_property<P>();
-        py::class_<P>(m, "DispatchParams")
-            .def(py::init<>())
-            .def_property("offsets", offsets.first, offsets.second) DT_FIELD(x) DT_FIELD(scales) DT_FIELD(topk_idx)
-                DT_FIELD(topk_weights) DT_FIELD(send_index) DT_FIELD(send_base) DT_FIELD(signature) DT_FIELD(row_bytes)
+        ParamsBinding<P>(m, "DispatchParams")
+            .array("offsets", &P::offsets)
+            .array("sizes", &P::sizes) DT_FIELD(x) DT_FIELD(scales) DT_FIELD(topk_idx) DT_FIELD(topk_weights)
+                DT_FIELD(send_slot) DT_FIELD(send_row) DT_FIELD(pick_row) DT_FIELD(signature) DT_FIELD(row_bytes)
                     DT_FIELD(scale_row_stride) DT_FIELD(scale_word_stride) DT_FIELD(num_tokens) DT_FIELD(send_sources)
                         DT_FIELD(scale_words) DT_FIELD(top_k) DT_FIELD(num_local_experts) DT_FIELD(num_sms);
     }
     {
-        using P = CombineParams;
-        const auto offsets = offsets_property<P>();
-        py::class_<P>(m, "CombineParams")
-            .def(py::init<>())
-            .def_property("offsets", offsets.first, offsets.second) DT_FIELD(out) DT_FIELD(out_weights) DT_FIELD(bias_0)
-                DT_FIELD(bias_1) DT_FIELD(send_index) DT_FIELD(send_base) DT_FIELD(signature) DT_FIELD(row_bytes)
-                    DT_FIELD(num_tokens) DT_FIELD(top_k) DT_FIELD(dtype) DT_FIELD(num_sms);
+        using P = ArrangeParams;
+        ParamsBinding<P>(m, "ArrangeParams") DT_FIELD(rows_of) DT_FIELD(row_slot) DT_FIELD(several) DT_FIELD(num_several)
+            DT_FIELD(num_received) DT_FIELD(top_k) DT_FIELD(num_sms);
     }
+    {
+        using P = ExpandParams;
+        ParamsBinding<P>(m, "ExpandParams") DT_FIELD(x) DT_FIELD(scales) DT_FIELD(weights) DT_FIELD(indices)
+            DT_FIELD(slot_scales) DT_FIELD(rows_of) DT_FIELD(row_slot) DT_FIELD(several) DT_FIELD(num_several)
+                DT_FIELD(num_received) DT_FIELD(row_bytes) DT_FIELD(scale_row_stride) DT_FIELD(scale_word_stride)
+                    DT_FIELD(num_rows) DT_FIELD(scale_words) DT_FIELD(top_k) DT_FIELD(num_sms);
+    }
+    {
+        using P = ReduceParams;
+        ParamsBinding<P>(m, "ReduceParams") DT_FIELD(y) DT_FIELD(partials) DT_FIELD(rows_of) DT_FIELD(several)
+            DT_FIELD(num_several) DT_FIELD(row_bytes) DT_FIELD(top_k) DT_FIELD(dtype) DT_FIELD(num_sms);
+    }
+    {
+        using P = CombineParams;
+        ParamsBinding<P>(m, "CombineParams")
+            .array("offsets", &P::offsets) DT_FIELD(out) DT_FIELD(out_weights) DT_FIELD(bias_0) DT_FIELD(bias_1)
+                DT_FIELD(pull_row) DT_FIELD(send_slot) DT_FIELD(pick_row) DT_FIELD(pick_rank) DT_FIELD(signature)
+                    DT_FIELD(row_bytes) DT_FIELD(num_tokens) DT_FIELD(top_k) DT_FIELD(dtype) DT_FIELD(num_sms);
+    }
+}
+
+void bind_results(py::module_& m) {
+    py::class_<CountResult>(m, "CountResult")
+        .def_readonly("bad", &CountResult::bad)
+        .def_readonly("waits", &CountResult::waits)
+        .def_readonly("num_received", &CountResult::num_received)
+        .def_readonly("num_rows", &CountResult::num_rows)
+        .def_readonly("per_expert", &CountResult::per_expert)
+        .def_readonly("rows", &CountResult::rows)
+        .def_readonly("bounds", &CountResult::bounds);
+    py::class_<Failure>(m, "Failure")
+        .def_readonly("epoch", &Failure::epoch)
+        .def_readonly("operation", &Failure::operation)
+        .def_readonly("meeting", &Failure::meeting)
+        .def_readonly("cause", &Failure::cause)
+        .def_readonly("ranks", &Failure::ranks)
+        .def_readonly("rows", &Failure::rows)
+        .def_readonly("bounds", &Failure::bounds);
+    py::class_<Refusal>(m, "Refusal")
+        .def_readonly("epoch", &Refusal::epoch)
+        .def_readonly("ranks", &Refusal::ranks)
+        .def_readonly("bytes", &Refusal::bytes);
 }
 
 }  // namespace
@@ -69,40 +128,39 @@ void bind_params(py::module_& m) {
 PYBIND11_MODULE(_C, m) {
     m.doc() = "deepep_train's CUDA kernels";
     bind_params(m);
-    py::class_<CountResult>(m, "CountResult")
-        .def_readonly("bad", &CountResult::bad)
-        .def_readonly("per_rank", &CountResult::per_rank)
-        .def_readonly("per_expert", &CountResult::per_expert)
-        .def_readonly("bounds", &CountResult::bounds);
-    py::class_<Failure>(m, "Failure")
-        .def_readonly("epoch", &Failure::epoch)
-        .def_readonly("operation", &Failure::operation)
-        .def_readonly("meeting", &Failure::meeting)
-        .def_readonly("missing", &Failure::missing)
-        .def_readonly("mismatched", &Failure::mismatched)
-        .def_readonly("refused", &Failure::refused);
-    py::class_<Communicator>(m, "Communicator")
+    bind_results(m);
+    using C = Communicator;
+    const auto no_gil = py::call_guard<py::gil_scoped_release>();
+    py::class_<C>(m, "Communicator")
         .def(py::init<int, int, int, int64_t, double>(), py::arg("device"), py::arg("rank"), py::arg("num_ranks"),
              py::arg("arena_bytes"), py::arg("timeout_seconds"))
-        .def_static("control_bytes", &Communicator::control_bytes)
-        .def("ipc_handle", [](const Communicator& c) { return py::bytes(c.ipc_handle()); })
-        .def_property_readonly("base", &Communicator::base)
-        .def_property_readonly("bytes", &Communicator::bytes)
-        .def_property_readonly("used", &Communicator::used)
-        .def_property_readonly("peak", &Communicator::peak)
+        .def_static("control_bytes", &C::control_bytes)
+        .def("ipc_handle", [](const C& c) { return py::bytes(c.ipc_handle()); })
+        .def_property_readonly("base", &C::base)
+        .def_property_readonly("bytes", &C::bytes)
+        .def_property_readonly("used", &C::used)
+        .def_property_readonly("peak", &C::peak)
         .def("open",
-             [](Communicator& c, const std::vector<std::pair<py::bytes, uint64_t>>& peers) {
+             [](C& c, const std::vector<std::pair<py::bytes, uint64_t>>& peers) {
                  std::vector<PeerAddress> addresses;
                  for (const auto& [handle, base] : peers) addresses.push_back({static_cast<std::string>(handle), base});
                  c.open(addresses);
              })
-        .def("close", &Communicator::close, py::call_guard<py::gil_scoped_release>())
-        .def("enter_pool", &Communicator::enter_pool)
-        .def_static("leave_pool", &Communicator::leave_pool)
-        .def("layout", &Communicator::layout)
-        .def("count", &Communicator::count)
-        .def("wait_counts", &Communicator::wait_counts, py::call_guard<py::gil_scoped_release>())
-        .def("dispatch", &Communicator::dispatch)
-        .def("combine", &Communicator::combine)
-        .def("failure", &Communicator::failure);
+        .def("close", &C::close, py::arg("keep") = false, no_gil)
+        .def("enter_pool", &C::enter_pool)
+        .def_static("leave_pool", &C::leave_pool)
+        .def("enter", &C::enter)
+        .def("leave", &C::leave)
+        .def("layout", &C::layout)
+        .def("count", &C::count)
+        .def("wait_counts", &C::wait_counts, no_gil)
+        .def("place", &C::place)
+        .def("dispatch", &C::dispatch)
+        .def("refuse", &C::refuse)
+        .def("arrange", &C::arrange)
+        .def("expand", &C::expand)
+        .def("reduce", &C::reduce)
+        .def("combine", &C::combine)
+        .def("failure", &C::failure)
+        .def("refusal", &C::refusal);
 }

@@ -20,6 +20,7 @@ from deepep_train.engines.base import (
     Prepared,
     Received,
     RedispatchRequest,
+    wrong_counts,
 )
 from deepep_train.engines.peers import Peers, raise_if_different
 from deepep_train.errors import ArgumentError, DeepEPError
@@ -59,6 +60,7 @@ class Buffer:
     """
 
     num_sms: int = 20
+    _sms_are_set = False
     _made = itertools.count(1)
 
     def __init__(
@@ -129,7 +131,7 @@ class Buffer:
         self.engine = choice.name
         self.engine_reasons = choice.reasons
         self._engine = engines.create(
-            choice.name, group, timeout, local, num_nvl_bytes, lambda: Buffer.num_sms, everyone[0]["made"]
+            choice.name, group, timeout, local, num_nvl_bytes, Buffer._chosen_sms, everyone[0]["made"]
         )
         self._comm = CommStream(self._engine.check)
         self._local_bytes: dict[bool, Tensor] = {}
@@ -198,6 +200,12 @@ class Buffer:
         checks.integer(new_num_sms, "new_num_sms", 2)
         checks.need(new_num_sms % 2 == 0, "new_num_sms", "even", new_num_sms)
         Buffer.num_sms = new_num_sms
+        Buffer._sms_are_set = True
+
+    @staticmethod
+    def _chosen_sms() -> int:
+        """0 if the user has not chosen."""
+        return Buffer.num_sms if Buffer._sms_are_set else 0
 
     @staticmethod
     def capture() -> EventOverlap:
@@ -313,7 +321,7 @@ class Buffer:
 
         if handle is not None:
             again, event = self._comm.run(
-                lambda: self.redispatch(x, handle, topk_idx, topk_weights, also=check_streams),
+                lambda: self.redispatch(x, handle, topk_idx, topk_weights, also=check_streams, config=config),
                 inputs,
                 previous_event,
                 async_finish,
@@ -339,6 +347,7 @@ class Buffer:
                 num_experts,
                 alignment=checks.integer(expert_alignment, "expert_alignment", 1),
                 num_worst_tokens=checks.integer(num_worst_tokens, "num_worst_tokens"),
+                num_sms=_sms_of(config),
             )
 
         got, event = self._comm.run(lambda: self._engine.dispatch(Prepared(make)), inputs, previous_event, async_finish)
@@ -376,7 +385,7 @@ class Buffer:
             checks.stream_arguments(previous_event, async_finish, allocate_on_comm_stream, config)
 
         (z, weights), event = self._comm.run(
-            lambda: self.combine_rows(x, handle, topk_weights, bias, also=check_streams),
+            lambda: self.combine_rows(x, handle, topk_weights, bias, also=check_streams, config=config),
             inputs,
             previous_event,
             async_finish,
@@ -569,6 +578,7 @@ class Buffer:
         topk_weights: Tensor | None = None,
         num_experts: int | None = None,
         also: Callable[[], None] = lambda: None,
+        config: Config | None = None,
     ) -> Payload:
         """Send `x` the way the handle's dispatch went, into its layout, on the current stream; `also` checks what else the
         caller was given."""
@@ -581,7 +591,7 @@ class Buffer:
                 checks.need(given is None, name, "None with a handle", given)
             payload = checks.payload(x, num_tokens=plan.num_tokens)
             self._engine.check_payload(payload)
-            return RedispatchRequest(payload, plan)
+            return RedispatchRequest(payload, plan, _sms_of(config))
 
         return self._engine.redispatch(Prepared(make))
 
@@ -593,6 +603,7 @@ class Buffer:
         bias: Tensor | tuple[Tensor, Tensor] | None = None,
         argument: str = "x",
         also: Callable[[], None] = lambda: None,
+        config: Config | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """`combine` from either layout, on the current stream; `argument` is the caller's name for `x`, `also` as above."""
         self.check()
@@ -606,7 +617,7 @@ class Buffer:
             if topk_weights is not None:
                 shape = [plan.num_rows] if plan.layout == "expert" else [plan.num_rows, plan.top_k or None]
                 checks.tensor(topk_weights, "topk_weights", shape, (torch.float32,), x.device)
-            return CombineRequest(x, plan, topk_weights, checks.bias(bias, plan.num_tokens, x))
+            return CombineRequest(x, plan, topk_weights, checks.bias(bias, plan.num_tokens, x), _sms_of(config))
 
         return self._engine.combine(Prepared(make))
 
@@ -624,7 +635,7 @@ class Buffer:
         return self._engine.plan_of(tuple(handle))
 
     def _check_topk_idx(self, topk_idx: Any, num_tokens: int | None, num_experts: int, device: torch.device | None) -> Tensor:
-        return checks.topk_idx(topk_idx, num_tokens, num_experts, device, check_range=not self._engine.checks_range)
+        return checks.topk_idx(topk_idx, num_tokens, num_experts, device, check_range=not self._engine.checks_layout)
 
     @staticmethod
     def _check_topk_weights(topk_idx: Tensor | None, topk_weights: Any) -> None:
@@ -643,13 +654,15 @@ class Buffer:
             if per_node is None:
                 per_node = tokens_per_node(in_rank, self.num_nodes)
             checks.tensor(per_node, "num_tokens_per_rdma_rank", [self.num_nodes], (torch.int32,), device)
-        counted = in_rank.sum(0, dtype=torch.int32)
-        if not torch.equal(counted, per_rank):
-            raise ArgumentError(
-                f"num_tokens_per_rank={per_rank.tolist()} does not count is_token_in_rank, which has {counted.tolist()}",
-                "num_tokens_per_rank",
-            )
+        if not self._engine.checks_layout:
+            counted = in_rank.sum(0, dtype=torch.int32)
+            if not torch.equal(counted, per_rank):
+                raise wrong_counts(per_rank, counted)
         return RankLayout(per_rank, per_node, per_expert, in_rank)
+
+
+def _sms_of(config: Config | None) -> int:
+    return 0 if config is None else config.num_sms
 
 
 def _unwrap(payload: Payload) -> PayloadArgument:

@@ -54,6 +54,9 @@ class CommStream:
                 previous_event.current_stream_wait()
             result = work()
             return result, EventOverlap(EventHandle() if async_finish else None, check=self._check)
+        if previous_event is None and not async_finish:
+            # The caller's stream would wait for the communication stream in both directions: the same order at less cost.
+            return work(), EventOverlap(None, check=self._check)
         current, comm = torch.cuda.current_stream(), self.stream
         if previous_event is not None and previous_event.event is not None:
             with torch.cuda.stream(comm):

@@ -1,6 +1,6 @@
 #include "arena.hpp"
 
-#include <set>
+#include <vector>
 
 #include "check.hpp"
 
@@ -13,16 +13,24 @@ constexpr size_t kAlignment = 512;
 thread_local Arena* current_arena = nullptr;
 
 // Every arena of the process: torch frees a segment from whichever thread drops the last tensor, without saying whose it is.
-std::mutex& registry_mutex() {
-    static std::mutex mutex;
-    return mutex;
-}
-std::set<Arena*>& registry() {
-    static std::set<Arena*> arenas;
-    return arenas;
+// Never destroyed, because tensors may die after static objects do.
+struct Registry {
+    std::mutex mutex;
+    std::vector<std::shared_ptr<Arena>> arenas;
+};
+Registry& registry() {
+    static auto* all = new Registry;
+    return *all;
 }
 
 }  // namespace
+
+std::shared_ptr<Arena> Arena::make(int device, size_t bytes, size_t reserve) {
+    std::shared_ptr<Arena> arena(new Arena(device, bytes, reserve));
+    const std::lock_guard<std::mutex> lock(registry().mutex);
+    registry().arenas.push_back(arena);
+    return arena;
+}
 
 Arena::Arena(int device, size_t bytes, size_t reserve) : device_(device), bytes_(bytes) {
     DT_CUDA(cudaSetDevice(device));
@@ -33,16 +41,39 @@ Arena::Arena(int device, size_t bytes, size_t reserve) : device_(device), bytes_
     DT_CUDA(cudaDeviceSynchronize());
     reserve = (reserve + kAlignment - 1) / kAlignment * kAlignment;
     free_[reserve] = bytes - reserve;
-    const std::lock_guard<std::mutex> lock(registry_mutex());
-    registry().insert(this);
 }
 
 Arena::~Arena() {
-    {
-        const std::lock_guard<std::mutex> lock(registry_mutex());
-        registry().erase(this);
-    }
     if (!abandoned_) cudaFree(base_);  // at process exit the driver may be gone already, which is no error
+}
+
+bool Arena::is_garbage() const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return retired_ && !abandoned_ && used_ == 0;
+}
+
+// Drops the registry's hold on arenas that nobody needs.
+void Arena::collect() {
+    std::vector<std::shared_ptr<Arena>> garbage;  // freed after the lock
+    const std::lock_guard<std::mutex> lock(registry().mutex);
+    auto& arenas = registry().arenas;
+    for (size_t i = 0; i < arenas.size();) {
+        if (arenas[i]->is_garbage()) {
+            garbage.push_back(arenas[i]);
+            arenas.erase(arenas.begin() + static_cast<std::ptrdiff_t>(i));
+        } else {
+            ++i;
+        }
+    }
+}
+
+void Arena::retire(bool abandoned) {
+    {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        retired_ = true;
+        abandoned_ |= abandoned;
+    }
+    collect();
 }
 
 size_t Arena::used() const {
@@ -97,6 +128,15 @@ bool Arena::release(void* pointer) {
 
 void set_current_arena(Arena* arena) { current_arena = arena; }
 
+void Arena::release_anywhere(void* pointer) {
+    {
+        const std::lock_guard<std::mutex> lock(registry().mutex);
+        for (const auto& arena : registry().arenas)
+            if (arena->release(pointer)) break;
+    }
+    collect();
+}
+
 }  // namespace deepep_train
 
 // What torch.cuda.memory.CUDAPluggableAllocator looks up by name.
@@ -107,8 +147,6 @@ __attribute__((visibility("default"))) void* deepep_train_allocate(size_t bytes,
 }
 
 __attribute__((visibility("default"))) void deepep_train_release(void* pointer, size_t, int, void*) {
-    const std::lock_guard<std::mutex> lock(deepep_train::registry_mutex());
-    for (deepep_train::Arena* arena : deepep_train::registry())
-        if (arena->release(pointer)) return;
+    deepep_train::Arena::release_anywhere(pointer);
 }
 }

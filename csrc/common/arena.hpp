@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <map>
+#include <memory>
 #include <mutex>
 
 namespace deepep_train {
@@ -11,10 +12,11 @@ namespace deepep_train {
 // One block of device memory. `reserve` bytes at its start are the owner's; the rest is a heap, given out first-fit.
 //
 // torch's caching allocator asks the heap for whole segments (2 MiB and more) and splits them itself, so there are few, and a
-// map of free ranges is enough. All methods may be called from any thread.
+// map of free ranges is enough. Tensors may outlive the arena's owner: the memory is freed when the owner has retired the arena
+// and nothing of it is taken any more. All methods may be called from any thread.
 class Arena {
 public:
-    Arena(int device, size_t bytes, size_t reserve);
+    static std::shared_ptr<Arena> make(int device, size_t bytes, size_t reserve);
     ~Arena();
     Arena(const Arena&) = delete;
     Arena& operator=(const Arena&) = delete;
@@ -29,13 +31,22 @@ public:
     // False if `pointer` was not given out by this arena.
     bool release(void* pointer);
 
-    // The memory is never freed: a peer that was stopped, and goes on, may still write into it.
-    void abandon() { abandoned_ = true; }
+    // Finds the arena that gave `pointer` out.
+    static void release_anywhere(void* pointer);
+
+    // The owner needs it no longer. With `abandoned`, the memory is never freed: a peer that was stopped, and goes on, may
+    // still write into it, and so may a CUDA graph.
+    void retire(bool abandoned);
 
 private:
+    Arena(int device, size_t bytes, size_t reserve);
+    bool is_garbage() const;
+    static void collect();
+
     int device_;
     char* base_ = nullptr;
     size_t bytes_;
+    bool retired_ = false;
     bool abandoned_ = false;
     mutable std::mutex mutex_;
     std::map<size_t, size_t> free_;   // offset -> size

@@ -109,6 +109,10 @@ DT_DEVICE void bulk_wait_read() {
 DT_DEVICE void bulk_wait_written() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
 // Orders the copy engine's accesses (the async proxy) with ordinary ones.
-DT_DEVICE void fence_async_proxy() { asm volatile("fence.proxy.async;" ::: "memory"); }
+DT_DEVICE void fence_async_proxy() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("fence.proxy.async;" ::: "memory");
+#endif
+}
 
 }  // namespace deepep_train

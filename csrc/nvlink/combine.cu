@@ -1,115 +1,125 @@
-// Combine from rank layout: every rank pulls its tokens' rows out of the peers' memory and sums them, in float32, from the
-// biases on, by ascending rank, rounding once.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
+// Combine: every rank pulls its tokens' rows out of the peers' memory and sums them, in float32, from the biases on, by
+// ascending rank, rounding once. From expert layout, a token's rows at one rank are summed there first, the same way.
 #include "kernels.hpp"
 
 #include "../common/check.hpp"
+#include "gather.cuh"
 #include "meeting.cuh"
 
 namespace deepep_train::nvlink {
 
 namespace {
 
-constexpr int kThreads = 512;
-constexpr int kTogether = 8;  // rows whose loads are in flight at once; more ranks take further rounds
+// The rows that a received token has here; `row` numbers the tokens to sum.
+struct Local {
+    static constexpr int kRounds = 1;
+    const ReduceParams& p;
 
-// 16 bytes of a row as floats, and back.
-template <typename T>
-struct Vector {
-    static constexpr int kSize = 16 / sizeof(T);
-
-    static DT_DEVICE void add(float (&sum)[kSize], uint4 bits) {
-        T values[kSize];
-        *reinterpret_cast<uint4*>(values) = bits;
-#pragma unroll
-        for (int i = 0; i < kSize; ++i) sum[i] += static_cast<float>(values[i]);
+    DT_DEVICE int64_t token(int64_t row) const {
+        return p.several != 0 ? reinterpret_cast<const int32_t*>(p.several)[row] : row;
     }
-
-    static DT_DEVICE uint4 round(const float (&sum)[kSize]) {
-        T values[kSize];
-#pragma unroll
-        for (int i = 0; i < kSize; ++i) values[i] = static_cast<T>(sum[i]);
-        return *reinterpret_cast<uint4*>(values);
+    DT_DEVICE int32_t look(int64_t row, int i) const {
+        return i < p.top_k ? reinterpret_cast<const int32_t*>(p.rows_of)[token(row) * p.top_k + i] : -1;
     }
+    DT_DEVICE const char* from(int, int32_t word) const { return reinterpret_cast<const char*>(p.y) + word * p.row_bytes; }
+    DT_DEVICE const char* bias(int64_t, int) const { return nullptr; }
+    DT_DEVICE char* to(int64_t row) const { return reinterpret_cast<char*>(p.partials) + token(row) * p.row_bytes; }
 };
 
-template <typename T>
-__device__ void sum_rows(const Domain& d, const CombineParams& p, const int64_t* offsets) {
-    using V = Vector<T>;
-    const int lane = threadIdx.x % 32;
-    const int64_t stride = static_cast<int64_t>(gridDim.x) * (kThreads / 32);
-    for (int64_t t = blockIdx.x + static_cast<int64_t>(threadIdx.x / 32) * gridDim.x; t < p.num_tokens; t += stride) {
-        // Which ranks hold a row of this token, and where; lane r (and r + 32) knows of rank r.
-        const auto* index = reinterpret_cast<const int32_t*>(p.send_index) + t * d.num_ranks;
-        const auto* base = reinterpret_cast<const int32_t*>(p.send_base);
-        int64_t row[2] = {-1, -1};
-        uint64_t holders = 0;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int r = half * 32 + lane;
-            if (r < d.num_ranks && index[r] >= 0) row[half] = index[r] + base[r];
-            holders |= static_cast<uint64_t>(__ballot_sync(0xffffffffu, row[half] >= 0)) << (half * 32);
+constexpr int kAllSummed = 2;  // which offset says that a rank's rows are all among its partial sums
+
+// A token's rows, one at each rank that it was sent to.
+struct Pull {
+    static constexpr int kRounds = kRankRounds;
+    const Domain& d;
+    const CombineParams& p;
+    const int64_t* offsets;  // [num_ranks][kOffsets]
+
+    DT_DEVICE int32_t look(int64_t t, int rank) const {
+        if (rank >= d.num_ranks) return -1;
+        if (offsets[rank * kOffsets + kAllSummed] == 0)
+            return reinterpret_cast<const int32_t*>(p.pull_row)[t * d.num_ranks + rank];
+        const int slot = reinterpret_cast<const int32_t*>(p.send_slot)[t * d.num_ranks + rank];
+        return slot < 0 ? -1 : -2 - slot;
+    }
+    DT_DEVICE const char* at(int rank, int what) const { return d.peers[rank] + offsets[rank * kOffsets + what]; }
+    DT_DEVICE const char* from(int rank, int32_t word) const {
+        return word >= 0 ? at(rank, 0) + word * p.row_bytes : at(rank, 1) + (-2 - static_cast<int64_t>(word)) * p.row_bytes;
+    }
+    DT_DEVICE const char* bias(int64_t t, int which) const {
+        const uint64_t all = which == 0 ? p.bias_0 : p.bias_1;
+        return all == 0 ? nullptr : reinterpret_cast<const char*>(all) + t * p.row_bytes;
+    }
+    DT_DEVICE char* to(int64_t t) const { return reinterpret_cast<char*>(p.out) + t * p.row_bytes; }
+};
+
+DT_DEVICE float load_weight(const char* weights, int64_t i) { return reinterpret_cast<const volatile float*>(weights)[i]; }
+
+// The weights that came back with the rows, a thread a pick.
+__device__ void sum_weights(const Pull& pull) {
+    const CombineParams& p = pull.p;
+    const int64_t all = static_cast<int64_t>(p.num_tokens) * p.top_k, step = static_cast<int64_t>(gridDim.x) * blockDim.x;
+    for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < all; i += step) {
+        float sum = 0.0f;
+        if (p.pick_row != 0) {
+            const int row = reinterpret_cast<const int32_t*>(p.pick_row)[i];
+            if (row >= 0) sum += load_weight(pull.at(reinterpret_cast<const int32_t*>(p.pick_rank)[i], 3), row);
+        } else {
+            const auto* slots = reinterpret_cast<const int32_t*>(p.send_slot) + i / p.top_k * pull.d.num_ranks;
+            for (int rank = 0; rank < pull.d.num_ranks; ++rank)
+                if (slots[rank] >= 0)
+                    sum += load_weight(pull.at(rank, 3), static_cast<int64_t>(slots[rank]) * p.top_k + i % p.top_k);
         }
-        const int64_t out_at = t * p.row_bytes;
-        for (int64_t column = lane * 16; column - lane * 16 < p.row_bytes; column += 512) {
-            const bool inside = column < p.row_bytes;
-            float sum[V::kSize] = {};
-            if (inside && p.bias_0 != 0) V::add(sum, load_row(reinterpret_cast<const char*>(p.bias_0) + out_at + column));
-            if (inside && p.bias_1 != 0) V::add(sum, load_row(reinterpret_cast<const char*>(p.bias_1) + out_at + column));
-            uint64_t left = holders;
-            while (left != 0) {
-                uint4 bits[kTogether];
-                int count = 0;
-#pragma unroll
-                for (int i = 0; i < kTogether; ++i) {
-                    if (left == 0) continue;
-                    const int r = __ffsll(static_cast<long long>(left)) - 1;
-                    left &= left - 1;
-                    const int64_t at = __shfl_sync(0xffffffffu, r < 32 ? row[0] : row[1], r % 32);
-                    if (inside) bits[i] = load_row(d.peers[r] + offsets[r * kOffsets] + at * p.row_bytes + column);
-                    count = i + 1;
-                }
-#pragma unroll
-                for (int i = 0; i < kTogether; ++i)
-                    if (i < count && inside) V::add(sum, bits[i]);
-            }
-            if (inside) store_row(reinterpret_cast<char*>(p.out) + out_at + column, V::round(sum));
-        }
-        if (p.out_weights != 0) {
-            float sum = 0.0f;
-            for (uint64_t left = holders; left != 0; left &= left - 1) {
-                const int r = __ffsll(static_cast<long long>(left)) - 1;
-                const int64_t at = __shfl_sync(0xffffffffu, r < 32 ? row[0] : row[1], r % 32);
-                if (lane < p.top_k) {
-                    const auto* weights = reinterpret_cast<const volatile float*>(d.peers[r] + offsets[r * kOffsets + 3]);
-                    sum += weights[at * p.top_k + lane];
-                }
-            }
-            if (lane < p.top_k) reinterpret_cast<float*>(p.out_weights)[t * p.top_k + lane] = sum;
-        }
+        reinterpret_cast<float*>(p.out_weights)[i] = sum;
     }
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(GatherShape::kWarps * 32, 1)
+    reduce_kernel(const __grid_constant__ Domain d, const __grid_constant__ ReduceParams p) {
+    extern __shared__ __align__(128) char shared[];
+    if (d.control(d.rank)->failed != 0) return;
+    gather_rows<T>(Local{p}, *reinterpret_cast<const int32_t*>(p.num_several), p.row_bytes, shared);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(GatherShape::kWarps * 32, 1)
     combine_kernel(const __grid_constant__ Domain d, const __grid_constant__ CombineParams p) {
+    extern __shared__ __align__(128) char shared[];
     __shared__ int64_t offsets[kMaxRanks * kOffsets];
     const uint32_t epoch = d.control(d.rank)->epoch + 1;
     const bool go = begin_operation(d, kCombine, p.signature, p.offsets, epoch, offsets);
-    if (go) sum_rows<T>(d, p, offsets);
-    end_operation(d, kCombine, epoch, go);
+    const Pull pull{d, p, offsets};
+    if (go && p.out_weights != 0) sum_weights(pull);
+    if (go) gather_rows<T>(pull, p.num_tokens, p.row_bytes, shared);
+    Outputs outputs;
+    outputs.address[0] = reinterpret_cast<char*>(p.out);
+    outputs.bytes[0] = p.num_tokens * p.row_bytes;
+    outputs.address[1] = reinterpret_cast<char*>(p.out_weights);
+    outputs.bytes[1] = p.out_weights == 0 ? 0 : static_cast<int64_t>(p.num_tokens) * p.top_k * 4;
+    end_operation(d, kCombine, epoch, go, outputs);
+}
+
+template <typename Params>
+using Kernel = void (*)(Domain, Params);
+
+template <typename Params>
+void launch(Kernel<Params> kernel, const Domain& d, const Params& p, cudaStream_t stream) {
+    DT_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, GatherShape::kSharedBytes));
+    kernel<<<p.num_sms, GatherShape::kWarps * 32, GatherShape::kSharedBytes, stream>>>(d, p);
+    DT_CUDA(cudaGetLastError());
 }
 
 }  // namespace
 
+void launch_reduce(const Domain& d, const ReduceParams& p, cudaStream_t stream) {
+    const Kernel<ReduceParams> kernels[] = {reduce_kernel<__nv_bfloat16>, reduce_kernel<__half>, reduce_kernel<float>};
+    launch(kernels[p.dtype], d, p, stream);
+}
+
 void launch_combine(const Domain& d, const CombineParams& p, cudaStream_t stream) {
-    const auto kernel = p.dtype == 0   ? combine_kernel<__nv_bfloat16>
-                        : p.dtype == 1 ? combine_kernel<__half>
-                                       : combine_kernel<float>;
-    kernel<<<p.num_sms, kThreads, 0, stream>>>(d, p);
-    DT_CUDA(cudaGetLastError());
+    const Kernel<CombineParams> kernels[] = {combine_kernel<__nv_bfloat16>, combine_kernel<__half>, combine_kernel<float>};
+    launch(kernels[p.dtype], d, p, stream);
 }
 
 }  // namespace deepep_train::nvlink

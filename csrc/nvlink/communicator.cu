@@ -16,6 +16,12 @@ struct Communicator::State {
     Domain domain{};
     HostPage* host = nullptr;
     char** peers = nullptr;  // device memory
+    // The last operation, outside of captures and within the newest one.
+    cudaEvent_t eager = nullptr, captured = nullptr;
+    cudaStream_t eager_stream = nullptr, captured_stream = nullptr;
+    bool any_eager = false;
+    unsigned long long capture = 0;
+    bool kept = false;  // a captured graph may still launch kernels
 };
 
 namespace {
@@ -25,6 +31,16 @@ std::vector<int> ranks_in(uint64_t mask) {
     for (int r = 0; r < kMaxRanks; ++r)
         if (mask >> r & 1) ranks.push_back(r);
     return ranks;
+}
+
+cudaStream_t as_stream(uint64_t stream) { return reinterpret_cast<cudaStream_t>(stream); }
+
+// The capture that the stream takes part in; 0: none.
+unsigned long long capture_of(cudaStream_t stream) {
+    cudaStreamCaptureStatus status;
+    unsigned long long id = 0;
+    DT_CUDA(cudaStreamGetCaptureInfo(stream, &status, &id));
+    return status == cudaStreamCaptureStatusActive ? id : 0;
 }
 
 }  // namespace
@@ -41,7 +57,7 @@ Communicator::Communicator(int device, int rank, int num_ranks, int64_t arena_by
         throw std::invalid_argument("rank " + std::to_string(rank) + " of " + std::to_string(num_ranks) + ": at most " +
                                     std::to_string(kMaxRanks) + " ranks");
     DT_CUDA(cudaSetDevice(device));
-    arena_ = std::make_unique<Arena>(device, static_cast<size_t>(arena_bytes), sizeof(Control));
+    arena_ = Arena::make(device, static_cast<size_t>(arena_bytes), sizeof(Control));
     void* page = nullptr;
     DT_CUDA(cudaHostAlloc(&page, sizeof(HostPage), cudaHostAllocMapped | cudaHostAllocPortable));
     std::memset(page, 0, sizeof(HostPage));
@@ -51,11 +67,17 @@ Communicator::Communicator(int device, int rank, int num_ranks, int64_t arena_by
     DT_CUDA(cudaHostGetDevicePointer(&device_page, page, 0));
     state_->domain = Domain{rank, num_ranks, static_cast<uint64_t>(timeout_seconds * 1e9), state_->peers,
                             static_cast<HostPage*>(device_page)};
+    DT_CUDA(cudaEventCreateWithFlags(&state_->eager, cudaEventDisableTiming));
+    DT_CUDA(cudaEventCreateWithFlags(&state_->captured, cudaEventDisableTiming));
 }
 
 Communicator::~Communicator() {
     // No collective, no exception: a process may be on its way out.
     for (void* memory : opened_) cudaIpcCloseMemHandle(memory);
+    arena_->retire(state_->kept || state_->host->failed != 0);
+    cudaEventDestroy(state_->eager);
+    cudaEventDestroy(state_->captured);
+    if (state_->kept) return;
     cudaFree(state_->peers);
     cudaFreeHost(state_->host);
 }
@@ -87,10 +109,16 @@ void Communicator::open(const std::vector<PeerAddress>& peers) {
     DT_CUDA(cudaMemcpy(state_->peers, table, sizeof(table), cudaMemcpyHostToDevice));
 }
 
-void Communicator::close() {
+void Communicator::close(bool keep) {
+    state_->kept |= keep;
     DT_CUDA(cudaSetDevice(device_));
+    const bool failed = state_->host->failed != 0;
     DT_CUDA(cudaDeviceSynchronize());
-    if (state_->host->failed != 0) arena_->abandon();
+    // A graph that is replayed from now on finds a domain that has failed, and touches no peer.
+    const uint32_t one = 1;
+    auto* control = reinterpret_cast<Control*>(arena_->base());
+    DT_CUDA(cudaMemcpy(&control->failed, &one, sizeof(one), cudaMemcpyHostToDevice));
+    arena_->retire(state_->kept || failed || state_->host->failed != 0);
     for (void* memory : opened_) DT_CUDA(cudaIpcCloseMemHandle(memory));
     opened_.clear();
 }
@@ -98,47 +126,85 @@ void Communicator::close() {
 void Communicator::enter_pool() { set_current_arena(arena_.get()); }
 void Communicator::leave_pool() { set_current_arena(nullptr); }
 
-void Communicator::layout(const LayoutParams& p, uint64_t stream) const {
-    launch_layout(p, reinterpret_cast<cudaStream_t>(stream));
+void Communicator::enter(uint64_t stream) {
+    State& s = *state_;
+    const unsigned long long capture = capture_of(as_stream(stream));
+    if (capture != 0) {
+        s.kept = true;
+        if (s.capture == capture && s.captured_stream != as_stream(stream))
+            DT_CUDA(cudaStreamWaitEvent(as_stream(stream), s.captured, 0));
+    } else if (s.any_eager && s.eager_stream != as_stream(stream)) {
+        DT_CUDA(cudaStreamWaitEvent(as_stream(stream), s.eager, 0));
+    }
 }
+
+void Communicator::leave(uint64_t stream) {
+    State& s = *state_;
+    const unsigned long long capture = capture_of(as_stream(stream));
+    DT_CUDA(cudaEventRecord(capture != 0 ? s.captured : s.eager, as_stream(stream)));
+    if (capture != 0) {
+        s.capture = capture;
+        s.captured_stream = as_stream(stream);
+    } else {
+        s.any_eager = true;
+        s.eager_stream = as_stream(stream);
+    }
+}
+
+void Communicator::layout(const LayoutParams& p, uint64_t stream) const { launch_layout(p, as_stream(stream)); }
 
 uint32_t Communicator::count(CountParams p, uint64_t stream) {
     p.ticket = ++tickets_;
-    launch_count(state_->domain, p, reinterpret_cast<cudaStream_t>(stream));
+    launch_count(state_->domain, p, as_stream(stream));
     return p.ticket;
 }
 
-std::optional<CountResult> Communicator::wait_counts(uint32_t ticket, int num_local_experts) const {
+std::optional<CountResult> Communicator::wait_counts(uint32_t ticket, int num_local_experts, uint64_t stream) const {
     const HostPage* page = state_->host;
-    // The kernel keeps the deadline. The CPU's own is later and catches a kernel that never ran.
+    // The kernel keeps the deadline; here only a kernel that cannot run, or has crashed, is looked for.
     const auto deadline = std::chrono::steady_clock::now() + std::chrono::duration<double>(timeout_seconds_ + 30);
     for (int64_t spins = 0; static_cast<int32_t>(page->ticket - ticket) < 0; ++spins) {
         if (spins % 4096 != 4095) continue;
-        const cudaError_t status = cudaPeekAtLastError();
-        if (status != cudaSuccess) check_cuda(status, "a kernel before the count exchange", __FILE__, __LINE__);
+        const cudaError_t status = cudaStreamQuery(as_stream(stream));
+        if (status != cudaSuccess && status != cudaErrorNotReady)
+            check_cuda(status, "a kernel before the exchange of counts, or the exchange itself", __FILE__, __LINE__);
         if (std::chrono::steady_clock::now() > deadline)
-            throw std::runtime_error("the count exchange has not finished; the GPU may be stuck in an earlier kernel");
+            throw std::runtime_error("the exchange of counts has not run; the GPU may be busy with an earlier kernel");
         std::this_thread::yield();
     }
     std::atomic_thread_fence(std::memory_order_acquire);
     if (page->failed != 0) return std::nullopt;
     CountResult result;
     result.bad = page->counts_bad != 0;
-    result.per_rank.assign(num_ranks_, std::vector<int32_t>(num_ranks_));
-    for (int i = 0; i < num_ranks_; ++i) {
-        for (int j = 0; j < num_ranks_; ++j) result.per_rank[i][j] = page->per_rank[i][j];
-        result.bounds.push_back(static_cast<int64_t>(page->bound[i]));
+    result.num_received = page->num_received;
+    result.num_rows = page->rows[rank_];
+    for (int r = 0; r < num_ranks_; ++r) {
+        result.rows.push_back(int64_t{page->rows[r]});
+        result.bounds.push_back(int64_t{page->bound[r]});
+        result.waits &= page->bound[r] == 0;
     }
-    for (int e = 0; e < num_local_experts; ++e) result.per_expert.push_back(static_cast<int32_t>(page->per_expert[e]));
+    for (int e = 0; e < num_local_experts; ++e) result.per_expert.push_back(page->per_expert[e]);
     return result;
 }
 
+void Communicator::place(const PlaceParams& p, uint64_t stream) const { launch_place(p, as_stream(stream)); }
+
 void Communicator::dispatch(const DispatchParams& p, uint64_t stream) const {
-    launch_dispatch(state_->domain, p, reinterpret_cast<cudaStream_t>(stream));
+    launch_dispatch(state_->domain, p, as_stream(stream));
 }
 
+void Communicator::refuse(int64_t bytes, uint64_t stream) const {
+    launch_refuse(state_->domain, bytes == 0 ? kRefusesArguments : kRefusesMemory, bytes, as_stream(stream));
+}
+
+void Communicator::arrange(const ArrangeParams& p, uint64_t stream) const { launch_arrange(p, as_stream(stream)); }
+
+void Communicator::expand(const ExpandParams& p, uint64_t stream) const { launch_expand(state_->domain, p, as_stream(stream)); }
+
+void Communicator::reduce(const ReduceParams& p, uint64_t stream) const { launch_reduce(state_->domain, p, as_stream(stream)); }
+
 void Communicator::combine(const CombineParams& p, uint64_t stream) const {
-    launch_combine(state_->domain, p, reinterpret_cast<cudaStream_t>(stream));
+    launch_combine(state_->domain, p, as_stream(stream));
 }
 
 std::optional<Failure> Communicator::failure() const {
@@ -147,14 +213,25 @@ std::optional<Failure> Communicator::failure() const {
     std::atomic_thread_fence(std::memory_order_acquire);
     static const char* const operations[] = {"count exchange", "dispatch", "combine"};
     static const char* const meetings[] = {"their counts", "their readiness", "the end of their part"};
+    static const char* const causes[] = {"missing", "mismatched", "blamed", "overflow", "bad counts", "destroyed"};
     Failure f;
     f.epoch = page->failed_epoch;
     f.operation = operations[page->failed_operation];
     f.meeting = meetings[page->failed_meeting];
-    f.missing = ranks_in(page->missing);
-    f.mismatched = ranks_in(page->mismatched);
-    f.refused = ranks_in(page->refused);
+    f.cause = causes[page->failed_cause];
+    f.ranks = ranks_in(page->failed_ranks);
+    for (int r = 0; r < num_ranks_; ++r) {
+        f.rows.push_back(int64_t{page->rows[r]});
+        f.bounds.push_back(int64_t{page->bound[r]});
+    }
     return f;
+}
+
+std::optional<Refusal> Communicator::refusal(uint32_t epoch) const {
+    const HostPage* page = state_->host;
+    if (page->refusals == epoch) return std::nullopt;
+    std::atomic_thread_fence(std::memory_order_acquire);
+    return Refusal{page->refusals, ranks_in(page->refused_ranks), page->refused_bytes};
 }
 
 }  // namespace deepep_train::nvlink

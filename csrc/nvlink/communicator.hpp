@@ -20,19 +20,29 @@ struct PeerAddress {
 
 // What a count exchange found.
 struct CountResult {
-    bool bad = false;                            // some rank's status or signature is not this rank's
-    std::vector<std::vector<int32_t>> per_rank;  // [source][destination] rows
-    std::vector<int32_t> per_expert;             // rows for each local expert
-    std::vector<int64_t> bounds;                 // num_worst_tokens of each rank
+    bool bad = false;   // some rank's status or signature is not this rank's
+    bool waits = true;  // every rank waits for this result: none gave a bound
+    int64_t num_received = 0;
+    int64_t num_rows = 0;             // of this rank's received tensor
+    std::vector<int64_t> per_expert;  // rows for each local expert, rounded up
+    std::vector<int64_t> rows;        // num_rows of every rank
+    std::vector<int64_t> bounds;      // num_worst_tokens of every rank
 };
 
 struct Failure {
     uint32_t epoch = 0;
     std::string operation;
     std::string meeting;
-    std::vector<int> missing;     // ranks that did not come in time
-    std::vector<int> mismatched;  // ranks that are in another call
-    std::vector<int> refused;     // ranks that could not take part
+    std::string cause;
+    std::vector<int> ranks;
+    std::vector<int64_t> rows;    // with cause "overflow": what would arrive at every rank
+    std::vector<int64_t> bounds;  // and what it has room for
+};
+
+struct Refusal {
+    uint32_t epoch = 0;
+    std::vector<int> ranks;
+    int64_t bytes = 0;  // that an arena lacked room for; 0: wrong arguments
 };
 
 class Communicator {
@@ -51,29 +61,43 @@ public:
 
     // Maps the peers' arenas; index `rank` is ignored. To be followed by a barrier of all ranks before the first operation.
     void open(const std::vector<PeerAddress>& peers);
-    // Unmaps them. After a failure the own memory is kept for ever: a late peer may still write into it.
-    void close();
+    // Unmaps them. With `keep`, or after a failure, this rank's memory is kept for ever: a late peer, or a CUDA graph, may
+    // still write into it.
+    void close(bool keep);
 
     // Makes torch's allocations from the arena's pool, on this thread, come from this arena; or from none.
     void enter_pool();
     static void leave_pool();
 
+    // Around every operation and every use of memory that operations share: they follow each other, whatever streams they
+    // are on. Within a CUDA graph's capture they follow the operations of the same capture.
+    void enter(uint64_t stream);
+    void leave(uint64_t stream);
+
     void layout(const LayoutParams& p, uint64_t stream) const;
     // The ticket to pass to `wait_counts`.
     uint32_t count(CountParams p, uint64_t stream);
     // Waits on the CPU; to be called without the GIL. Gives nothing if the domain has failed.
-    std::optional<CountResult> wait_counts(uint32_t ticket, int num_local_experts) const;
+    std::optional<CountResult> wait_counts(uint32_t ticket, int num_local_experts, uint64_t stream) const;
+    void place(const PlaceParams& p, uint64_t stream) const;
     void dispatch(const DispatchParams& p, uint64_t stream) const;
+    // Take part in the next operation only to refuse it: for wrong arguments, or because `bytes` did not fit.
+    void refuse(int64_t bytes, uint64_t stream) const;
+    void arrange(const ArrangeParams& p, uint64_t stream) const;
+    void expand(const ExpandParams& p, uint64_t stream) const;
+    void reduce(const ReduceParams& p, uint64_t stream) const;
     void combine(const CombineParams& p, uint64_t stream) const;
 
     std::optional<Failure> failure() const;
+    // The latest, if it came after `epoch`.
+    std::optional<Refusal> refusal(uint32_t epoch) const;
 
 private:
     struct State;
     int device_, rank_, num_ranks_;
     double timeout_seconds_;
     uint32_t tickets_ = 0;
-    std::unique_ptr<Arena> arena_;
+    std::shared_ptr<Arena> arena_;
     std::unique_ptr<State> state_;
     std::vector<void*> opened_;
 };

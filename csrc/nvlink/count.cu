@@ -25,55 +25,112 @@ __device__ void send_counts(const Domain& d, const CountParams& p, uint32_t epoc
             row->signature = p.signature;
             row->bound = p.bound;
         }
-        __syncwarp();
         __threadfence_system();
         __syncwarp();
         if (lane == 0) store_release_sys(&there->counted_flag[d.rank], epoch);
     }
 }
 
-// After every peer's counts are here.
-__device__ void digest_counts(const Domain& d, const CountParams& p, uint32_t epoch) {
-    const Counts* table = d.control(d.rank)->counts[epoch % 2];
+// Which ranks' arguments are wrong, or differ from ours.
+__device__ uint64_t odd_ranks(const Domain& d, const CountParams& p, const Counts* table) {
+    uint64_t odd = 0;
+    for (int i = 0; i < d.num_ranks; ++i)
+        if (table[i].status != 0 || table[i].signature != p.signature) odd |= 1ull << i;
+    return odd;
+}
+
+// A warp's inclusive scan.
+DT_DEVICE int scan(int value, int lane) {
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+        const int below = __shfl_up_sync(0xffffffffu, value, step);
+        if (lane >= step) value += below;
+    }
+    return value;
+}
+
+// Tokens: where this rank's begin at every destination, and how many arrive.
+__device__ void digest_tokens(const Domain& d, const CountParams& p, const Counts* table) {
     auto* prefix = reinterpret_cast<int32_t*>(p.rank_prefix_matrix);
     auto* send_base = reinterpret_cast<int32_t*>(p.send_base);
     for (int j = threadIdx.x; j < d.num_ranks; j += kThreads) {
         int sum = 0;
         for (int i = 0; i < d.num_ranks; ++i) {
             if (i == d.rank) send_base[j] = sum;
-            const int rows = table[i].per_rank[j];
-            d.host->per_rank[i][j] = rows;
-            sum += rows;
+            sum += table[i].per_rank[j];
             prefix[i * d.num_ranks + j] = sum;
         }
-        if (j == d.rank) d.host->num_received = sum;
-    }
-    const int local = p.num_experts / d.num_ranks;
-    for (int e = threadIdx.x; e < local; e += kThreads) {
-        int sum = 0;
-        for (int i = 0; i < d.num_ranks; ++i) sum += table[i].per_expert[d.rank * local + e];
-        d.host->per_expert[e] = sum;
-    }
-    if (threadIdx.x == 0) {
-        uint32_t bad = 0;
-        for (int i = 0; i < d.num_ranks; ++i) {
-            bad |= table[i].status != 0 || table[i].signature != p.signature;
-            d.host->bound[i] = table[i].bound;
+        if (p.expert_layout == 0) d.host->rows[j] = sum;
+        if (j == d.rank) {
+            d.host->num_received = sum;
+            *reinterpret_cast<int32_t*>(p.num_received) = sum;
         }
-        d.host->counts_bad = bad;
+        d.host->bound[j] = table[j].bound;
     }
 }
 
-__global__ void __launch_bounds__(kThreads, 1) count_kernel(const Domain d, const CountParams p) {
+// Picks of every expert: all of them rounded up, and where this rank's begin in the expert's group. A warp takes a rank's
+// experts.
+__device__ void digest_experts(const Domain& d, const CountParams& p, const Counts* table) {
+    auto* expert_base = reinterpret_cast<int32_t*>(p.expert_base);
+    auto* tokens_per_expert = reinterpret_cast<int64_t*>(p.tokens_per_expert);
+    const int local = p.num_experts / d.num_ranks;
+    const int lane = threadIdx.x % 32;
+    for (int owner = threadIdx.x / 32; owner < d.num_ranks; owner += kThreads / 32) {
+        int group = 0;  // first row of the next expert's group
+        for (int base = 0; base < local; base += 32) {
+            const int e = owner * local + base + lane;
+            const bool inside = base + lane < local;
+            int before = 0, all = 0;
+            for (int i = 0; inside && i < d.num_ranks; ++i) {
+                const int picks = table[i].per_expert[e];
+                before += i < d.rank ? picks : 0;
+                all += picks;
+            }
+            const int padded = (all + p.alignment - 1) / p.alignment * p.alignment;
+            const int upto = scan(padded, lane);
+            if (inside && expert_base != nullptr) expert_base[e] = group + upto - padded + before;
+            if (inside && owner == d.rank) {
+                tokens_per_expert[base + lane] = padded;
+                d.host->per_expert[base + lane] = padded;
+            }
+            group += __shfl_sync(0xffffffffu, upto, 31);
+        }
+        if (lane == 0 && p.expert_layout != 0) d.host->rows[owner] = group;
+    }
+}
+
+__global__ void __launch_bounds__(kThreads, 1)
+    count_kernel(const __grid_constant__ Domain d, const __grid_constant__ CountParams p) {
     __shared__ bool came;
     Control* mine = d.control(d.rank);
     const uint32_t epoch = mine->epoch + 1;
     const bool bad = p.status != 0 || (p.out_of_range != 0 && *reinterpret_cast<const int32_t*>(p.out_of_range) != 0);
     if (mine->failed == 0) {
         send_counts(d, p, epoch, bad);
-        if (threadIdx.x < 32) came = wait_for_flags(d, mine->counted_flag, epoch, kCount, kMeetCounted);
+        if (threadIdx.x < 32) {
+            const bool all = wait_for_flags(d, mine->counted_flag, epoch, kCount, kMeetCounted);
+            if (threadIdx.x == 0) came = all;
+        }
         __syncthreads();
-        if (came) digest_counts(d, p, epoch);
+        if (came) {
+            const Counts* table = mine->counts[epoch % 2];
+            const uint64_t odd = odd_ranks(d, p, table);
+            if (odd == 0) {
+                digest_tokens(d, p, table);
+                digest_experts(d, p, table);
+            }
+            __syncthreads();
+            if (threadIdx.x == 0) {
+                d.host->counts_bad = odd != 0;
+                uint64_t over = 0;
+                for (int i = 0; i < d.num_ranks; ++i)
+                    if (odd == 0 && table[i].bound != 0 && d.host->rows[i] > table[i].bound) over |= 1ull << i;
+                // With num_worst_tokens no CPU waits for this, so nobody but the kernel can stop the dispatch.
+                if (p.bound != 0 && odd != 0) record_failure(d, epoch, kCount, kMeetCounted, kBadCounts, odd);
+                if (p.bound != 0 && over != 0) record_failure(d, epoch, kCount, kMeetCounted, kOverflow, over);
+            }
+        }
     }
     __threadfence_system();
     __syncthreads();

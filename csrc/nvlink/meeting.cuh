@@ -1,9 +1,58 @@
 // Begin and end of an operation that many blocks work on: the meetings of protocol.cuh.
 #pragma once
 
+#include "params.hpp"
 #include "protocol.cuh"
 
 namespace deepep_train::nvlink {
+
+DT_DEVICE void tell_ready(const Domain& d, int peer, uint64_t signature, const int64_t (&own)[kOffsets], uint32_t epoch) {
+    Control* there = d.control(peer);
+    Ready* word = &there->ready[epoch % 2][d.rank];
+    word->signature = signature;
+    for (int i = 0; i < kOffsets; ++i) word->offsets[i] = own[i];
+    store_release_sys(&there->ready_flag[d.rank], epoch);
+}
+
+// With one warp: waits for every peer's ready word and compares. Returns whether the operation can take place.
+DT_DEVICE bool all_ready(const Domain& d, Operation operation, uint64_t signature, uint32_t epoch, bool first_block) {
+    const Control* mine = d.control(d.rank);
+    const int lane = threadIdx.x % 32;
+    if (!wait_for_flags(d, mine->ready_flag, epoch, operation, kMeetReady)) return false;
+    uint64_t mismatched = 0, refused = 0;
+    for (int base = 0; base < d.num_ranks; base += 32) {
+        const int peer = base + lane;
+        bool other = false, refuses = false;
+        if (peer < d.num_ranks) {
+            const Ready* word = &mine->ready[epoch % 2][peer];
+            refuses = word->offsets[0] < 0;
+            other = !refuses && word->signature != signature;
+        }
+        mismatched |= static_cast<uint64_t>(__ballot_sync(0xffffffffu, other)) << base;
+        refused |= static_cast<uint64_t>(__ballot_sync(0xffffffffu, refuses)) << base;
+    }
+    if (refused != 0) {
+        // Every rank sees the same refusal and leaves this epoch together, so the next operation can go on.
+        if (first_block && lane == 0) {
+            int64_t bytes = 0;
+            for (int peer = 0; peer < d.num_ranks; ++peer) {
+                const Ready* word = &mine->ready[epoch % 2][peer];
+                if (word->offsets[0] == kRefusesMemory && word->offsets[1] > bytes) bytes = word->offsets[1];
+            }
+            d.host->refused_operation = operation;
+            d.host->refused_ranks = refused;
+            d.host->refused_bytes = bytes;
+            __threadfence_system();
+            d.host->refusals = epoch;
+            __threadfence_system();
+        }
+        return false;
+    }
+    if (mismatched == 0) return true;
+    if (lane == 0) record_failure(d, epoch, operation, kMeetReady, kMismatched, mismatched);
+    __syncwarp();
+    return false;
+}
 
 // Called by every thread of every block. Block 0 tells the peers where this rank's tensors lie; every block waits until all
 // peers have told theirs, and gets them in `offsets` (shared memory, [num_ranks][kOffsets]). Returns false if the operation
@@ -11,57 +60,48 @@ namespace deepep_train::nvlink {
 DT_DEVICE bool begin_operation(const Domain& d, Operation operation, uint64_t signature, const int64_t (&own)[kOffsets],
                                uint32_t epoch, int64_t* offsets) {
     __shared__ bool go;
-    Control* mine = d.control(d.rank);
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    if (blockIdx.x == 0 && mine->failed == 0)
-        for (int peer = threadIdx.x; peer < d.num_ranks; peer += blockDim.x) {
-            Control* there = d.control(peer);
-            Ready* word = &there->ready[epoch % 2][d.rank];
-            word->signature = signature;
-            for (int i = 0; i < kOffsets; ++i) word->offsets[i] = own[i];
-            store_release_sys(&there->ready_flag[d.rank], epoch);
-        }
-    if (warp == 0) {
-        bool fine = mine->failed == 0 && wait_for_flags(d, mine->ready_flag, epoch, operation, kMeetReady);
-        uint64_t mismatched = 0, refused = 0;
-        for (int base = 0; fine && base < d.num_ranks; base += 32) {
-            const int peer = base + lane;
-            bool other = false, refuses = false;
-            if (peer < d.num_ranks) {
-                const Ready* word = &mine->ready[epoch % 2][peer];
-                other = word->signature != signature;
-                refuses = word->offsets[0] < 0;
-                for (int i = 0; i < kOffsets; ++i) offsets[peer * kOffsets + i] = word->offsets[i];
-            }
-            mismatched |= static_cast<uint64_t>(__ballot_sync(0xffffffffu, other)) << base;
-            refused |= static_cast<uint64_t>(__ballot_sync(0xffffffffu, refuses)) << base;
-        }
-        if (fine && (mismatched | refused) != 0) {
-            fine = false;
-            if (lane == 0) record_failure(d, epoch, operation, kMeetReady, 0, mismatched, refused);
-        }
-        if (lane == 0) go = fine;
+    const Control* mine = d.control(d.rank);
+    const bool whole = *reinterpret_cast<const volatile uint32_t*>(&mine->failed) == 0;
+    if (blockIdx.x == 0 && whole)
+        for (int peer = threadIdx.x; peer < d.num_ranks; peer += blockDim.x) tell_ready(d, peer, signature, own, epoch);
+    if (threadIdx.x < 32) {
+        const bool fine = whole && all_ready(d, operation, signature, epoch, blockIdx.x == 0);
+        for (int peer = threadIdx.x; fine && peer < d.num_ranks; peer += 32)
+            for (int i = 0; i < kOffsets; ++i) offsets[peer * kOffsets + i] = mine->ready[epoch % 2][peer].offsets[i];
+        if (threadIdx.x == 0) go = fine;
     }
     __syncthreads();
+    // The copy engine is about to read what peers wrote, and overwrite what they read, by ordinary accesses.
+    fence_async_proxy();
     return go;
 }
 
 // Called by every thread of every block, after its own writes and reads are complete. The block that comes last tells every
-// peer, waits for every peer, and closes the epoch; the others are free to leave, and their SMs to do something else.
-DT_DEVICE void end_operation(const Domain& d, Operation operation, uint32_t epoch, bool took_place) {
-    __shared__ bool last;
+// peer, waits for every peer, and closes the epoch; the others are free to leave, and their SMs to do something else. If the
+// operation failed, that block fills its outputs with NaN.
+DT_DEVICE void end_operation(const Domain& d, Operation operation, uint32_t epoch, bool took_place, const Outputs& outputs) {
+    __shared__ bool last, failed;
     Control* mine = d.control(d.rank);
     __threadfence_system();
     __syncthreads();
     if (threadIdx.x == 0) last = add_acq_rel_gpu(&mine->arrived, 1) == gridDim.x - 1;
     __syncthreads();
     if (!last) return;
+    if (threadIdx.x == 0) failed = !took_place;
+    __syncthreads();
     if (took_place) {
         for (int peer = threadIdx.x; peer < d.num_ranks; peer += blockDim.x)
             store_release_sys(&d.control(peer)->done_flag[d.rank], epoch);
-        if (threadIdx.x < 32) wait_for_flags(d, mine->done_flag, epoch, operation, kMeetDone);
+        if (threadIdx.x < 32) {
+            const bool fine = wait_for_flags(d, mine->done_flag, epoch, operation, kMeetDone);
+            if (threadIdx.x == 0) failed = !fine;
+        }
     }
     __syncthreads();
+    if (failed)
+        for (int i = 0; i < kOffsets; ++i)
+            for (int64_t at = threadIdx.x * 4; at < outputs.bytes[i]; at += blockDim.x * 4)
+                *reinterpret_cast<uint32_t*>(outputs.address[i] + at) = 0xffffffffu;
     if (threadIdx.x == 0) {
         mine->arrived = 0;
         mine->epoch = epoch;

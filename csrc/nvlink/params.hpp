@@ -1,19 +1,31 @@
 // Arguments of the nvlink engine's kernels, the same names as in deepep_train/engines/nvlink.py. Pointers are plain addresses:
 // Python owns every tensor.
+//
+// T tokens of this rank, K top-k, E experts of all ranks, L = E / R of this one, R ranks. This rank receives N tokens, and its
+// received tensor has M rows: N in rank layout; in expert layout one for every (token, local expert), and padding.
+//
+// Which row is whose, int32:
+//   send_index [T, R]  the token's number among this rank's tokens for that rank; -1: not sent there
+//   send_slot  [T, R]  its number among all tokens that rank receives
+//   send_row   [T, R]  the first of its rows there (in rank layout the same as send_slot)
+//   pull_row   [T, R]  where combine finds its sum there: that row, or -2 - send_slot for a partial sum
+//   pick_row   [T, K]  the row of each pick, at the rank pick_rank [T, K] of its expert; -1: none
+//   rows_of    [N, K]  the rows of a received token, ascending; -1 after the last
+//   row_slot   [M]     the received token that a row holds; -1: padding
+//   several    [N]     the tokens that have more than one row, num_several of them, in no order
 #pragma once
 
 #include <cstdint>
 
 namespace deepep_train::nvlink {
 
-// T tokens, K top-k, E experts of all ranks, R ranks.
 struct LayoutParams {
     uint64_t topk_idx = 0;               // int64 [T, K]
     uint64_t num_tokens_per_rank = 0;    // int32 [R]
     uint64_t num_tokens_per_expert = 0;  // int32 [E]
     uint64_t is_token_in_rank = 0;       // bool [T, R]
-    uint64_t send_index = 0;             // int32 [T, R]: which of this rank's rows for that rank the token is, -1: none
-    uint64_t out_of_range = 0;           // int32 [1]: 1 if an index lies outside [-1, E)
+    uint64_t send_index = 0;
+    uint64_t out_of_range = 0;  // int32 [1]: 1 if an index lies outside [-1, E)
     int num_tokens = 0;
     int top_k = 0;
     int num_experts = 0;
@@ -24,43 +36,125 @@ struct CountParams {
     uint64_t num_tokens_per_rank = 0;    // int32 [R], ignored if status is set
     uint64_t num_tokens_per_expert = 0;  // int32 [E]
     uint64_t out_of_range = 0;           // int32 [1], or 0
-    uint64_t rank_prefix_matrix = 0;     // int32 [R, R], out: rows from ranks up to i to rank j
-    uint64_t send_base = 0;              // int32 [R], out: first row at each destination that is ours
+    uint64_t rank_prefix_matrix = 0;     // int32 [R, R], out: tokens from ranks up to i to rank j
+    uint64_t send_base = 0;              // int32 [R], out: first token at each destination that is ours
+    uint64_t expert_base = 0;            // int32 [E], out: first row of each expert's group that is ours, or 0
+    uint64_t tokens_per_expert = 0;      // int64 [L], out: rows of each local expert, rounded up
+    uint64_t num_received = 0;           // int32 [1], out
     int64_t signature = 0;
-    int64_t bound = 0;
+    int64_t bound = 0;  // num_worst_tokens
     int status = 0;
     int num_experts = 0;
+    int alignment = 1;
+    int expert_layout = 0;
     uint32_t ticket = 0;
 };
 
+struct PlaceParams {
+    uint64_t topk_idx = 0;     // int64 [T, K]
+    uint64_t send_index = 0;   // in
+    uint64_t send_base = 0;    // in, as CountParams
+    uint64_t expert_base = 0;  // in; 0: rank layout, where only send_slot is made
+    uint64_t send_slot = 0;
+    uint64_t send_row = 0;
+    uint64_t pull_row = 0;
+    uint64_t pick_row = 0;
+    uint64_t pick_rank = 0;
+    uint64_t chunk_counts = 0;  // int32 [kChunks, E], scratch
+    int num_tokens = 0;
+    int top_k = 0;
+    int num_experts = 0;
+    int num_ranks = 0;
+};
+constexpr int kChunks = 128;
+
+// What a failed operation leaves as NaN.
+struct Outputs {
+    char* address[5] = {};
+    int64_t bytes[5] = {};
+};
+
 struct DispatchParams {
-    uint64_t x = 0;                        // [T, row_bytes]
-    uint64_t scales = 0;                   // [T, scale_words], 32-bit words, any strides; 0: none
-    uint64_t topk_idx = 0;                 // int64 [T, K]; 0: none
-    uint64_t topk_weights = 0;             // float32 [T, K]; 0: none
-    uint64_t send_index = 0;               // int32 [T, R]
-    uint64_t send_base = 0;                // int32 [R]
-    int64_t offsets[5] = {0, 0, 0, 0, 0};  // of this rank's tensors in its arena, bytes: x, scales, indices, weights, sources
+    uint64_t x = 0;             // [T, row_bytes]
+    uint64_t scales = 0;        // [T, scale_words], 32-bit words, any strides; 0: none
+    uint64_t topk_idx = 0;      // int64 [T, K]; 0: no indices travel
+    uint64_t topk_weights = 0;  // float32 [T, K]; 0: none
+    uint64_t send_slot = 0;
+    uint64_t send_row = 0;
+    uint64_t pick_row = 0;  // expert layout: travels instead of the indices
+    // Of this rank's tensors in its arena, bytes: x [M], scales [N], indices int64 or rows int32 [N, K], weights float32 [N, K]
+    // or, in expert layout, [M], source tokens int32 [N].
+    int64_t offsets[5] = {0, 0, 0, 0, 0};
+    int64_t sizes[5] = {0, 0, 0, 0, 0};
     uint64_t signature = 0;
     int64_t row_bytes = 0;
     int64_t scale_row_stride = 0;  // in words
     int64_t scale_word_stride = 0;
     int num_tokens = 0;
-    int send_sources = 0;  // whether token numbers travel, int32
+    int send_sources = 0;  // whether token numbers travel
     int scale_words = 0;
     int top_k = 0;
     int num_local_experts = 0;
     int num_sms = 0;
 };
 
+// After a dispatch with fresh routing into expert layout.
+struct ArrangeParams {
+    uint64_t rows_of = 0;       // int32 [N, K], in: by pick; out: ascending
+    uint64_t row_slot = 0;      // int32 [M], out, filled with -1 before
+    uint64_t several = 0;       // int32 [N], out
+    uint64_t num_several = 0;   // int32 [1], out, 0 before
+    uint64_t num_received = 0;  // int32 [1]
+    int top_k = 0;
+    int num_sms = 0;
+};
+
+// After every dispatch into expert layout, and after one into rank layout with num_worst_tokens: rows that are not sent.
+struct ExpandParams {
+    uint64_t x = 0;            // [M, row_bytes]
+    uint64_t scales = 0;       // [M, scale_words]; 0: none
+    uint64_t weights = 0;      // float32 [M] (rank layout: [M, K]); 0: none
+    uint64_t indices = 0;      // int64 [M, K], rank layout; 0: none
+    uint64_t slot_scales = 0;  // [N, scale_words]
+    uint64_t rows_of = 0;      // 0: rank layout
+    uint64_t row_slot = 0;
+    uint64_t several = 0;
+    uint64_t num_several = 0;
+    uint64_t num_received = 0;  // int32 [1]
+    int64_t row_bytes = 0;
+    int64_t scale_row_stride = 0;  // in words
+    int64_t scale_word_stride = 0;
+    int64_t num_rows = 0;
+    int scale_words = 0;
+    int top_k = 0;
+    int num_sms = 0;
+};
+
+// Before a combine from expert layout: sums of the rows that a received token has here.
+struct ReduceParams {
+    uint64_t y = 0;         // [M, row_bytes]
+    uint64_t partials = 0;  // [N, row_bytes], out
+    uint64_t rows_of = 0;
+    uint64_t several = 0;      // 0: every received token
+    uint64_t num_several = 0;  // int32 [1], or num_received
+    int64_t row_bytes = 0;
+    int top_k = 0;
+    int dtype = 0;
+    int num_sms = 0;
+};
+
 struct CombineParams {
-    uint64_t out = 0;          // [T, hidden]
+    uint64_t out = 0;          // [T, row_bytes]
     uint64_t out_weights = 0;  // float32 [T, K]; 0: none
-    uint64_t bias_0 = 0;       // [T, hidden]; 0: none
+    uint64_t bias_0 = 0;       // [T, row_bytes]; 0: none
     uint64_t bias_1 = 0;
-    uint64_t send_index = 0;               // int32 [T, R]
-    uint64_t send_base = 0;                // int32 [R]
-    int64_t offsets[5] = {0, 0, 0, 0, 0};  // of the tensors that peers read from this rank: y, -, -, weights, -
+    uint64_t pull_row = 0;  // in rank layout send_slot
+    uint64_t send_slot = 0;
+    uint64_t pick_row = 0;  // for weights [M]; 0: they are [N, K]
+    uint64_t pick_rank = 0;
+    // Of the tensors that peers read from this rank: y [M], partial sums [N], 1 if the sum of every token is among those (else
+    // of those with several rows), weights, nothing.
+    int64_t offsets[5] = {0, 0, 0, 0, 0};
     uint64_t signature = 0;
     int64_t row_bytes = 0;
     int num_tokens = 0;

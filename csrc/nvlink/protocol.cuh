@@ -1,7 +1,7 @@
 // What the ranks of one NVLink domain share, and how they meet: see docs/kernels.md.
 //
 // A rank's arena begins with a `Control`, which peers write and only its owner reads. Operations of a buffer run one after
-// another on its stream, in the same order on every rank, and each takes the next epoch. An epoch passes two meetings:
+// another, in the same order on every rank, and each takes the next epoch. An epoch passes two meetings:
 //   ready  "my tensor of this operation lies at these offsets, and may be written (dispatch) or read (combine)";
 //   done   "I have written everything I send you" (dispatch), "I have read everything of yours" (combine).
 // A rank leaves an operation only after every peer's `done`, so nobody is ever more than one operation ahead of anybody: data
@@ -17,7 +17,8 @@ namespace deepep_train::nvlink {
 constexpr int kMaxRanks = 64;
 constexpr int kMaxExperts = 4096;
 constexpr int kMaxTopK = 32;
-constexpr int kOffsets = 5;  // x (or y), scales, indices, weights, source tokens
+constexpr int kRankRounds = kMaxRanks / 32;  // a warp's lanes stand for the ranks, in so many rounds
+constexpr int kOffsets = 5;                  // x (or y), scales (or partial sums), indices (or rows), weights, source tokens
 
 // A rank's part in an exchange of counts.
 struct Counts {
@@ -31,20 +32,38 @@ struct Counts {
 // What a rank tells a peer when it is ready.
 struct Ready {
     uint64_t signature;
-    int64_t offsets[kOffsets];  // in bytes, from the arena's start; negative: this rank cannot take part
+    int64_t offsets[kOffsets];  // in bytes, from the arena's start; the first negative: this rank does not take part
 };
+constexpr int64_t kRefusesArguments = -1;
+constexpr int64_t kRefusesMemory = -2;  // offsets[1]: bytes that its arena lacks room for
 
 struct Control {
     // Written by peer p at index p.
     alignas(128) uint32_t counted_flag[kMaxRanks];
     alignas(128) uint32_t ready_flag[kMaxRanks];
     alignas(128) uint32_t done_flag[kMaxRanks];
+    alignas(128) uint64_t blames[kMaxRanks];  // the ranks that p gave up on
     alignas(128) Ready ready[2][kMaxRanks];
     alignas(128) Counts counts[2][kMaxRanks];
+    // Written by any peer that has failed: nobody need wait for the deadline again.
+    alignas(128) uint32_t alarm;
     // Written by the owner's kernels.
     alignas(128) uint32_t epoch;  // of the last operation finished
     uint32_t arrived;             // blocks that have finished the current one
     uint32_t failed;              // sticky
+};
+
+enum Operation : uint32_t { kCount = 0, kDispatch = 1, kCombine = 2 };
+enum Meeting : uint32_t { kMeetCounted = 0, kMeetReady = 1, kMeetDone = 2 };
+
+// Why an operation did not take place.
+enum Cause : uint32_t {
+    kMissing = 0,     // peers did not come in time
+    kMismatched = 1,  // peers are in another call
+    kBlamed = 2,      // a peer has failed and blames these ranks
+    kOverflow = 3,    // more rows would arrive at these ranks than num_worst_tokens
+    kBadCounts = 4,   // these ranks' arguments of a dispatch with num_worst_tokens are wrong or differ
+    kDestroyed = 5    // the buffer has been destroyed
 };
 
 // Page-locked host memory through which kernels tell the CPU.
@@ -53,21 +72,22 @@ struct HostPage {
     volatile uint32_t ticket;
     volatile uint32_t counts_bad;  // some rank's status or signature is not like ours
     volatile int32_t num_received;
-    volatile int32_t per_rank[kMaxRanks][kMaxRanks];  // rows from [source] to [destination]
-    volatile int32_t per_expert[kMaxExperts];         // rows for each local expert
-    volatile int64_t bound[kMaxRanks];
+    volatile int64_t rows[kMaxRanks];          // of each rank's received tensor, padding counted in
+    volatile int64_t bound[kMaxRanks];         // num_worst_tokens of each rank
+    volatile int32_t per_expert[kMaxExperts];  // rows for each local expert, padding counted in
     // The first failure; `failed` is written last.
     volatile uint32_t failed;
     volatile uint32_t failed_epoch;
     volatile uint32_t failed_operation;
     volatile uint32_t failed_meeting;
-    volatile uint64_t missing;     // bit p: peer p did not come
-    volatile uint64_t mismatched;  // bit p: peer p is in another call
-    volatile uint64_t refused;     // bit p: peer p could not take part
+    volatile uint32_t failed_cause;
+    volatile uint64_t failed_ranks;  // bit p: peer p
+    // The last operation that a rank refused, which breaks nothing; `refusals` is written last.
+    volatile uint32_t refusals;
+    volatile uint32_t refused_operation;
+    volatile uint64_t refused_ranks;
+    volatile int64_t refused_bytes;  // that the fullest arena had no room for; 0: the arguments were wrong
 };
-
-enum Operation : uint32_t { kCount = 0, kDispatch = 1, kCombine = 2 };
-enum Meeting : uint32_t { kMeetCounted = 0, kMeetReady = 1, kMeetDone = 2 };
 
 // One rank's view of its domain, passed to every kernel by value.
 struct Domain {
@@ -83,39 +103,58 @@ struct Domain {
 // Has `flag` reached `epoch`? Flags grow and may wrap.
 DT_DEVICE bool reached(uint32_t flag, uint32_t epoch) { return static_cast<int32_t>(flag - epoch) >= 0; }
 
-DT_DEVICE void record_failure(const Domain& d, uint32_t epoch, Operation operation, Meeting meeting, uint64_t missing,
-                              uint64_t mismatched, uint64_t refused) {
+// By one thread.
+DT_DEVICE void record_failure(const Domain& d, uint32_t epoch, Operation operation, Meeting meeting, Cause cause,
+                              uint64_t ranks) {
     Control* mine = d.control(d.rank);
     if (atomicExch(&mine->failed, 1u) != 0) return;  // the first failure explains the others
     d.host->failed_epoch = epoch;
     d.host->failed_operation = operation;
     d.host->failed_meeting = meeting;
-    d.host->missing = missing;
-    d.host->mismatched = mismatched;
-    d.host->refused = refused;
+    d.host->failed_cause = cause;
+    d.host->failed_ranks = ranks;
     __threadfence_system();
     d.host->failed = 1;
     __threadfence_system();
+    // What every rank finds out by itself, or has just been told, need not be told.
+    if (cause != kMissing && cause != kMismatched) return;
+    for (int peer = 0; peer < d.num_ranks; ++peer) {
+        if (peer == d.rank || (ranks >> peer & 1) != 0) continue;
+        Control* there = d.control(peer);
+        there->blames[d.rank] = ranks;
+        store_release_sys(&there->alarm, 1);
+    }
 }
 
 // Waits, with one warp, until every peer's flag has reached `epoch`; the warp's lanes share the peers. Returns false, after
-// recording who is missing, if the deadline passes or this rank has failed before.
+// recording who is missing, if the deadline passes or a peer raises the alarm.
 DT_DEVICE bool wait_for_flags(const Domain& d, const uint32_t* flags, uint32_t epoch, Operation operation, Meeting meeting) {
+    const Control* mine = d.control(d.rank);
     const int lane = threadIdx.x % 32;
     const uint64_t start = global_timer();
     uint64_t missing = 0;
+    bool alarmed = false;
     for (int base = 0; base < d.num_ranks; base += 32) {
         const int peer = base + lane;
         bool here = peer >= d.num_ranks;
-        while (!here) {
+        for (uint32_t polls = 0; !here; ++polls) {
             here = reached(load_acquire_sys(flags + peer), epoch);
-            if (!here && global_timer() - start > d.timeout_ns) break;
+            if (here || polls % 64 != 63) continue;
+            alarmed = load_acquire_sys(&mine->alarm) != 0;
+            if (alarmed || global_timer() - start > d.timeout_ns) break;
         }
+        // A peer that raised the alarm may have come first: look once more.
+        if (!here) here = reached(load_acquire_sys(flags + peer), epoch);
         missing |= static_cast<uint64_t>(__ballot_sync(0xffffffffu, !here)) << base;
     }
-    __syncwarp();
+    alarmed = __any_sync(0xffffffffu, alarmed);
     if (missing == 0) return true;
-    if (lane == 0) record_failure(d, epoch, operation, meeting, missing, 0, 0);
+    if (lane == 0) {
+        uint64_t blamed = 0;
+        for (int peer = 0; alarmed && peer < d.num_ranks; ++peer)
+            blamed |= *reinterpret_cast<const volatile uint64_t*>(&mine->blames[peer]);
+        record_failure(d, epoch, operation, meeting, alarmed ? kBlamed : kMissing, alarmed ? blamed : missing);
+    }
     __syncwarp();
     return false;
 }

@@ -101,6 +101,6 @@ def create(
     if name == "nvlink":
         from deepep_train.engines.nvlink import NvlinkEngine
 
-        return NvlinkEngine(group, timeout, max(num_nvl_bytes, DEFAULT_ARENA_BYTES), num_sms)
+        return NvlinkEngine(group, timeout, max(num_nvl_bytes, DEFAULT_ARENA_BYTES), num_sms, number)
     assert name == "collective", name
     return CollectiveEngine(group, timeout, local_ranks, number)

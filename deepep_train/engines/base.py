@@ -10,6 +10,7 @@ from typing import Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from deepep_train.errors import ArgumentError
 from deepep_train.handle import Plan
 from deepep_train.routing import RankLayout
 
@@ -30,7 +31,8 @@ class Payload(NamedTuple):
 
 @dataclass(frozen=True)
 class DispatchRequest:
-    """A checked dispatch with fresh routing. Shapes as in `deepep_train.dispatch`; `layout` and the rest as in `Plan`."""
+    """A checked dispatch with fresh routing. Shapes as in `deepep_train.dispatch`; `layout` and the rest as in `Plan`;
+    `num_sms`: SMs to occupy, 0 for the buffer's setting."""
 
     payload: Payload
     layout: RankLayout
@@ -40,6 +42,7 @@ class DispatchRequest:
     arrangement: str = "rank"
     alignment: int = 1
     num_worst_tokens: int = 0
+    num_sms: int = 0
 
     def signature(self) -> dict[str, object]:
         return self.payload.signature() | {
@@ -51,12 +54,21 @@ class DispatchRequest:
         }
 
 
+def wrong_counts(given: Tensor, counted: Tensor) -> ArgumentError:
+    """`num_tokens_per_rank` is not what `is_token_in_rank` counts to; both int32 [R]."""
+    return ArgumentError(
+        f"num_tokens_per_rank={given.tolist()} does not count is_token_in_rank, which has {counted.tolist()}",
+        "num_tokens_per_rank",
+    )
+
+
 @dataclass(frozen=True)
 class RedispatchRequest:
     """A checked dispatch along the routing of an earlier one."""
 
     payload: Payload
     plan: Plan
+    num_sms: int = 0
 
     def signature(self) -> dict[str, object]:
         return self.payload.signature() | {"layout": self.plan.layout, "alignment": self.plan.alignment}
@@ -76,6 +88,7 @@ class CombineRequest:
     plan: Plan
     weights: Tensor | None = None
     bias: Sequence[Tensor] = field(default=())
+    num_sms: int = 0
 
     def signature(self) -> dict[str, object]:
         width = 0 if self.weights is None else self.plan.top_k
@@ -116,6 +129,13 @@ class Prepared(Generic[RequestT]):
         except Exception as error:  # noqa: BLE001 - whatever it is, the peers must hear of it
             self.error = error
 
+    def require(self) -> RequestT:
+        """The request; raises the error if there is none."""
+        if self.request is None:
+            assert self.error is not None
+            raise self.error
+        return self.request
+
 
 class Engine(ABC):
     """Moves rows between the ranks of one group. Results are the same, bit for bit, on every engine.
@@ -125,7 +145,9 @@ class Engine(ABC):
 
     name: str
     rank: int
-    checks_range: bool = False  # whether dispatch itself finds indices out of range, so that no check need wait for the GPU
+    checks_layout: bool = (
+        False  # whether dispatch itself finds wrong indices and counts, so that no check need wait for the GPU
+    )
 
     def check_payload(self, payload: Payload, argument: str = "x") -> None:  # noqa: B027 - most engines take everything
         """Raise `ArgumentError` if this engine cannot move `payload`."""

@@ -6,6 +6,7 @@ destination, exchanged with one all-to-all, and arrive in the order the contract
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -128,7 +129,7 @@ class CollectiveEngine(Engine):
 
     def redispatch(self, prepared: Prepared[RedispatchRequest]) -> Payload:
         self._agree_if_cheap("dispatch with a handle", prepared)
-        request = _request_of(prepared)
+        request = prepared.require()
         return self._move(request.payload, _mine(request.plan))
 
     def _move(self, payload: Payload, plan: CollectivePlan) -> Payload:
@@ -177,7 +178,7 @@ class CollectiveEngine(Engine):
 
     def combine(self, prepared: Prepared[CombineRequest]) -> tuple[Tensor, Tensor | None]:
         self._agree_if_cheap("combine", prepared)
-        request = _request_of(prepared)
+        request = prepared.require()
         plan = _mine(request.plan)
         rows = request.rows[: plan.num_received]
         if plan.experts is not None:
@@ -190,7 +191,7 @@ class CollectiveEngine(Engine):
             weights = weights_by_pick(weights, plan.experts, plan.num_received, plan.top_k)
         return z, self._sum_over_ranks(weights[: plan.num_received], plan)
 
-    def _sum_over_ranks(self, rows: Tensor, plan: CollectivePlan, bias: tuple[Tensor, ...] | list[Tensor] = ()) -> Tensor:
+    def _sum_over_ranks(self, rows: Tensor, plan: CollectivePlan, bias: Sequence[Tensor] = ()) -> Tensor:
         """[num_received, n] -> [num_tokens, n]: from +0.0, the biases in order, then ascending ranks, rounded once."""
         back = self.peers.all_to_all_rows(rows, plan.recv_counts, plan.send_counts, "combine")
         total = torch.zeros(plan.num_tokens, rows.size(1), dtype=accumulator(rows.dtype), device=rows.device)
@@ -270,13 +271,6 @@ class CollectiveEngine(Engine):
 
     def destroy(self) -> None:
         """Nothing is held: the group is the caller's."""
-
-
-def _request_of(prepared: Prepared):
-    if prepared.request is None:
-        assert prepared.error is not None
-        raise prepared.error
-    return prepared.request
 
 
 def _mine(plan: Plan) -> CollectivePlan:

@@ -8,16 +8,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from deepep_train import _C  # type: ignore[attr-defined]
+from deepep_train.engines.arena import STAGING_SHARE, Arena, ArenaFull
 from deepep_train.engines.base import (
     CombineRequest,
     DispatchRequest,
@@ -26,28 +28,50 @@ from deepep_train.engines.base import (
     Prepared,
     Received,
     RedispatchRequest,
+    wrong_counts,
 )
-from deepep_train.engines.expert_layout import extend, sum_by_token, weights_by_pick, weights_by_row
 from deepep_train.engines.peers import Peers
 from deepep_train.errors import ArgumentError, DeepEPError, PeerTimeoutError
 from deepep_train.handle import Plan
-from deepep_train.routing import ExpertRows, RankLayout, expert_rows
+from deepep_train.routing import RankLayout, round_up
 
 MAX_RANKS, MAX_EXPERTS, MAX_TOP_K = 64, 4096, 32
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+_CHUNKS = 128  # params.hpp's kChunks
+
+# What one SM moves, measured on an H100 (docs/performance.md: 16 SMs in all), in bytes a second: the slower of dispatch's
+# stores and combine's pulls. And what the links of one GPU carry, one way.
+_BYTES_PER_SM = 35e9
+_LINK_BYTES = {8: 300e9, 9: 450e9, 10: 900e9}  # by compute capability: NVLink 3, 4, 5
+
+
+@dataclass(frozen=True)
+class ExpertPlan:
+    """The expert layout's part of a plan; see csrc/nvlink/params.hpp for what the tables mean."""
+
+    send_row: Tensor
+    pull_row: Tensor
+    pick_row: Tensor
+    pick_rank: Tensor
+    rows_of: Tensor
+    row_slot: Tensor
+    several: Tensor
+    num_several: Tensor
 
 
 @dataclass(frozen=True)
 class NvlinkPlan(Plan):
-    """Attributes:
-    send_index: int32 [T, R], which of this rank's rows for that rank the token is; -1 where it does not go.
-    send_base: int32 [R], the first of this rank's rows at each destination.
-    experts: the expert-major arrangement, None in rank layout.
+    """`num_received` is the bound with `num_worst_tokens`; the true number stays on the GPU.
+
+    Attributes:
+        send_slot: int32 [T, R], see csrc/nvlink/params.hpp.
+        received: int32 [1], the number of rows that arrived.
+        experts: None in rank layout.
     """
 
-    send_index: Tensor
-    send_base: Tensor
-    experts: ExpertRows | None
+    send_slot: Tensor
+    received: Tensor
+    experts: ExpertPlan | None
 
 
 class NvlinkLayout(RankLayout):
@@ -55,6 +79,13 @@ class NvlinkLayout(RankLayout):
 
     send_index: Tensor
     out_of_range: Tensor
+    versions: tuple[int, int]
+
+
+def _is_ours(layout: RankLayout) -> bool:
+    """Whether this engine made the layout and nobody has written to it since."""
+    versions = (layout.num_tokens_per_rank._version, layout.is_token_in_rank._version)
+    return isinstance(layout, NvlinkLayout) and layout.versions == versions
 
 
 class NvlinkEngine(Engine):
@@ -64,71 +95,110 @@ class NvlinkEngine(Engine):
         group: bootstraps, and carries the texts of errors; its ranks must reach each other's memory.
         timeout: seconds that kernels wait for a peer.
         arena_bytes: memory that peers can reach; received tensors live in it.
-        num_sms: gives the SMs that a call may occupy.
+        num_sms: gives the SMs that a call may occupy; 0: what the links need, see `default_num_sms`.
+        number: of the buffer, the same on all ranks.
     """
 
     name = "nvlink"
-    checks_range = True
+    checks_layout = True
 
-    def __init__(self, group: dist.ProcessGroup | None, timeout: float, arena_bytes: int, num_sms: Any) -> None:
-        self.peers = Peers(group, timeout)
+    def __init__(
+        self, group: dist.ProcessGroup | None, timeout: float, arena_bytes: int, num_sms: Callable[[], int], number: int
+    ) -> None:
+        self.peers = Peers(group, timeout, number)
         self.rank = self.peers.rank
         self.device = torch.device("cuda", torch.cuda.current_device())
         self._num_sms = num_sms
+        self._lock = threading.RLock()
+        self._refusals = 0
         size = self.peers.size
         if size > MAX_RANKS:
             raise ArgumentError(f"engine='nvlink' serves up to {MAX_RANKS} ranks, the group has {size}", "engine")
         total = _C.Communicator.control_bytes() + arena_bytes
-        self._comm = _C.Communicator(self.device.index, self.rank, size, total, float(timeout))
-        handle = self._comm.ipc_handle().hex() if size > 1 else ""
-        mine = {"process": f"{os.uname().nodename}/{os.getpid()}", "handle": handle, "base": self._comm.base}
+        mine: dict[str, Any] = {"process": f"{os.uname().nodename}/{os.getpid()}", "error": "", "handle": "", "base": 0}
+        properties = torch.cuda.get_device_properties(self.device)
+        mine["device"] = f"{os.uname().nodename}/{properties.uuid}"
+        try:
+            self._comm = _C.Communicator(self.device.index, self.rank, size, total, float(timeout))
+            mine["base"] = self._comm.base
+            mine["handle"] = self._comm.ipc_handle().hex() if size > 1 else ""
+        except RuntimeError as error:
+            mine["error"] = f"no arena of {total} bytes: {error}"
         everyone = self.peers.gather_objects(mine, "Buffer")
-        self._comm.open([(b"" if o["process"] == mine["process"] else bytes.fromhex(o["handle"]), o["base"]) for o in everyone])
-        self.peers.gather_objects(None, "Buffer")  # nobody starts before all have mapped all
-        allocator = torch.cuda.memory.CUDAPluggableAllocator(_C.__file__, "deepep_train_allocate", "deepep_train_release")
-        self._allocator = allocator
-        self._pool = torch.cuda.MemPool(allocator.allocator())
+        self._raise_any(everyone)
+        mine["error"] = ""
+        try:
+            self._comm.open(
+                [(b"" if o["process"] == mine["process"] else bytes.fromhex(o["handle"]), o["base"]) for o in everyone]
+            )
+        except RuntimeError as error:
+            mine["error"] = str(error)
+        self._raise_any(self.peers.gather_objects(mine, "Buffer"))  # besides: nobody starts before all have mapped all
+        self._arena = Arena(self._comm, self.device)
+        # Blocks wait for each other, so those of all ranks on one GPU must be able to run at the same time; one in 32 SMs is
+        # left to others.
+        sharing = sum(o["device"] == mine["device"] for o in everyone)
+        sms = properties.multi_processor_count
+        self._max_sms = max(1, (sms - sms // 32) // sharing)
+        self._default_sms = default_num_sms(properties.major)
+
+    @staticmethod
+    def _raise_any(everyone: list[dict[str, Any]]) -> None:
+        broken = [f"rank {r}: {other['error']}" for r, other in enumerate(everyone) if other["error"]]
+        if broken:
+            raise DeepEPError("Buffer: " + "; ".join(broken))
 
     # Memory ------------------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def _in_arena(self) -> Iterator[None]:
-        self._comm.enter_pool()
-        try:
-            with torch.cuda.use_mem_pool(self._pool, self.device):
-                yield
-        except torch.OutOfMemoryError as error:
-            raise DeepEPError(
-                f"the arena of rank {self.rank} is full: {self._comm.used} of {self._comm.bytes} bytes are taken; "
-                f"pass a larger num_nvl_bytes to Buffer ({error})"
-            ) from error
-        finally:
-            self._comm.leave_pool()
-
     def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        with self._in_arena():
-            return torch.empty(tuple(shape), dtype=dtype, device=self.device)
+        with self._lock:
+            try:
+                return self._arena.empty(shape, dtype)
+            except ArenaFull as full:
+                raise self._too_small(full.num_bytes) from None
 
     def memory_stats(self) -> dict[str, int]:
-        return {"arena": self._comm.bytes, "arena used": self._comm.used, "arena peak": self._comm.peak}
+        return self._arena.stats()
 
-    def _offset(self, t: Tensor | None) -> int:
-        return 0 if t is None or not t.numel() else t.data_ptr() - self._comm.base
+    def _too_small(self, num_bytes: int) -> DeepEPError:
+        need = self._comm.bytes + STAGING_SHARE * num_bytes
+        return DeepEPError(
+            f"the arena of rank {self.rank} is full: {num_bytes} bytes more do not fit into its {self._comm.bytes}, nor into "
+            f"staging, a quarter of it; pass num_nvl_bytes={need} or more to Buffer, or keep fewer received tensors alive"
+        )
 
-    def _visible(self, t: Tensor) -> Tensor:
-        """`t` where peers can read it: itself if it lies in the arena, else a copy."""
-        inside = self._comm.base <= t.data_ptr() < self._comm.base + self._comm.bytes
-        if t.is_contiguous() and (inside or not t.numel()):
-            return t
-        copy = self.empty(t.shape, t.dtype, self.device)
-        return copy.copy_(t)
+    @contextmanager
+    def _operation(self) -> Iterator[int]:
+        """One operation: gives the stream; operations of all streams follow each other."""
+        with self._lock:
+            stream = torch.cuda.current_stream(self.device).cuda_stream
+            self._comm.enter(stream)
+            self._arena.begin_operation()
+            try:
+                yield stream
+            except ArenaFull as full:
+                # The peers are told in the operation that this rank can take no part in.
+                self._comm.refuse(full.num_bytes, stream)
+                raise self._too_small(full.num_bytes) from None
+            finally:
+                self._comm.leave(stream)
+
+    def _request_of(self, prepared: Prepared, stream: int) -> Any:
+        if prepared.request is None:
+            self._comm.refuse(0, stream)
+            return prepared.require()
+        return prepared.request
 
     # Checks ------------------------------------------------------------------------------------------------------------
 
     def check_payload(self, payload: Payload, argument: str = "x") -> None:
         data = payload.data
         if data.device != self.device:
-            raise ArgumentError(f"{argument} must lie on {self.device}, this engine's device, got {data.device}", argument)
+            raise ArgumentError(
+                f"{argument} must lie on {self.device}, this engine's device, got {data.device}; Buffer(engine='collective') "
+                "serves any device",
+                argument,
+            )
         if data.dtype.itemsize != 1 and data.dtype not in _DTYPES:
             raise ArgumentError(
                 f"{argument} in {data.dtype} needs engine='collective'; nvlink moves bf16, fp16, fp32 and FP8", argument
@@ -139,6 +209,10 @@ class NvlinkEngine(Engine):
                 f"{data.element_size()}",
                 argument,
             )
+        if payload.scales is not None and payload.scales.element_size() != 4:
+            raise ArgumentError(
+                f"{argument}[1] must be float32 or int32 on the nvlink engine, got {payload.scales.dtype}", f"{argument}[1]"
+            )
 
     def layout(self, topk_idx: Tensor, num_experts: int) -> RankLayout:
         if num_experts > MAX_EXPERTS or topk_idx.size(1) > MAX_TOP_K:
@@ -147,204 +221,359 @@ class NvlinkEngine(Engine):
                 f"topk_idx {list(topk_idx.shape)}",
                 "num_experts" if num_experts > MAX_EXPERTS else "topk_idx",
             )
+        if topk_idx.device != self.device:
+            raise ArgumentError(f"topk_idx must lie on {self.device}, this engine's device, got {topk_idx.device}", "topk_idx")
         idx = topk_idx.contiguous()
         num_tokens, size = idx.size(0), self.peers.size
-        ints = torch.empty(size + num_experts + 1 + num_tokens * size, dtype=torch.int32, device=idx.device)
+        ints = self._ints(size + num_experts + 1 + num_tokens * size)
         per_rank, per_expert, out_of_range, send_index = ints.split([size, num_experts, 1, num_tokens * size])
-        in_rank = torch.empty(num_tokens, size, dtype=torch.bool, device=idx.device)
+        in_rank = torch.empty(num_tokens, size, dtype=torch.bool, device=self.device)
         p = _C.LayoutParams()
         p.topk_idx, p.num_tokens, p.top_k = idx.data_ptr(), num_tokens, idx.size(1)
         p.num_experts, p.num_ranks = num_experts, size
         p.num_tokens_per_rank, p.num_tokens_per_expert = per_rank.data_ptr(), per_expert.data_ptr()
         p.is_token_in_rank, p.send_index, p.out_of_range = in_rank.data_ptr(), send_index.data_ptr(), out_of_range.data_ptr()
-        self._comm.layout(p, _stream())
+        self._comm.layout(p, torch.cuda.current_stream(self.device).cuda_stream)
         layout = NvlinkLayout(per_rank, None, per_expert, in_rank)
         layout.send_index, layout.out_of_range = send_index.view(num_tokens, size), out_of_range
+        layout.versions = (per_rank._version, in_rank._version)
+        in_rank.deepep_train_layout = layout  # type: ignore[attr-defined]  # V1's callers hand the tensors back one by one
         return layout
+
+    def _known(self, layout: RankLayout) -> NvlinkLayout:
+        """The layout with what its tensors alone do not say. Counts that are not those of `is_token_in_rank` are flagged, for
+        the exchange of counts to find: with them rows would land outside their tensors."""
+        if _is_ours(layout):
+            assert isinstance(layout, NvlinkLayout)
+            return layout
+        per_rank, in_rank = layout.num_tokens_per_rank.contiguous(), layout.is_token_in_rank
+        earlier = getattr(in_rank, "deepep_train_layout", None)
+        if earlier is not None and per_rank is earlier.num_tokens_per_rank and _is_ours(earlier):
+            known = NvlinkLayout(*layout)
+            known.send_index, known.out_of_range = earlier.send_index, earlier.out_of_range
+        else:
+            known = NvlinkLayout(per_rank, layout.num_tokens_per_rdma_rank, layout.num_tokens_per_expert.contiguous(), in_rank)
+            position = in_rank.cumsum(0, dtype=torch.int32) - 1
+            known.send_index = torch.where(in_rank, position, -1).to(torch.int32)
+            known.out_of_range = (in_rank.sum(0, dtype=torch.int32) != per_rank).any().to(torch.int32).reshape(1)
+        known.versions = (per_rank._version, in_rank._version)
+        return known
+
+    def _ints(self, *shape: int) -> Tensor:
+        return torch.empty(*shape, dtype=torch.int32, device=self.device)
+
+    def _sms(self, asked: int) -> int:
+        return min(asked or self._num_sms() or self._default_sms, self._max_sms)
 
     # Dispatch ----------------------------------------------------------------------------------------------------------
 
     def dispatch(self, prepared: Prepared[DispatchRequest]) -> Received:
         self.check()
-        size, rank = self.peers.size, self.rank
-        request = prepared.request
-        prefix_RR = torch.empty(size, size, dtype=torch.int32, device=self.device)
-        send_base = torch.empty(size, dtype=torch.int32, device=self.device)
-        p = _C.CountParams()
-        p.rank_prefix_matrix, p.send_base = prefix_RR.data_ptr(), send_base.data_ptr()
-        p.status = int(request is None)
-        out_of_range = None
-        if request is not None:
-            layout = request.layout
-            out_of_range = getattr(layout, "out_of_range", None)
-            p.num_tokens_per_rank, p.num_tokens_per_expert = (
-                layout.num_tokens_per_rank.data_ptr(),
-                layout.num_tokens_per_expert.data_ptr(),
-            )
-            p.out_of_range = 0 if out_of_range is None else out_of_range.data_ptr()
-            p.num_experts, p.bound = request.num_experts, request.num_worst_tokens
-            p.signature = _signature("dispatch", request.signature())
-        ticket = self._comm.count(p, _stream())
-        counts = self._comm.wait_counts(ticket, p.num_experts // size)
-        if counts is None:
-            self.check()
-        if counts.bad:
-            self._explain(prepared, out_of_range)
-        assert request is not None
-        recv_counts = [row[rank] for row in counts.per_rank]
-        num_received = sum(recv_counts)
-        aligned = [-(-n // request.alignment) * request.alignment for n in counts.per_expert]
-        self._check_bounds(request, counts)
+        with self._operation() as stream:
+            return self._dispatch(prepared, stream)
 
-        send_index = getattr(request.layout, "send_index", None)
-        if send_index is None:
-            send_index = _send_index(request.layout.is_token_in_rank)
-        top_k = 0 if request.topk_idx is None else request.topk_idx.size(1)
-        idx = weights = None
-        source = self.empty((num_received,), torch.int32, self.device)
-        if request.topk_idx is not None:
-            idx = self.empty((num_received, top_k), torch.int64, self.device)
-        if request.topk_weights is not None:
-            weights = self.empty((num_received, top_k), torch.float32, self.device)
-        payload = self._scatter(
-            request.payload,
-            send_index,
-            send_base,
-            num_received,
-            request.signature(),
-            request.topk_idx,
-            request.topk_weights,
-            idx,
-            weights,
-            source,
-            request.num_experts // size,
+    def _dispatch(self, prepared: Prepared[DispatchRequest], stream: int) -> Received:
+        size = self.peers.size
+        request = prepared.request
+        num_experts = 0 if request is None else request.num_experts
+        num_local = num_experts // size
+        is_expert = request is not None and request.arrangement == "expert"
+
+        prefix_RR, send_base, received = self._ints(size, size), self._ints(size), self._ints(1)
+        expert_base = self._ints(num_experts) if is_expert else None
+        tokens_per_expert = torch.empty(num_local, dtype=torch.int64, device=self.device)
+        p = _C.CountParams()
+        p.rank_prefix_matrix, p.send_base, p.num_received = prefix_RR.data_ptr(), send_base.data_ptr(), received.data_ptr()
+        p.tokens_per_expert, p.expert_base = tokens_per_expert.data_ptr(), _address(expert_base)
+        p.status, p.num_experts = int(request is None), num_experts
+        out_of_range, layout = None, None
+        if request is not None:
+            layout = self._known(request.layout)
+            out_of_range = layout.out_of_range
+            p.num_tokens_per_rank = layout.num_tokens_per_rank.data_ptr()
+            p.num_tokens_per_expert = layout.num_tokens_per_expert.data_ptr()
+            p.out_of_range = _address(out_of_range)
+            p.bound, p.alignment, p.expert_layout = request.num_worst_tokens, request.alignment, int(is_expert)
+            p.signature = _signature("dispatch", self._described(request))
+        ticket = self._comm.count(p, stream)
+        idx = None if request is None or request.topk_idx is None else request.topk_idx.contiguous()
+        tables = {} if layout is None else self._place(prepared.require(), layout, idx, send_base, expert_base, stream)
+
+        if request is None or not request.num_worst_tokens:
+            counts = self._comm.wait_counts(ticket, num_local, stream)
+            if counts is None:
+                self.check()
+            if counts.bad:
+                self._explain(prepared, out_of_range, counts.waits)
+            num_received, num_rows = counts.num_received, counts.num_rows
+            tokens_per_expert = torch.tensor(counts.per_expert, dtype=torch.int64)
+        else:
+            num_received = num_rows = request.num_worst_tokens
+        assert request is not None
+
+        top_k = 0 if idx is None else idx.size(1)
+        has_weights = request.topk_weights is not None
+        experts: ExpertPlan | None = None
+        data, scales = _aligned(request.payload.data), request.payload.scales
+        wanted: list[Any] = [((num_rows, data.size(1)), data.dtype), None, None, None, ((num_received,), torch.int32)]
+        if scales is not None and not is_expert:
+            wanted[1] = ((num_received, scales.size(1)), scales.dtype)
+        if idx is not None:
+            wanted[2] = ((num_received, top_k), torch.int32 if is_expert else torch.int64)
+        if has_weights:
+            wanted[3] = ((num_rows,) if is_expert else (num_rows, top_k), torch.float32)
+        landings = self._arena.land(wanted)
+        visible = [None if one is None else one.visible for one in landings]
+        if scales is not None and is_expert:
+            visible[1] = self._arena.temporary((num_received, scales.size(1)), scales.dtype)
+        if is_expert:
+            assert visible[2] is not None
+            experts = ExpertPlan(
+                **tables["experts"],
+                rows_of=visible[2],
+                row_slot=torch.full((num_rows,), -1, dtype=torch.int32, device=self.device),
+                several=self._ints(num_received),
+                num_several=torch.zeros(1, dtype=torch.int32, device=self.device),
+            )
+        send_slot = tables["send_slot"]
+        weights = None if request.topk_weights is None else request.topk_weights.contiguous()
+
+        d = _C.DispatchParams()
+        self._describe_rows(d, Payload(data, scales), visible, send_slot, experts, request.num_sms)
+        d.signature = _signature("rows", {"number": ticket} | self._described(request))
+        d.send_sources, d.num_local_experts, d.top_k = 1, num_local, top_k
+        d.topk_idx, d.topk_weights = _address(idx), _address(weights)
+        d.pick_row = 0 if experts is None else experts.pick_row.data_ptr()
+        self._comm.dispatch(d, stream)
+        if experts is not None:
+            self._arrange(experts, received, top_k, request.num_sms, stream)
+        final_scales = self._expand(
+            visible, scales, experts, received, num_rows, top_k, request.num_sms, bool(request.num_worst_tokens), stream
         )
-        experts = None
-        if request.arrangement == "expert":
-            assert idx is not None
-            experts = expert_rows(idx, request.num_experts // size, request.alignment)
-        num_rows = request.num_worst_tokens or (num_received if experts is None else experts.num_rows)
-        tokens_per_expert = torch.tensor(aligned, dtype=torch.int64)
+        for landing in landings:
+            if landing is not None and landing.tensor is not landing.visible:
+                landing.tensor.copy_(landing.visible)
+        got = [None if one is None else one.tensor for one in landings]
+        if experts is not None and got[2] is not experts.rows_of:
+            experts = ExpertPlan(**{**vars(experts), "rows_of": got[2]})
         plan = NvlinkPlan(
             number=ticket,
-            num_tokens=request.payload.data.size(0),
+            num_tokens=data.size(0),
             num_received=num_received,
             num_rows=num_rows,
-            num_experts=request.num_experts,
+            num_experts=num_experts,
             top_k=top_k,
             layout=request.arrangement,
             alignment=request.alignment,
-            tokens_per_expert=tokens_per_expert.to(self.device) if request.num_worst_tokens else tokens_per_expert,
-            recv_topk_idx=idx if experts is not None or idx is None else extend(idx, num_rows, -1),
-            send_index=send_index,
-            send_base=send_base,
+            tokens_per_expert=tokens_per_expert,
+            recv_topk_idx=None if is_expert else got[2],
+            send_slot=send_slot,
+            received=received,
             experts=experts,
         )
-        if weights is not None:
-            weights = extend(weights if experts is None else weights_by_row(weights, experts), num_rows, 0.0)
+        received_rows, source = got[0], got[4]
+        assert received_rows is not None and source is not None
         return Received(
-            payload=_arranged(payload, plan),
-            topk_idx=None if experts is not None else plan.recv_topk_idx,
-            topk_weights=weights,
+            payload=Payload(received_rows, final_scales if is_expert else got[1]),
+            topk_idx=plan.recv_topk_idx,
+            topk_weights=got[3],
             plan=plan,
-            tensors=self._handle_tensors(prefix_RR, request.layout, source, send_index),
+            tensors=self._handle_tensors(prefix_RR, request.layout, source, send_slot),
         )
+
+    def _described(self, request: DispatchRequest) -> dict[str, object]:
+        return {"buffer": self.peers.number, "num_worst_tokens given": bool(request.num_worst_tokens)} | request.signature()
+
+    def _place(
+        self,
+        request: DispatchRequest,
+        layout: NvlinkLayout,
+        idx: Tensor | None,
+        send_base: Tensor,
+        expert_base: Tensor | None,
+        stream: int,
+    ) -> dict[str, Any]:
+        """The tables of every token's rows, made while the CPU waits for the counts."""
+        num_tokens, size = request.payload.data.size(0), self.peers.size
+        p = _C.PlaceParams()
+        p.num_tokens, p.num_experts, p.num_ranks = num_tokens, request.num_experts, size
+        send_slot = self._ints(num_tokens, size)
+        p.send_index, p.send_base, p.send_slot = layout.send_index.data_ptr(), send_base.data_ptr(), send_slot.data_ptr()
+        tables: dict[str, Any] = {"send_slot": send_slot}
+        if expert_base is not None:
+            assert idx is not None
+            names = ("send_row", "pull_row", "pick_row", "pick_rank")
+            widths = (size, size, idx.size(1), idx.size(1))
+            tables["experts"] = {n: self._ints(num_tokens, w) for n, w in zip(names, widths, strict=True)}
+            for name, table in tables["experts"].items():
+                setattr(p, name, table.data_ptr())
+            chunk_counts = self._ints(_CHUNKS, request.num_experts)
+            p.topk_idx, p.top_k = idx.data_ptr(), idx.size(1)
+            p.expert_base, p.chunk_counts = expert_base.data_ptr(), chunk_counts.data_ptr()
+        self._comm.place(p, stream)
+        return tables
+
+    def _describe_rows(
+        self,
+        d: _C.DispatchParams,
+        payload: Payload,
+        visible: Sequence[Tensor | None],
+        send_slot: Tensor,
+        experts: ExpertPlan | None,
+        num_sms: int,
+    ) -> None:
+        data, scales = payload
+        d.x, d.row_bytes, d.num_tokens = data.data_ptr(), data.size(1) * data.element_size(), data.size(0)
+        d.send_slot = send_slot.data_ptr()
+        d.send_row = (send_slot if experts is None else experts.send_row).data_ptr()
+        if scales is not None:
+            d.scales, d.scale_words = scales.data_ptr(), scales.size(1)
+            d.scale_row_stride, d.scale_word_stride = scales.stride(0), scales.stride(1)
+        d.offsets = [self._arena.offset(t) for t in visible]
+        d.sizes = [0 if t is None else t.nbytes for t in visible]
+        d.num_sms = self._sms(num_sms)
+
+    def _arrange(self, experts: ExpertPlan, received: Tensor, top_k: int, num_sms: int, stream: int) -> None:
+        p = _C.ArrangeParams()
+        p.rows_of, p.row_slot = experts.rows_of.data_ptr(), experts.row_slot.data_ptr()
+        p.several, p.num_several = experts.several.data_ptr(), experts.num_several.data_ptr()
+        p.num_received, p.top_k, p.num_sms = received.data_ptr(), top_k, self._sms(num_sms)
+        self._comm.arrange(p, stream)
+
+    def _expand(
+        self,
+        visible: Sequence[Tensor | None],
+        scales: Tensor | None,
+        experts: ExpertPlan | None,
+        received: Tensor,
+        num_rows: int,
+        top_k: int,
+        num_sms: int,
+        has_tail: bool,
+        stream: int,
+    ) -> Tensor | None:
+        """The rows that are not sent. Gives the expert layout's scales: [M, n], column by column in memory, the columns a
+        multiple of 4 words long, as grouped GEMMs want them."""
+        if experts is None and not has_tail:
+            return None
+        x, slot_scales, indices, weights, _ = visible
+        assert x is not None
+        p = _C.ExpandParams()
+        p.x, p.row_bytes, p.num_rows = x.data_ptr(), x.size(1) * x.element_size(), num_rows
+        p.num_received, p.top_k, p.num_sms = received.data_ptr(), top_k, self._sms(num_sms)
+        p.weights = _address(weights)
+        final = None
+        if experts is None:
+            p.indices = _address(indices)
+            final = slot_scales
+        else:
+            p.rows_of, p.row_slot = experts.rows_of.data_ptr(), experts.row_slot.data_ptr()
+            p.several, p.num_several = experts.several.data_ptr(), experts.num_several.data_ptr()
+            if scales is not None:
+                columns = torch.empty(scales.size(1), round_up(num_rows, 4), dtype=scales.dtype, device=self.device)
+                final = columns.t()[:num_rows]
+                p.slot_scales = _address(slot_scales)
+        if final is not None:
+            p.scales, p.scale_words = final.data_ptr(), final.size(1)
+            p.scale_row_stride, p.scale_word_stride = final.stride(0), final.stride(1)
+        self._comm.expand(p, stream)
+        return final
 
     def redispatch(self, prepared: Prepared[RedispatchRequest]) -> Payload:
         self.check()
-        request = _request_of(prepared)
-        plan = request.plan
-        assert isinstance(plan, NvlinkPlan)
-        return _arranged(
-            self._scatter(request.payload, plan.send_index, plan.send_base, plan.num_received, request.signature()), plan
-        )
-
-    def _scatter(
-        self,
-        payload: Payload,
-        send_index: Tensor,
-        send_base: Tensor,
-        num_received: int,
-        signature: dict[str, object],
-        topk_idx: Tensor | None = None,
-        topk_weights: Tensor | None = None,
-        recv_idx: Tensor | None = None,
-        recv_weights: Tensor | None = None,
-        recv_source: Tensor | None = None,
-        num_local_experts: int = 0,
-    ) -> Payload:
-        """Rank layout, exactly the rows received."""
-        data = _aligned(payload.data)
-        recv = self.empty((num_received, data.size(1)), data.dtype, self.device)
-        recv_scales = None
-        p = _C.DispatchParams()
-        if payload.scales is not None:
-            scales = payload.scales
-            if scales.element_size() != 4:
-                raise ArgumentError(f"scales must be float32 or int32 on the nvlink engine, got {scales.dtype}", "x[1]")
-            recv_scales = self.empty((num_received, scales.size(1)), scales.dtype, self.device)
-            p.scales, p.scale_words = scales.data_ptr(), scales.size(1)
-            p.scale_row_stride, p.scale_word_stride = scales.stride(0), scales.stride(1)
-        idx = None if topk_idx is None else topk_idx.contiguous()
-        weights = None if topk_weights is None else topk_weights.contiguous()
-        p.x, p.row_bytes, p.num_tokens = data.data_ptr(), data.size(1) * data.element_size(), data.size(0)
-        p.send_index, p.send_base = send_index.data_ptr(), send_base.data_ptr()
-        p.send_sources = int(recv_source is not None)
-        if idx is not None:
-            p.topk_idx, p.top_k, p.num_local_experts = idx.data_ptr(), idx.size(1), num_local_experts
-        if weights is not None:
-            p.topk_weights = weights.data_ptr()
-        p.offsets = [self._offset(t) for t in (recv, recv_scales, recv_idx, recv_weights, recv_source)]
-        p.signature = _signature("rows", signature) % 2**63
-        p.num_sms = self._num_sms()
-        self._comm.dispatch(p, _stream())
-        return Payload(recv, recv_scales)
+        with self._operation() as stream:
+            request = self._request_of(prepared, stream)
+            plan = request.plan
+            assert isinstance(plan, NvlinkPlan)
+            data, scales = _aligned(request.payload.data), request.payload.scales
+            wanted: list[Any] = [((plan.num_rows, data.size(1)), data.dtype), None, None, None, None]
+            if scales is not None and plan.experts is None:
+                wanted[1] = ((plan.num_rows, scales.size(1)), scales.dtype)
+            landings = self._arena.land(wanted)
+            visible = [None if one is None else one.visible for one in landings]
+            if scales is not None and plan.experts is not None:
+                visible[1] = self._arena.temporary((plan.num_received, scales.size(1)), scales.dtype)
+            d = _C.DispatchParams()
+            self._describe_rows(d, Payload(data, scales), visible, plan.send_slot, plan.experts, request.num_sms)
+            d.signature = _signature("cached rows", {"number": plan.number} | request.signature())
+            self._comm.dispatch(d, stream)
+            has_tail = plan.tokens_per_expert.is_cuda
+            final_scales = self._expand(
+                visible, scales, plan.experts, plan.received, plan.num_rows, plan.top_k, request.num_sms, has_tail, stream
+            )
+            for landing in landings:
+                if landing is not None and landing.tensor is not landing.visible:
+                    landing.tensor.copy_(landing.visible)
+            got = [None if one is None else one.tensor for one in landings]
+            assert got[0] is not None
+            return Payload(got[0], final_scales if plan.experts is not None else got[1])
 
     # Combine -----------------------------------------------------------------------------------------------------------
 
     def combine(self, prepared: Prepared[CombineRequest]) -> tuple[Tensor, Tensor | None]:
         self.check()
-        request = _request_of(prepared)
-        plan = request.plan
-        assert isinstance(plan, NvlinkPlan)
-        self.check_payload(Payload(request.rows))
-        rows, weights = request.rows[: plan.num_received], request.weights
-        if plan.experts is not None:
-            rows = sum_by_token(request.rows, plan.experts, plan.num_received)
+        with self._operation() as stream:
+            request = self._request_of(prepared, stream)
+            plan = request.plan
+            assert isinstance(plan, NvlinkPlan)
+            rows, weights = _aligned(request.rows), request.weights
+            experts = plan.experts
+            row_bytes = rows.size(1) * rows.element_size()
+            is_visible = self._arena.holds(rows) or not rows.numel()
+            partials = None
+            if experts is not None:
+                partials = self._arena.temporary((plan.num_received, rows.size(1)), rows.dtype)
+                r = _C.ReduceParams()
+                r.y, r.partials, r.rows_of = rows.data_ptr(), partials.data_ptr(), experts.rows_of.data_ptr()
+                if is_visible:  # peers pull single rows from where they are
+                    r.several, r.num_several = experts.several.data_ptr(), experts.num_several.data_ptr()
+                else:
+                    r.num_several = plan.received.data_ptr()
+                r.row_bytes, r.top_k, r.dtype = row_bytes, plan.top_k, _DTYPES[rows.dtype]
+                r.num_sms = self._sms(request.num_sms)
+                self._comm.reduce(r, stream)
+            source = rows
+            if not is_visible:
+                source = self._arena.temporary(rows.shape, rows.dtype).copy_(rows) if partials is None else partials
             if weights is not None:
-                weights = weights_by_pick(weights, plan.experts, plan.num_received, plan.top_k)
-        rows = self._visible(rows)
-        weights = None if weights is None else self._visible(weights[: plan.num_received])
-        bias = [_aligned(b) for b in request.bias]
-        out = torch.empty(plan.num_tokens, rows.size(1), dtype=rows.dtype, device=self.device)
-        out_weights = None
-        p = _C.CombineParams()
-        if weights is not None:
-            out_weights = torch.empty(plan.num_tokens, weights.size(1), dtype=torch.float32, device=self.device)
-            p.out_weights, p.top_k = out_weights.data_ptr(), weights.size(1)
-        p.out, p.row_bytes, p.num_tokens = out.data_ptr(), rows.size(1) * rows.element_size(), plan.num_tokens
-        p.bias_0 = bias[0].data_ptr() if bias else 0
-        p.bias_1 = bias[1].data_ptr() if len(bias) > 1 else 0
-        p.send_index, p.send_base = plan.send_index.data_ptr(), plan.send_base.data_ptr()
-        p.offsets = [self._offset(rows), 0, 0, self._offset(weights), 0]
-        p.signature = _signature("combine", request.signature()) % 2**63
-        p.dtype, p.num_sms = _DTYPES[rows.dtype], self._num_sms()
-        self._comm.combine(p, _stream())
-        return out, out_weights
+                weights = weights.contiguous()
+                if not self._arena.holds(weights) and weights.numel():
+                    weights = self._arena.temporary(weights.shape, weights.dtype).copy_(weights)
+            bias = [_aligned(b) for b in request.bias]
+            out = torch.empty(plan.num_tokens, rows.size(1), dtype=rows.dtype, device=self.device)
+            out_weights = None
+            p = _C.CombineParams()
+            if weights is not None:
+                width = plan.top_k if experts is not None else weights.size(1)
+                out_weights = torch.empty(plan.num_tokens, width, dtype=torch.float32, device=self.device)
+                p.out_weights, p.top_k = out_weights.data_ptr(), width
+                if experts is not None:
+                    p.pick_row, p.pick_rank = experts.pick_row.data_ptr(), experts.pick_rank.data_ptr()
+            p.out, p.row_bytes, p.num_tokens = out.data_ptr(), row_bytes, plan.num_tokens
+            p.bias_0 = bias[0].data_ptr() if bias else 0
+            p.bias_1 = bias[1].data_ptr() if len(bias) > 1 else 0
+            p.send_slot = plan.send_slot.data_ptr()
+            p.pull_row = (plan.send_slot if experts is None else experts.pull_row).data_ptr()
+            offset = self._arena.offset
+            all_summed = int(partials is not None and not is_visible)
+            p.offsets = [offset(source), offset(partials), all_summed, offset(weights), 0]
+            p.signature = _signature("combine", {"number": plan.number} | request.signature())
+            p.dtype, p.num_sms = _DTYPES[rows.dtype], self._sms(request.num_sms)
+            self._comm.combine(p, stream)
+            return out, out_weights
 
     # Handles and life --------------------------------------------------------------------------------------------------
 
-    def _handle_tensors(self, prefix_RR: Tensor, layout: RankLayout, source: Tensor, send_index: Tensor) -> tuple[Tensor, ...]:
+    def _handle_tensors(self, prefix_RR: Tensor, layout: RankLayout, source: Tensor, send_slot: Tensor) -> tuple[Tensor, ...]:
         """DeepEP V1's six tensors; V1's channels are one here."""
         sent_R1 = layout.num_tokens_per_rank.unsqueeze(1)
-        return prefix_RR, sent_R1, torch.zeros_like(sent_R1), source, layout.is_token_in_rank, send_index
+        return prefix_RR, sent_R1, torch.zeros_like(sent_R1), source, layout.is_token_in_rank, send_slot
 
     def plan_of(self, tensors: tuple[Tensor, ...]) -> Plan:
-        prefix_RR, _, _, source, in_rank, send_index = tensors
-        before = prefix_RR[self.rank - 1] if self.rank else torch.zeros_like(prefix_RR[0])
+        prefix_RR, _, _, source, _, send_slot = tensors
         return NvlinkPlan(
             number=0,
-            num_tokens=in_rank.size(0),
+            num_tokens=send_slot.size(0),
             num_received=source.size(0),
             num_rows=source.size(0),
             num_experts=0,
@@ -353,71 +582,89 @@ class NvlinkEngine(Engine):
             alignment=1,
             tokens_per_expert=torch.empty(0, dtype=torch.int64),
             recv_topk_idx=None,
-            send_index=send_index,
-            send_base=before.contiguous(),
+            send_slot=send_slot.contiguous(),
+            received=prefix_RR[-1, self.rank].reshape(1),
             experts=None,
         )
 
-    def _check_bounds(self, request: DispatchRequest, counts: Any) -> None:
-        rows = [sum(column) for column in zip(*counts.per_rank, strict=True)]
-        short = [r for r, bound in enumerate(counts.bounds) if bound and rows[r] > bound]
-        if short:
-            what = "; ".join(f"rank {r}: num_worst_tokens={counts.bounds[r]} but {rows[r]} rows arrive" for r in short)
-            raise ArgumentError(f"dispatch: {what}", "num_worst_tokens", short)
-
-    def _explain(self, prepared: Prepared[DispatchRequest], out_of_range: Tensor | None) -> None:
+    def _explain(self, prepared: Prepared[DispatchRequest], out_of_range: Tensor | None, everyone_waits: bool) -> NoReturn:
         """Some rank's arguments are wrong or differ: exchange texts, raise the same everywhere."""
         if prepared.error is None and out_of_range is not None and out_of_range.item():
             request = prepared.request
-            assert request is not None and request.topk_idx is not None
-            low, high = (int(v) for v in torch.aminmax(request.topk_idx))
-            prepared.error = ArgumentError(
-                f"topk_idx must lie in [-1, {request.num_experts}) (num_experts={request.num_experts}), "
-                f"got values from {low} to {high}",
-                "topk_idx",
-            )
-        fields = {} if prepared.request is None else prepared.request.signature()
+            assert request is not None
+            prepared.error = _layout_error(request)
+        if not everyone_waits:  # ranks with num_worst_tokens learn of it on the GPU
+            raise prepared.error or DeepEPError("dispatch: some ranks passed num_worst_tokens and others did not")
+        fields = {} if prepared.request is None else self._described(prepared.request)
         self.peers.raise_disagreement("dispatch", {"operation": "dispatch"} | fields, prepared.error)
+        raise DeepEPError("dispatch: the ranks disagree, but not on anything that can be told")
 
     def check(self) -> None:
         self.peers.check()
-        failure = self._comm.failure()
-        if failure is None:
-            return
-        where = f"{failure.operation} {failure.epoch} on rank {self.rank}"
-        if failure.missing:
-            who = ", ".join(map(str, failure.missing))
-            raise PeerTimeoutError(
-                f"{where}: waited {self.peers.timeout:g} s in vain for {failure.meeting} of rank {who}; "
-                "this buffer can no longer be used",
-                failure.missing,
-                failure.operation,
+        if (failure := self._comm.failure()) is not None:
+            raise self._failure(failure)
+        if (refusal := self._comm.refusal(self._refusals)) is not None:
+            self._refusals = refusal.epoch
+            if self.rank not in refusal.ranks:
+                why = (
+                    f"an arena there has no room for {refusal.bytes} bytes; pass a larger num_nvl_bytes to Buffer"
+                    if refusal.bytes
+                    else "its arguments were wrong, see the exception raised there"
+                )
+                raise DeepEPError(
+                    f"operation {refusal.epoch} did not take place, its results are NaN: rank "
+                    f"{', '.join(map(str, refusal.ranks))} refused to take part: {why}"
+                )
+
+    def _failure(self, failure: _C.Failure) -> DeepEPError:
+        where = f"{failure.operation} (number {failure.epoch}) on rank {self.rank}"
+        who = ", ".join(map(str, failure.ranks))
+        end = "this buffer can no longer be used"
+        if failure.cause == "missing":
+            text = f"{where}: waited {self.peers.timeout:g} s in vain for {failure.meeting} of rank {who}; {end}"
+            return PeerTimeoutError(text, failure.ranks, failure.operation)
+        if failure.cause == "blamed":
+            text = f"{where}: other ranks gave up on rank {who}; {end}"
+            return PeerTimeoutError(text, failure.ranks, failure.operation)
+        if failure.cause == "mismatched":
+            return DeepEPError(f"{where}: rank {who} is in another call, or its handle or shapes differ; {end}")
+        if failure.cause == "overflow":
+            each = "; ".join(
+                f"rank {r}: num_worst_tokens={failure.bounds[r]} but {failure.rows[r]} rows" for r in failure.ranks
             )
-        if failure.mismatched:
-            raise DeepEPError(f"{where}: ranks {failure.mismatched} are in another call, or its shapes differ")
-        raise DeepEPError(f"{where}: ranks {failure.refused} could not take part")
+            return ArgumentError(f"{where}: {each} arrive; {end}", "num_worst_tokens", failure.ranks)
+        return ArgumentError(
+            f"{where}: the arguments of rank {who} are wrong or differ from this rank's; {end}", "", failure.ranks
+        )
 
     def destroy(self) -> None:
-        self._comm.close()
+        with self._lock:
+            self._comm.close(self._arena.was_captured)
+            del self._arena
 
 
-def _arranged(payload: Payload, plan: NvlinkPlan) -> Payload:
-    """Rank layout -> the plan's layout and number of rows."""
-
-    def one(rows: Tensor) -> Tensor:
-        dtype = rows.dtype
-        bits = rows.view(torch.uint8) if dtype.itemsize == 1 else rows
-        if plan.experts is not None:
-            zero = bits.new_zeros(1, bits.size(1))
-            bits = torch.cat([bits, zero]).index_select(0, plan.experts.source_row)
-        return extend(bits, plan.num_rows, 0).view(dtype)
-
-    return Payload(one(payload.data), None if payload.scales is None else one(payload.scales))
+def default_num_sms(capability: int) -> int:
+    """SMs that keep the links of a GPU busy: their one-way bandwidth over what an SM moves, rounded up to an even number."""
+    link = _LINK_BYTES.get(capability, max(_LINK_BYTES.values()))
+    return round_up(-(-int(link) // int(_BYTES_PER_SM)), 2)
 
 
-def _send_index(in_rank_TR: Tensor) -> Tensor:
-    position = in_rank_TR.cumsum(0, dtype=torch.int32) - 1
-    return torch.where(in_rank_TR, position, -1).to(torch.int32)
+def _layout_error(request: DispatchRequest) -> ArgumentError:
+    """What the flag `out_of_range` stands for."""
+    counted = request.layout.is_token_in_rank.sum(0, dtype=torch.int32)
+    if not torch.equal(counted, request.layout.num_tokens_per_rank):
+        return wrong_counts(request.layout.num_tokens_per_rank, counted)
+    assert request.topk_idx is not None
+    low, high = (int(v) for v in torch.aminmax(request.topk_idx))
+    return ArgumentError(
+        f"topk_idx must lie in [-1, {request.num_experts}) (num_experts={request.num_experts}), "
+        f"got values from {low} to {high}",
+        "topk_idx",
+    )
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
 
 
 def _aligned(t: Tensor) -> Tensor:
@@ -428,14 +675,3 @@ def _aligned(t: Tensor) -> Tensor:
 def _signature(operation: str, fields: dict[str, object]) -> int:
     text = json.dumps({"operation": operation} | fields)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
-
-
-def _request_of(prepared: Prepared) -> Any:
-    if prepared.request is None:
-        assert prepared.error is not None
-        raise prepared.error
-    return prepared.request
-
-
-def _stream() -> int:
-    return torch.cuda.current_stream().cuda_stream

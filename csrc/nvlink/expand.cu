@@ -1,0 +1,107 @@
+// At the destination, after a dispatch: the rows that were not sent. In expert layout a token's further rows, copies of its
+// first; the padding, zero; the scales, from their tokens' slots to their rows. With num_worst_tokens the rows behind the last.
+#include "kernels.hpp"
+
+#include "../common/check.hpp"
+#include "protocol.cuh"
+#include "scatter.cuh"
+
+namespace deepep_train::nvlink {
+
+namespace {
+
+constexpr int kThreads = 256;
+
+// The rows of every token in ascending order, whose row each is, and the tokens that have several. A warp takes a token.
+__global__ void __launch_bounds__(kThreads) arrange_kernel(const __grid_constant__ ArrangeParams p) {
+    const int lane = threadIdx.x % 32;
+    const int num_received = *reinterpret_cast<const int32_t*>(p.num_received);
+    for (int64_t n = (blockIdx.x * kThreads + threadIdx.x) / 32; n < num_received; n += gridDim.x * kThreads / 32) {
+        auto* rows = reinterpret_cast<int32_t*>(p.rows_of) + n * p.top_k;
+        const int row = lane < p.top_k ? rows[lane] : -1;
+        const unsigned valid = __ballot_sync(0xffffffffu, row >= 0);
+        const int count = __popc(valid);
+        int place = row >= 0 ? 0 : count + __popc(~valid & ((1u << lane) - 1));
+        for (int k = 0; k < p.top_k; ++k) {
+            const int other = __shfl_sync(0xffffffffu, row, k);
+            if (row >= 0 && other >= 0 && other < row) ++place;
+        }
+        if (lane < p.top_k) rows[place] = row;
+        if (row >= 0) reinterpret_cast<int32_t*>(p.row_slot)[row] = static_cast<int32_t>(n);
+        if (lane == 0 && count > 1)
+            reinterpret_cast<int32_t*>(p.several)[atomicAdd(reinterpret_cast<int32_t*>(p.num_several), 1)] =
+                static_cast<int32_t>(n);
+    }
+}
+
+// A token's first row to its others; `row` numbers the tokens that have several.
+struct Copy {
+    static constexpr int kRounds = 1;
+    const ExpandParams& p;
+
+    DT_DEVICE const int32_t* rows(int64_t row) const {
+        return reinterpret_cast<const int32_t*>(p.rows_of) +
+               reinterpret_cast<const int32_t*>(p.several)[row] * static_cast<int64_t>(p.top_k);
+    }
+    DT_DEVICE int32_t look(int64_t row, int i) const { return i + 1 < p.top_k ? rows(row)[i + 1] : -1; }
+    DT_DEVICE const char* from(int64_t row) const { return reinterpret_cast<const char*>(p.x) + rows(row)[0] * p.row_bytes; }
+    DT_DEVICE char* to(int, int32_t row) const { return reinterpret_cast<char*>(p.x) + row * p.row_bytes; }
+    DT_DEVICE void beside(int64_t, const int32_t (&)[kRounds]) const {}
+};
+
+// Zeroes rows that stand for nothing; a warp takes a row.
+__device__ void clear_rows(const ExpandParams& p, int first_warp, int num_warps) {
+    const int lane = threadIdx.x % 32;
+    const bool expert = p.rows_of != 0;
+    const int64_t first = expert ? 0 : *reinterpret_cast<const int32_t*>(p.num_received);
+    for (int64_t m = first + first_warp; m < p.num_rows; m += num_warps) {
+        if (expert && reinterpret_cast<const int32_t*>(p.row_slot)[m] >= 0) continue;
+        char* row = reinterpret_cast<char*>(p.x) + m * p.row_bytes;
+        for (int64_t i = lane * 16; i < p.row_bytes; i += 512) *reinterpret_cast<uint4*>(row + i) = uint4{0, 0, 0, 0};
+        const int width = expert ? 1 : p.top_k;
+        if (p.weights != 0 && lane < width) reinterpret_cast<float*>(p.weights)[m * width + lane] = 0.0f;
+        if (p.indices != 0 && lane < width) reinterpret_cast<int64_t*>(p.indices)[m * width + lane] = -1;
+        if (p.slot_scales == 0 && p.scales != 0)
+            for (int i = lane; i < p.scale_words; i += 32)
+                reinterpret_cast<uint32_t*>(p.scales)[m * p.scale_row_stride + i * p.scale_word_stride] = 0;
+    }
+}
+
+// Neighbouring threads take neighbouring rows, because the scales of the expert layout lie column by column.
+__device__ void place_scales(const ExpandParams& p) {
+    const auto* slot_scales = reinterpret_cast<const uint32_t*>(p.slot_scales);
+    const int64_t all = p.num_rows * p.scale_words, step = static_cast<int64_t>(gridDim.x) * blockDim.x;
+    for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < all; i += step) {
+        const int64_t m = i % p.num_rows, word = i / p.num_rows;
+        const int slot = reinterpret_cast<const int32_t*>(p.row_slot)[m];
+        reinterpret_cast<uint32_t*>(p.scales)[m * p.scale_row_stride + word * p.scale_word_stride] =
+            slot < 0 ? 0u : slot_scales[static_cast<int64_t>(slot) * p.scale_words + word];
+    }
+}
+
+__global__ void __launch_bounds__(ScatterShape::kMaxWarps * 32, 1)
+    expand_kernel(const __grid_constant__ Domain d, const __grid_constant__ ExpandParams p,
+                  const __grid_constant__ ScatterShape shape) {
+    extern __shared__ __align__(128) char shared[];
+    if (d.control(d.rank)->failed != 0) return;  // the outputs are NaN, and stay so
+    const int warps = blockDim.x / 32;
+    clear_rows(p, static_cast<int>(threadIdx.x / 32 * gridDim.x + blockIdx.x), static_cast<int>(gridDim.x) * warps);
+    if (p.slot_scales != 0) place_scales(p);
+    if (p.rows_of != 0) scatter_rows(Copy{p}, *reinterpret_cast<const int32_t*>(p.num_several), p.row_bytes, shape, shared);
+}
+
+}  // namespace
+
+void launch_arrange(const ArrangeParams& p, cudaStream_t stream) {
+    arrange_kernel<<<p.num_sms * 4, kThreads, 0, stream>>>(p);
+    DT_CUDA(cudaGetLastError());
+}
+
+void launch_expand(const Domain& d, const ExpandParams& p, cudaStream_t stream) {
+    const ScatterShape shape(p.row_bytes);
+    DT_CUDA(cudaFuncSetAttribute(expand_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, ScatterShape::kSharedBytes));
+    expand_kernel<<<p.num_sms, shape.warps * 32, shape.shared_bytes, stream>>>(d, p, shape);
+    DT_CUDA(cudaGetLastError());
+}
+
+}  // namespace deepep_train::nvlink

@@ -1,0 +1,164 @@
+"""Memory that peers can reach: torch tensors out of one communicator's arena."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from deepep_train import _C  # type: ignore[attr-defined]
+
+# What part of the arena is set aside for staging: one operation's rows where the rest is full, and combine's temporaries.
+STAGING_SHARE = 4
+
+
+class ArenaFull(Exception):
+    """Neither the heap nor staging has room for `num_bytes` more."""
+
+    def __init__(self, num_bytes: int) -> None:
+        super().__init__(num_bytes)
+        self.num_bytes = num_bytes
+
+
+class Landing(NamedTuple):
+    """Where peers put a tensor: `visible` in the arena, and `tensor` for the caller, to be copied to if it is not the same."""
+
+    visible: Tensor
+    tensor: Tensor
+
+
+@functools.lru_cache(maxsize=1)
+def _allocator() -> torch.cuda.memory.CUDAPluggableAllocator:
+    """One for the process, never freed: torch calls it whenever the last tensor of a pool dies. It holds no state."""
+    return torch.cuda.memory.CUDAPluggableAllocator(_C.__file__, "deepep_train_allocate", "deepep_train_release")
+
+
+class Arena:
+    """See the module. Not thread-safe: the engine's lock covers it.
+
+    Args:
+        comm: the communicator whose memory this is.
+        device: of the memory.
+    """
+
+    def __init__(self, comm: _C.Communicator, device: torch.device) -> None:
+        self._comm = comm
+        self._device = device
+        self._pool = torch.cuda.MemPool(_allocator().allocator())
+        self._aside: torch.cuda.Stream | None = None
+        self._capturing = False
+        self._captured: list[Tensor] = []  # what CUDA graphs write to lives as long as the buffer
+        self._deaths = 0
+        self._full: tuple[int, int] | None = None  # a size that did not fit, and the deaths before
+        self._staging = self.empty((comm.bytes // STAGING_SHARE,), torch.uint8)
+        self._staged = 0
+        self.num_staged = 0  # tensors that had to be copied
+
+    def holds(self, t: Tensor) -> bool:
+        return self._comm.base <= t.data_ptr() < self._comm.base + self._comm.bytes
+
+    def offset(self, t: Tensor | None) -> int:
+        """Of the tensor's first byte in the arena."""
+        return 0 if t is None or not t.numel() else t.data_ptr() - self._comm.base
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor out of the heap; raises `ArenaFull`."""
+        with self._allocating():
+            return self._from_heap(shape, dtype)
+
+    def temporary(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor for this operation only: staging if it fits, else out of the heap; raises `ArenaFull`."""
+        found = self._from_staging(shape, dtype)
+        return self.empty(shape, dtype) if found is None else found
+
+    def land(self, wanted: Sequence[tuple[Sequence[int], torch.dtype] | None]) -> list[Landing | None]:
+        """For each (shape, dtype): a place for peers to write to; out of the heap, or staging where that is full."""
+        landings: list[Landing | None] = []
+        with self._allocating():
+            for one in wanted:
+                if one is None:
+                    landings.append(None)
+                    continue
+                try:
+                    tensor = self._from_heap(*one)
+                    landings.append(Landing(tensor, tensor))
+                except ArenaFull:
+                    staged = self._from_staging(*one)
+                    if staged is None:
+                        raise
+                    landings.append(Landing(staged, staged))
+        # The copies' targets lie outside the arena, so they are made outside its pool.
+        for i, landing in enumerate(landings):
+            if landing is not None and landing.visible.numel() and self._is_staged(landing.visible):
+                landings[i] = Landing(landing.visible, torch.empty_like(landing.visible))
+                self.num_staged += 1
+        return landings
+
+    def begin_operation(self) -> None:
+        """Staging is free again: operations follow each other."""
+        self._staged = 0
+
+    def stats(self) -> dict[str, int]:
+        return {
+            "arena": self._comm.bytes,
+            "arena used": self._comm.used,
+            "arena peak": self._comm.peak,
+            "staging": self._staging.numel(),
+            "tensors staged": self.num_staged,
+        }
+
+    @property
+    def was_captured(self) -> bool:
+        return bool(self._captured)
+
+    # Inside ------------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _allocating(self) -> Iterator[None]:
+        # A graph's capture takes every allocation on its streams into its own pool, so memory for it is asked for aside.
+        self._capturing = torch.cuda.is_current_stream_capturing()
+        if self._capturing and self._aside is None:
+            self._aside = torch.cuda.Stream(self._device)
+        self._comm.enter_pool()
+        try:
+            with (
+                torch.cuda.stream(self._aside) if self._capturing else nullcontext(),
+                torch.cuda.use_mem_pool(self._pool, self._device),
+            ):
+                yield
+        finally:
+            self._comm.leave_pool()
+
+    def _from_heap(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        size = torch.Size(shape).numel() * dtype.itemsize
+        if self._full is not None and self._full[1] == self._deaths and size >= self._full[0]:
+            raise ArenaFull(size)  # asking torch again would make it flush its caches
+        try:
+            t = torch.empty(tuple(shape), dtype=dtype, device=self._device)
+        except torch.OutOfMemoryError:
+            self._full = (size, self._deaths)
+            raise ArenaFull(size) from None
+        weakref.finalize(t, self._count_death).atexit = False
+        if self._capturing:
+            self._captured.append(t)
+        return t
+
+    def _count_death(self) -> None:
+        self._deaths += 1
+
+    def _from_staging(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
+        size = torch.Size(shape).numel() * dtype.itemsize
+        if self._staged + size > self._staging.numel():
+            return None
+        part = self._staging[self._staged : self._staged + size].view(dtype).view(tuple(shape))
+        self._staged = -(-(self._staged + size) // 512) * 512
+        return part
+
+    def _is_staged(self, t: Tensor) -> bool:
+        start = self._staging.data_ptr()
+        return start <= t.data_ptr() < start + self._staging.numel()
