@@ -1,0 +1,77 @@
+"""What the ranks of the GPU tests do: every function runs on every rank, in processes that live as long as the session."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from draws import Exchange
+from reference import Given, Rows
+from torch import Tensor
+
+import deepep_train as dt
+
+ARENA = 64 << 20
+_buffers: dict[tuple[str, int], dt.Buffer] = {}
+
+
+def buffer_of(group: dist.ProcessGroup, engine: str = "nvlink") -> dt.Buffer:
+    """One per process and engine: making an arena takes longer than most tests."""
+    key = (engine, group.size())
+    if key not in _buffers:
+        torch.cuda.set_device(0)
+        _buffers[key] = dt.Buffer(group, num_nvl_bytes=ARENA, engine=engine, timeout=30)
+    return _buffers[key]
+
+
+def to(value: Any, device: str) -> Any:
+    if isinstance(value, (tuple, list)):
+        return type(value)(to(v, device) for v in value)
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+@dataclass(frozen=True)
+class Got:
+    """What one rank's calls returned, on the CPU."""
+
+    x: Rows
+    topk_idx: Tensor | None
+    topk_weights: Tensor | None
+    tokens_per_expert: list[int]
+    z: Tensor
+    z_visible: Tensor
+    again: Rows
+
+
+def exchange(
+    rank: int,
+    size: int,
+    group: dist.ProcessGroup,
+    cases: list[Exchange],
+    given: list[list[Given]],
+    ys: list[list[Tensor]],
+    biases: list[list[Any]],
+    worst: list[list[int]],
+) -> list[Got]:
+    """Dispatch, combine from any memory and from peer-visible memory, and dispatch again along the handle."""
+    buffer = buffer_of(group)
+    results = []
+    for case, g, y, bias, bound in zip(cases, given, ys, biases, worst, strict=True):
+        mine = g[rank]
+        how = {"num_experts": case.num_experts, "layout": case.layout, "alignment": case.alignment}
+        x, idx, weights = to((mine.x, mine.topk_idx, mine.topk_weights), "cuda")
+        out = dt.dispatch(x, idx, weights, buffer=buffer, num_worst_tokens=bound[rank], **how)
+        y_here, bias_here = to(y[rank], "cuda"), to(bias[rank], "cuda")
+        z = dt.combine(y_here, out.handle, bias=bias_here)
+        visible = buffer.empty_like(y_here)
+        visible.copy_(y_here)
+        z_visible = dt.combine(visible, out.handle, bias=bias_here)
+        again = dt.dispatch(x, buffer=buffer, handle=out.handle)
+        buffer.check()
+        got = (out.x, out.topk_idx, out.topk_weights, out.tokens_per_expert.tolist(), z, z_visible, again.x)
+        results.append(Got(*to(got, "cpu")))
+    torch.cuda.synchronize()
+    buffer.check()
+    return results
