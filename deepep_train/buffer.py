@@ -114,8 +114,8 @@ class Buffer:
         except DeepEPError as caught:
             error = caught
         # Of the arguments only what has passed its check can be compared, and sent.
-        agreed = {"engine": choice.name, "low_latency_mode": low_latency_mode, "num_local_ranks": num_local_ranks}
-        mine = {"error": str(error or ""), "argument": getattr(error, "argument", ""), "host": engines.host_name()}
+        agreed = {"engine": engine, "low_latency_mode": low_latency_mode, "num_local_ranks": num_local_ranks}
+        mine = {"error": str(error or ""), "argument": getattr(error, "argument", "")} | engines.whereabouts()
         mine |= {"agreed": agreed if error is None else {}, "made": next(Buffer._made)}
         everyone = Peers(group, timeout if error is None else 100.0).gather_objects(mine, "Buffer")
         broken = [r for r, other in enumerate(everyone) if other["error"]]
@@ -128,6 +128,8 @@ class Buffer:
 
         local = num_local_ranks or engines.num_local_ranks([other["host"] for other in everyone])
         self.num_nodes = self.group_size // local
+        if engine == "auto":
+            choice = self._agree_on_engine(choice, everyone, timeout)
         self.engine = choice.name
         self.engine_reasons = choice.reasons
         self._engine = engines.create(
@@ -136,6 +138,14 @@ class Buffer:
         self._comm = CommStream(self._engine.check)
         self._local_bytes: dict[bool, Tensor] = {}
         self._destroyed = False
+
+    def _agree_on_engine(self, choice: engines.Choice, everyone: list[dict], timeout: float) -> engines.Choice:
+        """nvlink if no rank knows of an obstacle."""
+        if any(other["gpu"] for other in everyone):
+            found = Peers(self.group, timeout).gather_objects(engines.obstacle(everyone), "Buffer")
+            known = [f"nvlink on rank {r}: {text}" for r, text in enumerate(found) if text]
+            return engines.Choice("collective" if known else "nvlink", known or choice.reasons)
+        return choice
 
     def __repr__(self) -> str:
         state = ", destroyed" if self._destroyed else ""

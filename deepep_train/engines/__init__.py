@@ -16,6 +16,7 @@ from deepep_train.engines.collective import CollectiveEngine
 from deepep_train.errors import ArgumentError, DeepEPError
 
 DEFAULT_ARENA_BYTES = 2 << 30
+MAX_NVLINK_RANKS = 64
 ENGINES = ("auto", "collective", "nvlink", "rdma", "low_latency")
 
 
@@ -70,9 +71,7 @@ def _survey_nvlink() -> Surveyed:
         return Surveyed("nvlink", False, "torch sees no CUDA device")
     if torch.cuda.get_device_capability() < (8, 0):
         return Surveyed("nvlink", False, f"{torch.cuda.get_device_name()} is older than sm_80")
-    return Surveyed(
-        "nvlink", True, "in development: only by engine='nvlink', for ranks of one host that reach each other's memory"
-    )
+    return Surveyed("nvlink", True, f"for up to {MAX_NVLINK_RANKS} ranks of one host whose GPUs reach each other's memory")
 
 
 def choose(requested: str) -> Choice:
@@ -85,7 +84,34 @@ def choose(requested: str) -> Choice:
             raise DeepEPError(f"engine={requested!r} cannot be used: {found[requested].reason}")
         return Choice(requested, [f"{requested}: asked for"])
     reasons = [f"{e.name}: {e.reason}" for e in found.values()]
-    return Choice("collective", reasons)
+    return Choice("nvlink" if found["nvlink"].usable else "collective", reasons)
+
+
+def whereabouts() -> dict[str, str]:
+    """What other ranks must know of this one to choose an engine: its host, its GPU, and why it cannot use nvlink, if so."""
+    nvlink = _survey_nvlink()
+    gpu = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid) if nvlink.usable else ""
+    return {"host": host_name(), "gpu": gpu, "obstacle": "" if nvlink.usable else nvlink.reason}
+
+
+def obstacle(everyone: list[dict[str, str]]) -> str:
+    """Why, as far as this rank can tell, the ranks with these `whereabouts` cannot use nvlink together; "" if they can."""
+    if len(everyone) > MAX_NVLINK_RANKS:
+        return f"{len(everyone)} ranks, above the limit of {MAX_NVLINK_RANKS}"
+    for rank, other in enumerate(everyone):
+        if other["obstacle"]:
+            return f"rank {rank}: {other['obstacle']}"
+    if len({other["host"] for other in everyone}) > 1:
+        return "the ranks are on several hosts"
+    here = torch.cuda.current_device()
+    visible = {str(torch.cuda.get_device_properties(i).uuid): i for i in range(torch.cuda.device_count())}
+    for rank, other in enumerate(everyone):
+        there = visible.get(other["gpu"])
+        if there is None:
+            return f"the GPU of rank {rank} is hidden from this process (CUDA_VISIBLE_DEVICES)"
+        if there != here and not torch.cuda.can_device_access_peer(here, there):
+            return f"GPU {here} has no peer access to GPU {there} of rank {rank}"
+    return ""
 
 
 def create(
