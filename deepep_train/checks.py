@@ -53,6 +53,15 @@ def tensor(
     value: Any, argument: str, shape: Sequence[int | None], dtypes: Sequence[torch.dtype], device: torch.device | None
 ) -> Tensor:
     """A dense tensor of this shape (None: any size), one of these dtypes, on this device (None: any)."""
+    if (
+        isinstance(value, Tensor)
+        and value.dtype in dtypes
+        and value.dim() == len(shape)
+        and all(n is None or n == m for n, m in zip(shape, value.shape, strict=True))
+        and (device is None or value.device == device)
+        and value.layout == torch.strided
+    ):
+        return value  # before any text is made: this is on the way of every call
     names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
     wanted = f"a {names} tensor of shape [{', '.join('any' if n is None else str(n) for n in shape)}]"
     wanted += f" on {device}" if device is not None else ""

@@ -10,6 +10,10 @@ namespace {
 
 constexpr size_t kAlignment = 512;
 
+// Other processes map a block whose size is no multiple of 64 KiB with small pages: every access through such a mapping then
+// costs address translation, and kernels that move rows took 1.7 times as long (H100, driver 580; docs/performance.md).
+constexpr size_t kPage = 2 << 20;
+
 thread_local Arena* current_arena = nullptr;
 
 // Every arena of the process: torch frees a segment from whichever thread drops the last tensor, without saying whose it is.
@@ -32,15 +36,15 @@ std::shared_ptr<Arena> Arena::make(int device, size_t bytes, size_t reserve) {
     return arena;
 }
 
-Arena::Arena(int device, size_t bytes, size_t reserve) : device_(device), bytes_(bytes) {
+Arena::Arena(int device, size_t bytes, size_t reserve) : device_(device), bytes_((bytes + kPage - 1) / kPage * kPage) {
     DT_CUDA(cudaSetDevice(device));
     void* memory = nullptr;
-    DT_CUDA(cudaMalloc(&memory, bytes));
+    DT_CUDA(cudaMalloc(&memory, bytes_));
     base_ = static_cast<char*>(memory);
     DT_CUDA(cudaMemset(base_, 0, reserve));
     DT_CUDA(cudaDeviceSynchronize());
     reserve = (reserve + kAlignment - 1) / kAlignment * kAlignment;
-    free_[reserve] = bytes - reserve;
+    free_[reserve] = bytes_ - reserve;
 }
 
 Arena::~Arena() {

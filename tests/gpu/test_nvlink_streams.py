@@ -277,9 +277,9 @@ def small_arena(rank: int, size: int, group: dist.ProcessGroup) -> dict[str, int
     torch.cuda.set_device(0)
     from deepep_train import engines
 
-    engines.DEFAULT_ARENA_BYTES = 8 << 20
+    engines.DEFAULT_ARENA_BYTES = 48 << 20
     buffer = dt.Buffer(group, engine="nvlink", timeout=20)
-    x, idx, w = (t.cuda() for t in inputs(rank, size, 13, 400))
+    x, idx, w = (t.cuda() for t in inputs(rank, size, 13, 2000))
     outs = [
         dt.dispatch(x, idx, w, buffer=buffer, num_experts=size * LOCAL_EXPERTS, layout=("rank", "expert")[i % 2])
         for i in range(24)
@@ -296,10 +296,9 @@ def small_arena(rank: int, size: int, group: dist.ProcessGroup) -> dict[str, int
     buffer.destroy()
     assert_same_bits(tail, kept, "a tensor that outlives its buffer")
     # Too small even for one operation: an error that says how large it must be, on every rank.
-    engines.DEFAULT_ARENA_BYTES = 4 << 20
     buffer = dt.Buffer(group, engine="nvlink", timeout=20)
-    big = torch.zeros(8000, 512, dtype=torch.bfloat16, device="cuda")
-    everywhere = torch.zeros(8000, 1, dtype=torch.int64, device="cuda")
+    big = torch.zeros(40000, 512, dtype=torch.bfloat16, device="cuda")
+    everywhere = torch.zeros(40000, 1, dtype=torch.int64, device="cuda")
     if rank == 0:
         with pytest.raises(dt.DeepEPError, match="num_nvl_bytes="):
             dt.dispatch(big, everywhere, buffer=buffer, num_experts=size)
@@ -393,8 +392,7 @@ def moe_layer(rank: int, size: int, group: dist.ProcessGroup, engine: str, devic
 
     torch.manual_seed(3)
     buffer = shared.buffer_of(group, engine)
-    with torch.device(device):
-        layer = moe.MoELayer(64, 128, num_experts=size * 2, top_k=2, buffer=buffer)
+    layer = moe.MoELayer(64, 128, num_experts=size * 2, top_k=2, buffer=buffer).to(device)
     x = torch.randn(40, 64, generator=torch.Generator().manual_seed(rank)).to(device).requires_grad_()
     y = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
     y.square().sum().backward()
