@@ -47,12 +47,6 @@ private:
 
 void bind_params(py::module_& m) {
     {
-        using P = LayoutParams;
-        ParamsBinding<P>(m, "LayoutParams") DT_FIELD(topk_idx) DT_FIELD(num_tokens_per_rank) DT_FIELD(num_tokens_per_expert)
-            DT_FIELD(is_token_in_rank) DT_FIELD(send_index) DT_FIELD(out_of_range) DT_FIELD(num_tokens) DT_FIELD(top_k)
-                DT_FIELD(num_experts) DT_FIELD(num_ranks);
-    }
-    {
         using P = CountParams;
         ParamsBinding<P>(m, "CountParams") DT_FIELD(num_tokens_per_rank) DT_FIELD(num_tokens_per_expert) DT_FIELD(out_of_range)
             DT_FIELD(rank_prefix_matrix) DT_FIELD(send_base) DT_FIELD(expert_base) DT_FIELD(tokens_per_expert)
@@ -161,6 +155,7 @@ PYBIND11_MODULE(_C, m) {
         .def("expand", &C::expand)
         .def("reduce", &C::reduce)
         .def("combine", &C::combine)
+        .def("is_well", &C::is_well)
         .def("failure", &C::failure)
         .def("refusal", &C::refusal);
 }

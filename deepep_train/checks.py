@@ -81,6 +81,8 @@ def flag(value: Any, argument: str) -> bool:
 
 def stream_arguments(previous_event: Any, async_finish: Any, allocate_on_comm_stream: Any, config: Any = None) -> None:
     """What every call of V1 says about streams and tuning."""
+    if previous_event is None and config is None and async_finish is False and allocate_on_comm_stream is False:
+        return
     need(config is None or isinstance(config, Config), "config", "a deepep_train.Config or None", config)
     is_event = previous_event is None or isinstance(previous_event, EventOverlap)
     need(is_event, "previous_event", "an EventOverlap or None", previous_event)

@@ -151,7 +151,21 @@ void Communicator::leave(uint64_t stream) {
     }
 }
 
-void Communicator::layout(const LayoutParams& p, uint64_t stream) const { launch_layout(p, as_stream(stream)); }
+void Communicator::layout(uint64_t topk_idx, int num_tokens, int top_k, int num_experts, uint64_t ints,
+                          uint64_t is_token_in_rank, uint64_t stream) const {
+    LayoutParams p;
+    p.topk_idx = topk_idx;
+    p.num_tokens = num_tokens;
+    p.top_k = top_k;
+    p.num_experts = num_experts;
+    p.num_ranks = num_ranks_;
+    p.is_token_in_rank = is_token_in_rank;
+    p.num_tokens_per_rank = ints;
+    p.num_tokens_per_expert = p.num_tokens_per_rank + sizeof(int32_t) * num_ranks_;
+    p.out_of_range = p.num_tokens_per_expert + sizeof(int32_t) * num_experts;
+    p.send_index = p.out_of_range + sizeof(int32_t);
+    launch_layout(p, as_stream(stream));
+}
 
 uint32_t Communicator::count(CountParams p, uint64_t stream) {
     p.ticket = ++tickets_;
@@ -206,6 +220,8 @@ void Communicator::reduce(const ReduceParams& p, uint64_t stream) const { launch
 void Communicator::combine(const CombineParams& p, uint64_t stream) const {
     launch_combine(state_->domain, p, as_stream(stream));
 }
+
+bool Communicator::is_well(uint32_t epoch) const { return state_->host->failed == 0 && state_->host->refusals == epoch; }
 
 std::optional<Failure> Communicator::failure() const {
     const HostPage* page = state_->host;

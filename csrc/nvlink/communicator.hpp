@@ -74,7 +74,9 @@ public:
     void enter(uint64_t stream);
     void leave(uint64_t stream);
 
-    void layout(const LayoutParams& p, uint64_t stream) const;
+    // `ints`: num_tokens_per_rank [R], num_tokens_per_expert [E], out_of_range [1] and send_index [T, R] in one piece.
+    void layout(uint64_t topk_idx, int num_tokens, int top_k, int num_experts, uint64_t ints, uint64_t is_token_in_rank,
+                uint64_t stream) const;
     // The ticket to pass to `wait_counts`.
     uint32_t count(CountParams p, uint64_t stream);
     // Waits on the CPU; to be called without the GIL. Gives nothing if the domain has failed.
@@ -88,6 +90,8 @@ public:
     void reduce(const ReduceParams& p, uint64_t stream) const;
     void combine(const CombineParams& p, uint64_t stream) const;
 
+    // Neither a failure nor a refusal after `epoch`: what every call asks first.
+    bool is_well(uint32_t epoch) const;
     std::optional<Failure> failure() const;
     // The latest, if it came after `epoch`.
     std::optional<Refusal> refusal(uint32_t epoch) const;

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -15,6 +15,9 @@ from deepep_train import _C  # type: ignore[attr-defined]
 
 # What part of the arena is set aside for staging: one operation's rows where the rest is full, and combine's temporaries.
 STAGING_SHARE = 4
+
+
+_LARGE = 1 << 20  # bytes: tensors whose death makes room worth asking for
 
 
 class ArenaFull(Exception):
@@ -120,16 +123,21 @@ class Arena:
 
     @contextmanager
     def _allocating(self) -> Iterator[None]:
-        # A graph's capture takes every allocation on its streams into its own pool, so memory for it is asked for aside.
         self._capturing = torch.cuda.is_current_stream_capturing()
-        if self._capturing and self._aside is None:
-            self._aside = torch.cuda.Stream(self._device)
+        if self._capturing:
+            # A capture takes every allocation on its streams into its own pool, so memory for it is asked for aside.
+            self._aside = self._aside or torch.cuda.Stream(self._device)
+            with torch.cuda.stream(self._aside), self._in_pool():
+                yield
+        else:
+            with self._in_pool():
+                yield
+
+    @contextmanager
+    def _in_pool(self) -> Iterator[None]:
         self._comm.enter_pool()
         try:
-            with (
-                torch.cuda.stream(self._aside) if self._capturing else nullcontext(),
-                torch.cuda.use_mem_pool(self._pool, self._device),
-            ):
+            with torch.cuda.use_mem_pool(self._pool):
                 yield
         finally:
             self._comm.leave_pool()
@@ -143,7 +151,8 @@ class Arena:
         except torch.OutOfMemoryError:
             self._full = (size, self._deaths)
             raise ArenaFull(size) from None
-        weakref.finalize(t, self._count_death).atexit = False
+        if size >= _LARGE:
+            weakref.finalize(t, self._count_death).atexit = False
         if self._capturing:
             self._captured.append(t)
         return t

@@ -12,8 +12,10 @@ from reference import Given, Rows
 from torch import Tensor
 
 import deepep_train as dt
+from deepep_train import engines
 
-ARENA = 64 << 20
+# Buffers take 2 GiB unless told to take more, and these tests make dozens of them, some of whose memory is kept for ever.
+engines.DEFAULT_ARENA_BYTES = 64 << 20
 _buffers: dict[tuple[str, int], dt.Buffer] = {}
 
 
@@ -22,7 +24,7 @@ def buffer_of(group: dist.ProcessGroup, engine: str = "nvlink") -> dt.Buffer:
     key = (engine, group.size())
     if key not in _buffers:
         torch.cuda.set_device(0)
-        _buffers[key] = dt.Buffer(group, num_nvl_bytes=ARENA, engine=engine, timeout=30)
+        _buffers[key] = dt.Buffer(group, engine=engine, timeout=30)
     return _buffers[key]
 
 
