@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from deepep_train.engines.base import Engine
 from deepep_train.engines.collective import CollectiveEngine
+from deepep_train.engines.peers import Peers
 from deepep_train.errors import ArgumentError, DeepEPError
 
 DEFAULT_ARENA_BYTES = 2 << 30
@@ -127,6 +128,6 @@ def create(
     if name == "nvlink":
         from deepep_train.engines.nvlink import NvlinkEngine
 
-        return NvlinkEngine(group, timeout, max(num_nvl_bytes, DEFAULT_ARENA_BYTES), num_sms, number)
+        return NvlinkEngine(Peers(group, timeout, number), max(num_nvl_bytes, DEFAULT_ARENA_BYTES), num_sms)
     assert name == "collective", name
     return CollectiveEngine(group, timeout, local_ranks, number)

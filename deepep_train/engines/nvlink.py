@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from deepep_train import _C  # type: ignore[attr-defined]
@@ -93,20 +92,16 @@ class NvlinkEngine(Engine):
     """See the module.
 
     Args:
-        group: bootstraps, and carries the texts of errors; its ranks must reach each other's memory.
-        timeout: seconds that kernels wait for a peer.
+        peers: bootstrap, and carry the texts of errors; these ranks must reach each other's memory.
         arena_bytes: memory that peers can reach; received tensors live in it.
         num_sms: gives the SMs that a call may occupy; 0: what the links need, see `default_num_sms`.
-        number: of the buffer, the same on all ranks.
     """
 
     name = "nvlink"
     checks_layout = True
 
-    def __init__(
-        self, group: dist.ProcessGroup | None, timeout: float, arena_bytes: int, num_sms: Callable[[], int], number: int
-    ) -> None:
-        self.peers = Peers(group, timeout, number)
+    def __init__(self, peers: Peers, arena_bytes: int, num_sms: Callable[[], int]) -> None:
+        self.peers = peers
         self.rank = self.peers.rank
         self.device = torch.device("cuda", torch.cuda.current_device())
         self._num_sms = num_sms
@@ -121,7 +116,7 @@ class NvlinkEngine(Engine):
         properties = torch.cuda.get_device_properties(self.device)
         mine["device"] = f"{os.uname().nodename}/{properties.uuid}"
         try:
-            self._comm = _C.Communicator(self.device.index, self.rank, size, total, float(timeout))
+            self._comm = _C.Communicator(self.device.index, self.rank, size, total, float(peers.timeout))
             mine["base"] = self._comm.base
             mine["handle"] = self._comm.ipc_handle().hex() if size > 1 else ""
         except RuntimeError as error:
