@@ -42,7 +42,7 @@ class Threads(Peers):
 
 def given(rank: int, size: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     g = torch.Generator().manual_seed(1000 * seed + rank)
-    x = torch.randn(TOKENS - 9 * rank, HIDDEN, generator=g).to(torch.bfloat16)
+    x = torch.randn(max(0, TOKENS - 9 * rank), HIDDEN, generator=g).to(torch.bfloat16)
     idx = torch.rand(x.size(0), size * LOCAL_EXPERTS, generator=g).topk(TOP_K, 1).indices
     idx[torch.rand(idx.shape, generator=g) < 0.2] = -1
     return x, idx, torch.rand(idx.shape, generator=g)
