@@ -12,6 +12,7 @@ import json
 import random
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ def measure(rank: int, key: str) -> None:
                 how: dict[str, Any] = {"buffer": buffer, "num_experts": num_experts, "layout": layout}
                 how["alignment"] = 16 if layout == "expert" else 1
                 row |= times_of(buffer, layout, x, fp8, idx, weights, how)
-            row["layout call"] = milliseconds(lambda: buffer.get_dispatch_layout(idx, num_experts), 50)
+            row["layout call"] = milliseconds(partial(buffer.get_dispatch_layout, idx, num_experts), 50)
             if rank == 0:
                 print(json.dumps(row), flush=True)
     dist.barrier()
