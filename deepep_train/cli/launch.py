@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 from collections.abc import Callable
@@ -44,4 +45,5 @@ def _enter(
     try:
         function(*args)
     finally:
+        gc.collect()  # a buffer in a reference cycle keeps the group alive, and gloo aborts a process that exits with one
         dist.destroy_process_group()
