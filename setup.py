@@ -62,6 +62,8 @@ class BuildKernels(build_ext):
         archs = architectures(nvcc)
         flags = ["-std=c++17", "-O3", "-Xptxas", "-v,-warn-spills", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
         flags += [f"-I{path}" for path in includes]
+        if os.environ.get("DEEPEP_TRAIN_DEBUG") == "1":
+            flags.append("-DDEEPEP_TRAIN_DEBUG")
         flags += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
 
         def compile_one(source: str) -> str:

@@ -97,7 +97,6 @@ void bind_params(py::module_& m) {
 void bind_results(py::module_& m) {
     py::class_<CountResult>(m, "CountResult")
         .def_readonly("bad", &CountResult::bad)
-        .def_readonly("waits", &CountResult::waits)
         .def_readonly("num_received", &CountResult::num_received)
         .def_readonly("num_rows", &CountResult::num_rows)
         .def_readonly("per_expert", &CountResult::per_expert)
@@ -110,17 +109,19 @@ void bind_results(py::module_& m) {
         .def_readonly("cause", &Failure::cause)
         .def_readonly("ranks", &Failure::ranks)
         .def_readonly("rows", &Failure::rows)
-        .def_readonly("bounds", &Failure::bounds);
-    py::class_<Refusal>(m, "Refusal")
-        .def_readonly("epoch", &Refusal::epoch)
-        .def_readonly("ranks", &Refusal::ranks)
-        .def_readonly("bytes", &Refusal::bytes);
+        .def_readonly("bounds", &Failure::bounds)
+        .def_readonly("bytes", &Failure::bytes);
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
     m.doc() = "deepep_train's CUDA kernels";
+#ifdef DEEPEP_TRAIN_DEBUG
+    m.attr("is_debug") = true;  // see docs/kernels.md
+#else
+    m.attr("is_debug") = false;
+#endif
     bind_params(m);
     bind_results(m);
     using C = Communicator;
@@ -135,14 +136,16 @@ PYBIND11_MODULE(_C, m) {
         .def_property_readonly("used", &C::used)
         .def_property_readonly("peak", &C::peak)
         .def("open",
-             [](C& c, const std::vector<std::pair<py::bytes, uint64_t>>& peers) {
+             [](C& c, const std::vector<std::tuple<py::bytes, uint64_t, int>>& peers) {
                  std::vector<PeerAddress> addresses;
-                 for (const auto& [handle, base] : peers) addresses.push_back({static_cast<std::string>(handle), base});
+                 for (const auto& [handle, base, device] : peers)
+                     addresses.push_back({static_cast<std::string>(handle), base, device});
                  c.open(addresses);
              })
         .def("close", &C::close, py::arg("keep") = false, no_gil)
         .def("enter_pool", &C::enter_pool)
         .def_static("leave_pool", &C::leave_pool)
+        .def("settle", &C::settle)
         .def("enter", &C::enter)
         .def("leave", &C::leave)
         .def("layout", &C::layout)
@@ -156,6 +159,5 @@ PYBIND11_MODULE(_C, m) {
         .def("reduce", &C::reduce)
         .def("combine", &C::combine)
         .def("is_well", &C::is_well)
-        .def("failure", &C::failure)
-        .def("refusal", &C::refusal);
+        .def("failure", &C::failure);
 }

@@ -324,7 +324,8 @@ class Buffer:
             (recv_x, None, None, None, None, event). Rows come ordered by (source rank, token).
         """
         self.check()
-        inputs = [*(x if isinstance(x, (tuple, list)) else (x,)), topk_idx, topk_weights, is_token_in_rank]
+        inputs = [*(x if isinstance(x, (tuple, list)) else (x,)), topk_idx, topk_weights]
+        inputs += [is_token_in_rank, num_tokens_per_rank, num_tokens_per_rdma_rank, num_tokens_per_expert]
 
         def check_streams() -> None:
             checks.stream_arguments(previous_event, async_finish, allocate_on_comm_stream, config)

@@ -1,5 +1,6 @@
 #include "arena.hpp"
 
+#include <iterator>
 #include <vector>
 
 #include "check.hpp"
@@ -41,6 +42,9 @@ Arena::Arena(int device, size_t bytes, size_t reserve) : device_(device), bytes_
     void* memory = nullptr;
     DT_CUDA(cudaMalloc(&memory, bytes_));
     base_ = static_cast<char*>(memory);
+#ifdef DEEPEP_TRAIN_DEBUG
+    DT_CUDA(cudaMemset(base_, 0xff, bytes_));  // NaN: nobody may read what nobody has written
+#endif
     DT_CUDA(cudaMemset(base_, 0, reserve));
     DT_CUDA(cudaDeviceSynchronize());
     reserve = (reserve + kAlignment - 1) / kAlignment * kAlignment;
@@ -110,24 +114,32 @@ bool Arena::release(void* pointer) {
     const std::lock_guard<std::mutex> lock(mutex_);
     const auto taken = taken_.find(static_cast<size_t>(static_cast<char*>(pointer) - base_));
     if (taken == taken_.end()) return false;
-    size_t offset = taken->first, size = taken->second;
+    used_ -= taken->second;
+    unsettled_[taken->first] = taken->second;
     taken_.erase(taken);
-    used_ -= size;
-    auto next = free_.lower_bound(offset);
-    if (next != free_.end() && offset + size == next->first) {
-        size += next->second;
-        next = free_.erase(next);
-    }
-    if (next != free_.begin()) {
-        const auto before = std::prev(next);
-        if (before->first + before->second == offset) {
-            offset = before->first;
-            size += before->second;
-            free_.erase(before);
-        }
-    }
-    free_[offset] = size;
     return true;
+}
+
+void Arena::settle() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (const auto& range : unsettled_) {
+        size_t offset = range.first, size = range.second;
+        auto next = free_.lower_bound(offset);
+        if (next != free_.end() && offset + size == next->first) {
+            size += next->second;
+            next = free_.erase(next);
+        }
+        if (next != free_.begin()) {
+            const auto before = std::prev(next);
+            if (before->first + before->second == offset) {
+                offset = before->first;
+                size += before->second;
+                free_.erase(before);
+            }
+        }
+        free_[offset] = size;
+    }
+    unsettled_.clear();
 }
 
 void set_current_arena(Arena* arena) { current_arena = arena; }

@@ -28,8 +28,11 @@ public:
 
     // Null if no free range is large enough.
     void* allocate(size_t bytes);
-    // False if `pointer` was not given out by this arena.
+    // False if `pointer` was not given out by this arena. Kernels of the stream that used it may still run, and torch does not
+    // say which: the range is given out again only after `settle`.
     bool release(void* pointer);
+    // To be called when the device has been synchronized since.
+    void settle();
 
     // Finds the arena that gave `pointer` out.
     static void release_anywhere(void* pointer);
@@ -51,6 +54,7 @@ private:
     mutable std::mutex mutex_;
     std::map<size_t, size_t> free_;   // offset -> size
     std::map<size_t, size_t> taken_;  // offset -> size
+    std::map<size_t, size_t> unsettled_;
     size_t used_ = 0;
     size_t peak_ = 0;
 };

@@ -37,6 +37,23 @@ DT_DEVICE uint64_t global_timer() {
     return value;
 }
 
+#ifdef DEEPEP_TRAIN_DEBUG
+// The debug build waits a while, different for every warp and call, wherever ranks or blocks meet, to shake out orders that
+// are rare: up to 16 us, sometimes 250.
+DT_DEVICE void delay_at_random(uint32_t salt) {
+    const uint64_t start = global_timer();
+    uint64_t hash =
+        (start ^ (static_cast<uint64_t>(blockIdx.x) << 32) ^ (static_cast<uint64_t>(threadIdx.x / 32) << 16) ^ salt);
+    hash = (hash ^ (hash >> 31)) * 0x9e3779b97f4a7c15ull;
+    hash ^= hash >> 29;
+    const uint64_t wait = (hash & 0xff00) == 0 ? 250000 : (hash & 0x3fff);
+    while (global_timer() - start < wait) __nanosleep(100);
+    __syncwarp();
+}
+#else
+DT_DEVICE void delay_at_random(uint32_t) {}
+#endif
+
 // Rows ----------------------------------------------------------------------------------------------------------------
 
 // 16 bytes that a peer may have written during this kernel, read once.

@@ -18,7 +18,7 @@ struct Communicator::State {
     char** peers = nullptr;  // device memory
     // The last operation, outside of captures and within the newest one.
     cudaEvent_t eager = nullptr, captured = nullptr;
-    cudaStream_t eager_stream = nullptr, captured_stream = nullptr;
+    unsigned long long eager_stream = 0, captured_stream = 0;  // their ids, which are never used again
     bool any_eager = false;
     unsigned long long capture = 0;
     bool kept = false;  // a captured graph may still launch kernels
@@ -43,6 +43,31 @@ unsigned long long capture_of(cudaStream_t stream) {
     return status == cudaStreamCaptureStatusActive ? id : 0;
 }
 
+unsigned long long id_of(cudaStream_t stream) {
+    unsigned long long id = 0;
+    DT_CUDA(cudaStreamGetId(stream, &id));
+    return id;
+}
+
+// Launches on a stream want its device to be current, whatever the caller's is.
+class OnDevice {
+public:
+    explicit OnDevice(int device) {
+        DT_CUDA(cudaGetDevice(&before_));
+        if (before_ != device) DT_CUDA(cudaSetDevice(device));
+        changed_ = before_ != device;
+    }
+    ~OnDevice() {
+        if (changed_) cudaSetDevice(before_);
+    }
+    OnDevice(const OnDevice&) = delete;
+    OnDevice& operator=(const OnDevice&) = delete;
+
+private:
+    int before_ = 0;
+    bool changed_ = false;
+};
+
 }  // namespace
 
 int64_t Communicator::control_bytes() { return sizeof(Control); }
@@ -65,15 +90,22 @@ Communicator::Communicator(int device, int rank, int num_ranks, int64_t arena_by
     DT_CUDA(cudaMalloc(&state_->peers, kMaxRanks * sizeof(char*)));
     void* device_page = nullptr;
     DT_CUDA(cudaHostGetDevicePointer(&device_page, page, 0));
-    state_->domain = Domain{rank, num_ranks, static_cast<uint64_t>(timeout_seconds * 1e9), state_->peers,
-                            static_cast<HostPage*>(device_page)};
+    int mps = 0;
+    DT_CUDA(cudaDeviceGetAttribute(&mps, cudaDevAttrMpsEnabled, device));
+    state_->domain = Domain{rank,     num_ranks,     static_cast<uint64_t>(timeout_seconds * 1e9),
+                            mps == 0, state_->peers, static_cast<HostPage*>(device_page)};
     DT_CUDA(cudaEventCreateWithFlags(&state_->eager, cudaEventDisableTiming));
     DT_CUDA(cudaEventCreateWithFlags(&state_->captured, cudaEventDisableTiming));
 }
 
 Communicator::~Communicator() {
-    // No collective, no exception: a process may be on its way out.
-    for (void* memory : opened_) cudaIpcCloseMemHandle(memory);
+    // No collective, no exception, no waiting: a process may be on its way out. What a kernel may still use is kept.
+    if (!closed_ && state_->any_eager && cudaEventQuery(state_->eager) != cudaSuccess) {
+        cudaGetLastError();
+        state_->kept = true;
+    }
+    if (!state_->kept)
+        for (void* memory : opened_) cudaIpcCloseMemHandle(memory);
     arena_->retire(state_->kept || state_->host->failed != 0);
     cudaEventDestroy(state_->eager);
     cudaEventDestroy(state_->captured);
@@ -97,6 +129,13 @@ void Communicator::open(const std::vector<PeerAddress>& peers) {
             table[r] = arena_->base();
         } else if (peers.at(r).ipc_handle.empty()) {
             table[r] = reinterpret_cast<char*>(peers[r].base);
+            if (peers[r].device != device_) {
+                const cudaError_t status = cudaDeviceEnablePeerAccess(peers[r].device, 0);
+                if (status == cudaErrorPeerAccessAlreadyEnabled)
+                    cudaGetLastError();
+                else
+                    check_cuda(status, "cudaDeviceEnablePeerAccess", __FILE__, __LINE__);
+            }
         } else {
             cudaIpcMemHandle_t handle;
             std::memcpy(&handle, peers[r].ipc_handle.data(), sizeof(handle));
@@ -111,7 +150,8 @@ void Communicator::open(const std::vector<PeerAddress>& peers) {
 
 void Communicator::close(bool keep) {
     state_->kept |= keep;
-    DT_CUDA(cudaSetDevice(device_));
+    closed_ = true;
+    const OnDevice on(device_);
     const bool failed = state_->host->failed != 0;
     DT_CUDA(cudaDeviceSynchronize());
     // A graph that is replayed from now on finds a domain that has failed, and touches no peer.
@@ -127,32 +167,35 @@ void Communicator::enter_pool() { set_current_arena(arena_.get()); }
 void Communicator::leave_pool() { set_current_arena(nullptr); }
 
 void Communicator::enter(uint64_t stream) {
+    const OnDevice on(device_);
     State& s = *state_;
     const unsigned long long capture = capture_of(as_stream(stream));
     if (capture != 0) {
         s.kept = true;
-        if (s.capture == capture && s.captured_stream != as_stream(stream))
+        if (s.capture == capture && s.captured_stream != id_of(as_stream(stream)))
             DT_CUDA(cudaStreamWaitEvent(as_stream(stream), s.captured, 0));
-    } else if (s.any_eager && s.eager_stream != as_stream(stream)) {
+    } else if (s.any_eager && s.eager_stream != id_of(as_stream(stream))) {
         DT_CUDA(cudaStreamWaitEvent(as_stream(stream), s.eager, 0));
     }
 }
 
 void Communicator::leave(uint64_t stream) {
+    const OnDevice on(device_);
     State& s = *state_;
     const unsigned long long capture = capture_of(as_stream(stream));
     DT_CUDA(cudaEventRecord(capture != 0 ? s.captured : s.eager, as_stream(stream)));
     if (capture != 0) {
         s.capture = capture;
-        s.captured_stream = as_stream(stream);
+        s.captured_stream = id_of(as_stream(stream));
     } else {
         s.any_eager = true;
-        s.eager_stream = as_stream(stream);
+        s.eager_stream = id_of(as_stream(stream));
     }
 }
 
 void Communicator::layout(uint64_t topk_idx, int num_tokens, int top_k, int num_experts, uint64_t ints,
                           uint64_t is_token_in_rank, uint64_t stream) const {
+    const OnDevice on(device_);
     LayoutParams p;
     p.topk_idx = topk_idx;
     p.num_tokens = num_tokens;
@@ -168,6 +211,7 @@ void Communicator::layout(uint64_t topk_idx, int num_tokens, int top_k, int num_
 }
 
 uint32_t Communicator::count(CountParams p, uint64_t stream) {
+    const OnDevice on(device_);
     p.ticket = ++tickets_;
     launch_count(state_->domain, p, as_stream(stream));
     return p.ticket;
@@ -195,33 +239,47 @@ std::optional<CountResult> Communicator::wait_counts(uint32_t ticket, int num_lo
     for (int r = 0; r < num_ranks_; ++r) {
         result.rows.push_back(int64_t{page->rows[r]});
         result.bounds.push_back(int64_t{page->bound[r]});
-        result.waits &= page->bound[r] == 0;
     }
     for (int e = 0; e < num_local_experts; ++e) result.per_expert.push_back(page->per_expert[e]);
     return result;
 }
 
-void Communicator::place(const PlaceParams& p, uint64_t stream) const { launch_place(p, as_stream(stream)); }
+void Communicator::place(const PlaceParams& p, uint64_t stream) const {
+    const OnDevice on(device_);
+    launch_place(p, as_stream(stream));
+}
 
 void Communicator::dispatch(const DispatchParams& p, uint64_t stream) const {
+    const OnDevice on(device_);
     launch_dispatch(state_->domain, p, as_stream(stream));
 }
 
 void Communicator::refuse(int64_t bytes, uint64_t stream) const {
+    const OnDevice on(device_);
     launch_refuse(state_->domain, bytes == 0 ? kRefusesArguments : kRefusesMemory, bytes, as_stream(stream));
 }
 
-void Communicator::arrange(const ArrangeParams& p, uint64_t stream) const { launch_arrange(p, as_stream(stream)); }
+void Communicator::arrange(const ArrangeParams& p, uint64_t stream) const {
+    const OnDevice on(device_);
+    launch_arrange(state_->domain, p, as_stream(stream));
+}
 
-void Communicator::expand(const ExpandParams& p, uint64_t stream) const { launch_expand(state_->domain, p, as_stream(stream)); }
+void Communicator::expand(const ExpandParams& p, uint64_t stream) const {
+    const OnDevice on(device_);
+    launch_expand(state_->domain, p, as_stream(stream));
+}
 
-void Communicator::reduce(const ReduceParams& p, uint64_t stream) const { launch_reduce(state_->domain, p, as_stream(stream)); }
+void Communicator::reduce(const ReduceParams& p, uint64_t stream) const {
+    const OnDevice on(device_);
+    launch_reduce(state_->domain, p, as_stream(stream));
+}
 
 void Communicator::combine(const CombineParams& p, uint64_t stream) const {
+    const OnDevice on(device_);
     launch_combine(state_->domain, p, as_stream(stream));
 }
 
-bool Communicator::is_well(uint32_t epoch) const { return state_->host->failed == 0 && state_->host->refusals == epoch; }
+bool Communicator::is_well() const { return state_->host->failed == 0; }
 
 std::optional<Failure> Communicator::failure() const {
     const HostPage* page = state_->host;
@@ -229,25 +287,19 @@ std::optional<Failure> Communicator::failure() const {
     std::atomic_thread_fence(std::memory_order_acquire);
     static const char* const operations[] = {"count exchange", "dispatch", "combine"};
     static const char* const meetings[] = {"their counts", "their readiness", "the end of their part"};
-    static const char* const causes[] = {"missing", "mismatched", "blamed", "overflow", "bad counts", "destroyed"};
+    static const char* const causes[] = {"missing", "mismatched", "blamed", "overflow", "bad counts", "destroyed", "refused"};
     Failure f;
     f.epoch = page->failed_epoch;
     f.operation = operations[page->failed_operation];
     f.meeting = meetings[page->failed_meeting];
     f.cause = causes[page->failed_cause];
     f.ranks = ranks_in(page->failed_ranks);
+    f.bytes = page->refused_bytes;
     for (int r = 0; r < num_ranks_; ++r) {
         f.rows.push_back(int64_t{page->rows[r]});
         f.bounds.push_back(int64_t{page->bound[r]});
     }
     return f;
-}
-
-std::optional<Refusal> Communicator::refusal(uint32_t epoch) const {
-    const HostPage* page = state_->host;
-    if (page->refusals == epoch) return std::nullopt;
-    std::atomic_thread_fence(std::memory_order_acquire);
-    return Refusal{page->refusals, ranks_in(page->refused_ranks), page->refused_bytes};
 }
 
 }  // namespace deepep_train::nvlink

@@ -16,12 +16,12 @@ namespace deepep_train::nvlink {
 struct PeerAddress {
     std::string ipc_handle;  // to open, if it is another process's
     uint64_t base = 0;       // else the address itself
+    int device = 0;          // where it lies, if it is this process's
 };
 
 // What a count exchange found.
 struct CountResult {
-    bool bad = false;   // some rank's status or signature is not this rank's
-    bool waits = true;  // every rank waits for this result: none gave a bound
+    bool bad = false;  // some rank's status or signature is not this rank's
     int64_t num_received = 0;
     int64_t num_rows = 0;             // of this rank's received tensor
     std::vector<int64_t> per_expert;  // rows for each local expert, rounded up
@@ -37,12 +37,7 @@ struct Failure {
     std::vector<int> ranks;
     std::vector<int64_t> rows;    // with cause "overflow": what would arrive at every rank
     std::vector<int64_t> bounds;  // and what it has room for
-};
-
-struct Refusal {
-    uint32_t epoch = 0;
-    std::vector<int> ranks;
-    int64_t bytes = 0;  // that an arena lacked room for; 0: wrong arguments
+    int64_t bytes = 0;            // with cause "refused": that an arena lacked room for; 0: wrong arguments
 };
 
 class Communicator {
@@ -68,6 +63,8 @@ public:
     // Makes torch's allocations from the arena's pool, on this thread, come from this arena; or from none.
     void enter_pool();
     static void leave_pool();
+    // After a synchronization of the device: what torch has given back may be given out again, to any stream.
+    void settle() { arena_->settle(); }
 
     // Around every operation and every use of memory that operations share: they follow each other, whatever streams they
     // are on. Within a CUDA graph's capture they follow the operations of the same capture.
@@ -83,24 +80,24 @@ public:
     std::optional<CountResult> wait_counts(uint32_t ticket, int num_local_experts, uint64_t stream) const;
     void place(const PlaceParams& p, uint64_t stream) const;
     void dispatch(const DispatchParams& p, uint64_t stream) const;
-    // Take part in the next operation only to refuse it: for wrong arguments, or because `bytes` did not fit.
+    // Take part in the next operation only to refuse it: for wrong arguments, or because `bytes` did not fit. Unless every rank
+    // does, the domain has failed.
     void refuse(int64_t bytes, uint64_t stream) const;
     void arrange(const ArrangeParams& p, uint64_t stream) const;
     void expand(const ExpandParams& p, uint64_t stream) const;
     void reduce(const ReduceParams& p, uint64_t stream) const;
     void combine(const CombineParams& p, uint64_t stream) const;
 
-    // Neither a failure nor a refusal after `epoch`: what every call asks first.
-    bool is_well(uint32_t epoch) const;
+    // No failure: what every call asks first.
+    bool is_well() const;
     std::optional<Failure> failure() const;
-    // The latest, if it came after `epoch`.
-    std::optional<Refusal> refusal(uint32_t epoch) const;
 
 private:
     struct State;
     int device_, rank_, num_ranks_;
     double timeout_seconds_;
     uint32_t tickets_ = 0;
+    bool closed_ = false;
     std::shared_ptr<Arena> arena_;
     std::unique_ptr<State> state_;
     std::vector<void*> opened_;

@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (mine->failed == 0) {
         send_counts(d, p, epoch, bad);
         if (threadIdx.x < 32) {
-            const bool all = wait_for_flags(d, mine->counted_flag, epoch, kCount, kMeetCounted);
+            const bool all = wait_for_flags(d, mine->counted_flag, mine->ready_flag, epoch, kCount, kMeetCounted);
             if (threadIdx.x == 0) came = all;
         }
         __syncthreads();
@@ -124,11 +124,14 @@ __global__ void __launch_bounds__(kThreads, 1)
             if (threadIdx.x == 0) {
                 d.host->counts_bad = odd != 0;
                 uint64_t over = 0;
-                for (int i = 0; i < d.num_ranks; ++i)
+                bool bounded = false;
+                for (int i = 0; i < d.num_ranks; ++i) {
+                    bounded |= table[i].bound != 0;
                     if (odd == 0 && table[i].bound != 0 && d.host->rows[i] > table[i].bound) over |= 1ull << i;
-                // With num_worst_tokens no CPU waits for this, so nobody but the kernel can stop the dispatch.
-                if (p.bound != 0 && odd != 0) record_failure(d, epoch, kCount, kMeetCounted, kBadCounts, odd);
-                if (p.bound != 0 && over != 0) record_failure(d, epoch, kCount, kMeetCounted, kOverflow, over);
+                }
+                // On a rank with num_worst_tokens no CPU waits for this, so the kernels must stop the dispatch, on every rank.
+                if (bounded && odd != 0) record_failure(d, epoch, kCount, kMeetCounted, kBadCounts, odd);
+                if (over != 0) record_failure(d, epoch, kCount, kMeetCounted, kOverflow, over);
             }
         }
     }

@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(32, 1) refuse_kernel(const __grid_constant__ D
     if (mine->failed == 0) {
         for (int peer = threadIdx.x; peer < d.num_ranks; peer += 32) tell_ready(d, peer, 0, own, epoch);
         __syncwarp();
-        all_ready(d, kDispatch, 0, epoch, true);
+        all_ready(d, kDispatch, 0, epoch);
     }
     if (threadIdx.x == 0) mine->epoch = epoch;
 }

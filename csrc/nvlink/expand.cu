@@ -13,7 +13,9 @@ namespace {
 constexpr int kThreads = 256;
 
 // The rows of every token in ascending order, whose row each is, and the tokens that have several. A warp takes a token.
-__global__ void __launch_bounds__(kThreads) arrange_kernel(const __grid_constant__ ArrangeParams p) {
+__global__ void __launch_bounds__(kThreads)
+    arrange_kernel(const __grid_constant__ Domain d, const __grid_constant__ ArrangeParams p) {
+    if (d.control(d.rank)->failed != 0) return;  // rows_of is not what it should be, nor need num_received fit
     const int lane = threadIdx.x % 32;
     const int num_received = *reinterpret_cast<const int32_t*>(p.num_received);
     for (int64_t n = (blockIdx.x * kThreads + threadIdx.x) / 32; n < num_received; n += gridDim.x * kThreads / 32) {
@@ -79,11 +81,22 @@ __device__ void place_scales(const ExpandParams& p) {
     }
 }
 
+// NaN, as float32 and as UE8M0.
+__device__ void spoil_scales(const ExpandParams& p) {
+    const int64_t all = p.num_rows * p.scale_words, step = static_cast<int64_t>(gridDim.x) * blockDim.x;
+    for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < all; i += step)
+        reinterpret_cast<uint32_t*>(p.scales)[i % p.num_rows * p.scale_row_stride + i / p.num_rows * p.scale_word_stride] =
+            0xffffffffu;
+}
+
 __global__ void __launch_bounds__(ScatterShape::kMaxWarps * 32, 1)
     expand_kernel(const __grid_constant__ Domain d, const __grid_constant__ ExpandParams p,
                   const __grid_constant__ ScatterShape shape) {
     extern __shared__ __align__(128) char shared[];
-    if (d.control(d.rank)->failed != 0) return;  // the outputs are NaN, and stay so
+    if (d.control(d.rank)->failed != 0) {  // the outputs are NaN, but for those that only this kernel writes
+        if (p.slot_scales != 0) spoil_scales(p);
+        return;
+    }
     const int warps = blockDim.x / 32;
     clear_rows(p, static_cast<int>(threadIdx.x / 32 * gridDim.x + blockIdx.x), static_cast<int>(gridDim.x) * warps);
     if (p.slot_scales != 0) place_scales(p);
@@ -92,8 +105,8 @@ __global__ void __launch_bounds__(ScatterShape::kMaxWarps * 32, 1)
 
 }  // namespace
 
-void launch_arrange(const ArrangeParams& p, cudaStream_t stream) {
-    arrange_kernel<<<p.num_sms * 4, kThreads, 0, stream>>>(p);
+void launch_arrange(const Domain& d, const ArrangeParams& p, cudaStream_t stream) {
+    arrange_kernel<<<p.num_sms * 4, kThreads, 0, stream>>>(d, p);
     DT_CUDA(cudaGetLastError());
 }
 

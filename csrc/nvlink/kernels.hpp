@@ -14,7 +14,7 @@ void launch_count(const Domain& d, const CountParams& p, cudaStream_t stream);
 void launch_place(const PlaceParams& p, cudaStream_t stream);
 void launch_dispatch(const Domain& d, const DispatchParams& p, cudaStream_t stream);
 void launch_refuse(const Domain& d, int64_t reason, int64_t bytes, cudaStream_t stream);
-void launch_arrange(const ArrangeParams& p, cudaStream_t stream);
+void launch_arrange(const Domain& d, const ArrangeParams& p, cudaStream_t stream);
 void launch_expand(const Domain& d, const ExpandParams& p, cudaStream_t stream);
 void launch_reduce(const Domain& d, const ReduceParams& p, cudaStream_t stream);
 void launch_combine(const Domain& d, const CombineParams& p, cudaStream_t stream);

@@ -6,6 +6,8 @@
 
 namespace deepep_train::nvlink {
 
+DT_DEVICE bool has_failed(const Control* mine) { return *reinterpret_cast<const volatile uint32_t*>(&mine->failed) != 0; }
+
 DT_DEVICE void tell_ready(const Domain& d, int peer, uint64_t signature, const int64_t (&own)[kOffsets], uint32_t epoch) {
     Control* there = d.control(peer);
     Ready* word = &there->ready[epoch % 2][d.rank];
@@ -15,10 +17,10 @@ DT_DEVICE void tell_ready(const Domain& d, int peer, uint64_t signature, const i
 }
 
 // With one warp: waits for every peer's ready word and compares. Returns whether the operation can take place.
-DT_DEVICE bool all_ready(const Domain& d, Operation operation, uint64_t signature, uint32_t epoch, bool first_block) {
+DT_DEVICE bool all_ready(const Domain& d, Operation operation, uint64_t signature, uint32_t epoch) {
     const Control* mine = d.control(d.rank);
     const int lane = threadIdx.x % 32;
-    if (!wait_for_flags(d, mine->ready_flag, epoch, operation, kMeetReady)) return false;
+    if (!wait_for_flags(d, mine->ready_flag, mine->counted_flag, epoch, operation, kMeetReady)) return false;
     uint64_t mismatched = 0, refused = 0;
     for (int base = 0; base < d.num_ranks; base += 32) {
         const int peer = base + lane;
@@ -31,21 +33,18 @@ DT_DEVICE bool all_ready(const Domain& d, Operation operation, uint64_t signatur
         mismatched |= static_cast<uint64_t>(__ballot_sync(0xffffffffu, other)) << base;
         refused |= static_cast<uint64_t>(__ballot_sync(0xffffffffu, refuses)) << base;
     }
+    const uint64_t all = d.num_ranks == 64 ? ~0ull : (1ull << d.num_ranks) - 1;
+    if (refused == all) return false;  // everybody raises for itself, and is in step with everybody
     if (refused != 0) {
-        // Every rank sees the same refusal and leaves this epoch together, so the next operation can go on.
-        if (first_block && lane == 0) {
+        if (lane == 0) {
             int64_t bytes = 0;
             for (int peer = 0; peer < d.num_ranks; ++peer) {
                 const Ready* word = &mine->ready[epoch % 2][peer];
                 if (word->offsets[0] == kRefusesMemory && word->offsets[1] > bytes) bytes = word->offsets[1];
             }
-            d.host->refused_operation = operation;
-            d.host->refused_ranks = refused;
-            d.host->refused_bytes = bytes;
-            __threadfence_system();
-            d.host->refusals = epoch;
-            __threadfence_system();
+            record_failure(d, epoch, operation, kMeetReady, kRefused, refused, bytes);
         }
+        __syncwarp();
         return false;
     }
     if (mismatched == 0) return true;
@@ -61,11 +60,12 @@ DT_DEVICE bool begin_operation(const Domain& d, Operation operation, uint64_t si
                                uint32_t epoch, int64_t* offsets) {
     __shared__ bool go;
     const Control* mine = d.control(d.rank);
-    const bool whole = *reinterpret_cast<const volatile uint32_t*>(&mine->failed) == 0;
+    const bool whole = !has_failed(mine);
+    delay_at_random(epoch);
     if (blockIdx.x == 0 && whole)
         for (int peer = threadIdx.x; peer < d.num_ranks; peer += blockDim.x) tell_ready(d, peer, signature, own, epoch);
     if (threadIdx.x < 32) {
-        const bool fine = whole && all_ready(d, operation, signature, epoch, blockIdx.x == 0);
+        const bool fine = whole && all_ready(d, operation, signature, epoch);
         for (int peer = threadIdx.x; fine && peer < d.num_ranks; peer += 32)
             for (int i = 0; i < kOffsets; ++i) offsets[peer * kOffsets + i] = mine->ready[epoch % 2][peer].offsets[i];
         if (threadIdx.x == 0) go = fine;
@@ -80,25 +80,34 @@ DT_DEVICE bool begin_operation(const Domain& d, Operation operation, uint64_t si
 // peer, waits for every peer, and closes the epoch; the others are free to leave, and their SMs to do something else. If the
 // operation failed, that block fills its outputs with NaN.
 DT_DEVICE void end_operation(const Domain& d, Operation operation, uint32_t epoch, bool took_place, const Outputs& outputs) {
-    __shared__ bool last, failed;
+    __shared__ bool last, good;
     Control* mine = d.control(d.rank);
+    delay_at_random(epoch);
     __threadfence_system();
     __syncthreads();
-    if (threadIdx.x == 0) last = add_acq_rel_gpu(&mine->arrived, 1) == gridDim.x - 1;
+    if (threadIdx.x == 0) {
+        last = add_acq_rel_gpu(&mine->arrived, 1) == gridDim.x - 1;
+        // Another block may have given up where this one did not: then there is nothing to announce.
+        good = took_place && !has_failed(mine);
+    }
     __syncthreads();
     if (!last) return;
-    if (threadIdx.x == 0) failed = !took_place;
-    __syncthreads();
-    if (took_place) {
+    if (good) {
         for (int peer = threadIdx.x; peer < d.num_ranks; peer += blockDim.x)
             store_release_sys(&d.control(peer)->done_flag[d.rank], epoch);
+        __syncthreads();
         if (threadIdx.x < 32) {
-            const bool fine = wait_for_flags(d, mine->done_flag, epoch, operation, kMeetDone);
-            if (threadIdx.x == 0) failed = !fine;
+            bool fine = wait_for_flags(d, mine->done_flag, nullptr, epoch, operation, kMeetDone);
+            // Peers that gave up on this rank may have overwritten what it was still reading.
+            if (fine && is_alarmed(mine)) {
+                if (threadIdx.x == 0) record_alarm(d, epoch, operation, kMeetDone);
+                fine = false;
+            }
+            if (threadIdx.x == 0) good = fine;
         }
     }
     __syncthreads();
-    if (failed)
+    if (!good)
         for (int i = 0; i < kOffsets; ++i)
             for (int64_t at = threadIdx.x * 4; at < outputs.bytes[i]; at += blockDim.x * 4)
                 *reinterpret_cast<uint32_t*>(outputs.address[i] + at) = 0xffffffffu;

@@ -63,7 +63,8 @@ enum Cause : uint32_t {
     kBlamed = 2,      // a peer has failed and blames these ranks
     kOverflow = 3,    // more rows would arrive at these ranks than num_worst_tokens
     kBadCounts = 4,   // these ranks' arguments of a dispatch with num_worst_tokens are wrong or differ
-    kDestroyed = 5    // the buffer has been destroyed
+    kDestroyed = 5,   // the buffer has been destroyed
+    kRefused = 6      // these ranks, not all, refused to take part
 };
 
 // Page-locked host memory through which kernels tell the CPU.
@@ -82,11 +83,7 @@ struct HostPage {
     volatile uint32_t failed_meeting;
     volatile uint32_t failed_cause;
     volatile uint64_t failed_ranks;  // bit p: peer p
-    // The last operation that a rank refused, which breaks nothing; `refusals` is written last.
-    volatile uint32_t refusals;
-    volatile uint32_t refused_operation;
-    volatile uint64_t refused_ranks;
-    volatile int64_t refused_bytes;  // that the fullest arena had no room for; 0: the arguments were wrong
+    volatile int64_t refused_bytes;  // with kRefused: what the fullest arena had no room for; 0: the arguments were wrong
 };
 
 // One rank's view of its domain, passed to every kernel by value.
@@ -94,6 +91,8 @@ struct Domain {
     int rank;
     int num_ranks;
     uint64_t timeout_ns;
+    // Whether a peer that did not come may be told so. Under MPS a store to a process that was killed is an error of this one.
+    bool tells_missing;
     char* const* peers;  // [num_ranks] arenas as this process maps them, in device memory
     HostPage* host;
 
@@ -105,9 +104,10 @@ DT_DEVICE bool reached(uint32_t flag, uint32_t epoch) { return static_cast<int32
 
 // By one thread.
 DT_DEVICE void record_failure(const Domain& d, uint32_t epoch, Operation operation, Meeting meeting, Cause cause,
-                              uint64_t ranks) {
+                              uint64_t ranks, int64_t bytes = 0) {
     Control* mine = d.control(d.rank);
     if (atomicExch(&mine->failed, 1u) != 0) return;  // the first failure explains the others
+    d.host->refused_bytes = bytes;
     d.host->failed_epoch = epoch;
     d.host->failed_operation = operation;
     d.host->failed_meeting = meeting;
@@ -119,41 +119,61 @@ DT_DEVICE void record_failure(const Domain& d, uint32_t epoch, Operation operati
     // What every rank finds out by itself, or has just been told, need not be told.
     if (cause != kMissing && cause != kMismatched) return;
     for (int peer = 0; peer < d.num_ranks; ++peer) {
-        if (peer == d.rank || (ranks >> peer & 1) != 0) continue;
+        // A rank that is only late must be told as well: it may read from here what is about to be overwritten.
+        if (peer == d.rank || ((ranks >> peer & 1) != 0 && !d.tells_missing)) continue;
         Control* there = d.control(peer);
         there->blames[d.rank] = ranks;
         store_release_sys(&there->alarm, 1);
     }
 }
 
+// Has a peer raised the alarm?
+DT_DEVICE bool is_alarmed(const Control* mine) { return load_acquire_sys(&mine->alarm) != 0; }
+
+// By one thread, after an alarm: the ranks that peers have given up on.
+DT_DEVICE void record_alarm(const Domain& d, uint32_t epoch, Operation operation, Meeting meeting) {
+    uint64_t blamed = 0;
+    for (int peer = 0; peer < d.num_ranks; ++peer)
+        blamed |= *reinterpret_cast<const volatile uint64_t*>(&d.control(d.rank)->blames[peer]);
+    record_failure(d, epoch, operation, meeting, kBlamed, blamed);
+}
+
 // Waits, with one warp, until every peer's flag has reached `epoch`; the warp's lanes share the peers. Returns false, after
-// recording who is missing, if the deadline passes or a peer raises the alarm.
-DT_DEVICE bool wait_for_flags(const Domain& d, const uint32_t* flags, uint32_t epoch, Operation operation, Meeting meeting) {
+// recording who is missing, if the deadline passes, a peer raises the alarm, or a peer's flag among `others` (null: none)
+// reaches the epoch instead: that peer is in another call.
+DT_DEVICE bool wait_for_flags(const Domain& d, const uint32_t* flags, const uint32_t* others, uint32_t epoch,
+                              Operation operation, Meeting meeting) {
     const Control* mine = d.control(d.rank);
     const int lane = threadIdx.x % 32;
     const uint64_t start = global_timer();
-    uint64_t missing = 0;
+    uint64_t missing = 0, elsewhere = 0;
     bool alarmed = false;
+    delay_at_random(epoch);
     for (int base = 0; base < d.num_ranks; base += 32) {
         const int peer = base + lane;
-        bool here = peer >= d.num_ranks;
-        for (uint32_t polls = 0; !here; ++polls) {
+        bool here = peer >= d.num_ranks, astray = false;
+        for (uint32_t polls = 0; !here && !astray; ++polls) {
             here = reached(load_acquire_sys(flags + peer), epoch);
             if (here || polls % 64 != 63) continue;
-            alarmed = load_acquire_sys(&mine->alarm) != 0;
+            astray = others != nullptr && reached(load_acquire_sys(others + peer), epoch);
+            alarmed = is_alarmed(mine);
             if (alarmed || global_timer() - start > d.timeout_ns) break;
         }
         // A peer that raised the alarm may have come first: look once more.
         if (!here) here = reached(load_acquire_sys(flags + peer), epoch);
         missing |= static_cast<uint64_t>(__ballot_sync(0xffffffffu, !here)) << base;
+        elsewhere |= static_cast<uint64_t>(__ballot_sync(0xffffffffu, !here && astray)) << base;
     }
     alarmed = __any_sync(0xffffffffu, alarmed);
+    __syncwarp();  // what other lanes have acquired, this one may read
     if (missing == 0) return true;
     if (lane == 0) {
-        uint64_t blamed = 0;
-        for (int peer = 0; alarmed && peer < d.num_ranks; ++peer)
-            blamed |= *reinterpret_cast<const volatile uint64_t*>(&mine->blames[peer]);
-        record_failure(d, epoch, operation, meeting, alarmed ? kBlamed : kMissing, alarmed ? blamed : missing);
+        if (elsewhere != 0)
+            record_failure(d, epoch, operation, meeting, kMismatched, elsewhere);
+        else if (alarmed)
+            record_alarm(d, epoch, operation, meeting);
+        else
+            record_failure(d, epoch, operation, meeting, kMissing, missing);
     }
     __syncwarp();
     return false;

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import functools
+import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from deepep_train import _C  # type: ignore[attr-defined]
+from deepep_train.errors import DeepEPError
 
 # What part of the arena is set aside for staging: one operation's rows where the rest is full, and combine's temporaries.
 STAGING_SHARE = 4
@@ -41,6 +43,11 @@ def _allocator() -> torch.cuda.memory.CUDAPluggableAllocator:
     return torch.cuda.memory.CUDAPluggableAllocator(_C.__file__, "deepep_train_allocate", "deepep_train_release")
 
 
+def _new_pool(device: torch.device) -> torch.cuda.MemPool:
+    with torch.cuda.device(device):
+        return torch.cuda.MemPool(_allocator().allocator())
+
+
 class Arena:
     """See the module. Not thread-safe: the engine's lock covers it.
 
@@ -52,10 +59,10 @@ class Arena:
     def __init__(self, comm: _C.Communicator, device: torch.device) -> None:
         self._comm = comm
         self._device = device
-        self._pool = torch.cuda.MemPool(_allocator().allocator())
+        self._pool = _new_pool(device)
         self._aside: torch.cuda.Stream | None = None
         self._capturing = False
-        self._captured: list[Tensor] = []  # what CUDA graphs write to lives as long as the buffer
+        self._captured: list[Any] = []  # what CUDA graphs use lives as long as the buffer
         self._deaths = 0
         self._full: tuple[int, int] | None = None  # a size that did not fit, and the deaths before
         self._staging = self.empty((comm.bytes // STAGING_SHARE,), torch.uint8)
@@ -137,7 +144,7 @@ class Arena:
     def _in_pool(self) -> Iterator[None]:
         self._comm.enter_pool()
         try:
-            with torch.cuda.use_mem_pool(self._pool):
+            with torch.cuda.use_mem_pool(self._pool, self._device):
                 yield
         finally:
             self._comm.leave_pool()
@@ -147,15 +154,64 @@ class Arena:
         if self._full is not None and self._full[1] == self._deaths and size >= self._full[0]:
             raise ArenaFull(size)  # asking torch again would make it flush its caches
         try:
-            t = torch.empty(tuple(shape), dtype=dtype, device=self._device)
+            try:
+                t = self._allocate(shape, dtype)
+            except torch.OutOfMemoryError:
+                if self._capturing:
+                    raise
+                self._rotate()
+                with torch.cuda.use_mem_pool(self._pool, self._device):
+                    t = self._allocate(shape, dtype)
         except torch.OutOfMemoryError:
             self._full = (size, self._deaths)
             raise ArenaFull(size) from None
         if size >= _LARGE:
-            weakref.finalize(t, self._count_death).atexit = False
+            # The storage, which views may keep alive, is what the memory waits for.
+            weakref.finalize(t.untyped_storage(), self._count_death).atexit = False
         if self._capturing:
             self._captured.append(t)
+        if _C.is_debug:
+            t.view(-1).view(torch.uint8).fill_(0xFF)
         return t
+
+    def _allocate(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        t = torch.empty(tuple(shape), dtype=dtype, device=self._device)
+        if self.holds(t) or not t.numel():
+            return t
+        # The caller's own `use_mem_pool` is around this and comes first; it is its thread's alone.
+        del t
+        made: list[Any] = []
+        stream = torch.cuda.current_stream(self._device)
+
+        def elsewhere() -> None:
+            try:
+                with torch.cuda.stream(stream), self._in_pool():
+                    made.append(torch.empty(tuple(shape), dtype=dtype, device=self._device))
+            except Exception as error:  # noqa: BLE001 - raised below
+                made.append(error)
+
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+        if isinstance(made[0], Exception):
+            raise made[0]
+        if not self.holds(made[0]):
+            raise DeepEPError("torch gave memory that peers cannot reach; is another memory pool in use around this call?")
+        return made[0]
+
+    def _rotate(self) -> None:
+        """Take back what torch caches of this memory: it gives nothing back of a pool that is in use, so another pool follows.
+
+        What tensors still use stays theirs. The synchronization is why this is done only when there is no room: the memory
+        may next be used on another stream than before.
+        """
+        self._pool = _new_pool(self._device)
+        torch.cuda.synchronize(self._device)
+        self._comm.settle()
+
+    def keep(self, used: Any) -> None:
+        """A graph is being captured that uses this."""
+        self._captured.append(used)
 
     def _count_death(self) -> None:
         self._deaths += 1

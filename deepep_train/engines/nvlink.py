@@ -9,11 +9,12 @@ import functools
 import hashlib
 import json
 import os
+import secrets
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -38,6 +39,8 @@ from deepep_train.routing import RankLayout, round_up
 MAX_RANKS, MAX_EXPERTS, MAX_TOP_K = 64, 4096, 32
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _CHUNKS = 128  # params.hpp's kChunks
+_MAX_ALIGNMENT = 1 << 16  # with 4096 experts, row numbers still fit into 32 bits
+_PROCESS = secrets.token_hex(8)  # containers may share host names and process numbers
 
 # What one SM moves, measured on an H100 (docs/performance.md: 16 SMs in all), in bytes a second: the slower of dispatch's
 # stores and combine's pulls. And what the links of one GPU carry, one way.
@@ -67,11 +70,18 @@ class NvlinkPlan(Plan):
         send_slot: int32 [T, R], see csrc/nvlink/params.hpp.
         received: int32 [1], the number of rows that arrived.
         experts: None in rank layout.
+        has_tail: whether the received tensor may have more rows than arrived.
+        stream: the id of the stream that it was made on.
     """
 
     send_slot: Tensor
     received: Tensor
     experts: ExpertPlan | None
+    has_tail: bool
+    stream: int
+
+    def tables(self) -> list[Tensor]:
+        return [self.send_slot, self.received, *(vars(self.experts).values() if self.experts is not None else ())]
 
 
 class NvlinkLayout(RankLayout):
@@ -82,10 +92,31 @@ class NvlinkLayout(RankLayout):
     versions: tuple[int, int]
 
 
-def _is_ours(layout: RankLayout) -> bool:
-    """Whether this engine made the layout and nobody has written to it since."""
-    versions = (layout.num_tokens_per_rank._version, layout.is_token_in_rank._version)
-    return isinstance(layout, NvlinkLayout) and layout.versions == versions
+class _Known(NamedTuple):
+    """What `is_token_in_rank` remembers of its layout: V1's callers hand the tensors back one by one."""
+
+    num_tokens_per_rank: Tensor
+    send_index: Tensor
+    out_of_range: Tensor
+    versions: tuple[int, int]
+
+
+def _versions(layout: RankLayout) -> tuple[int, int]:
+    """They change when somebody writes to the tensors."""
+    return layout.num_tokens_per_rank._version, layout.is_token_in_rank._version
+
+
+@dataclass
+class _Counting:
+    """An exchange of counts under way: a checked layout, and what the exchange fills in (csrc/nvlink/params.hpp)."""
+
+    layout: NvlinkLayout
+    prefix_RR: Tensor
+    send_base: Tensor
+    received: Tensor
+    expert_base: Tensor | None
+    tokens_per_expert: Tensor
+    ticket: int = 0
 
 
 class NvlinkEngine(Engine):
@@ -106,13 +137,14 @@ class NvlinkEngine(Engine):
         self.device = torch.device("cuda", torch.cuda.current_device())
         self._num_sms = num_sms
         self._lock = threading.RLock()
-        self._refusals = 0
+        self._owes_rows = False
         self._no_offset_R1 = torch.zeros(self.peers.size, 1, dtype=torch.int32, device=self.device)
         size = self.peers.size
         if size > MAX_RANKS:
             raise ArgumentError(f"engine='nvlink' serves up to {MAX_RANKS} ranks, the group has {size}", "engine")
         total = _C.Communicator.control_bytes() + arena_bytes
-        mine: dict[str, Any] = {"process": f"{os.uname().nodename}/{os.getpid()}", "error": "", "handle": "", "base": 0}
+        mine: dict[str, Any] = {"process": f"{_PROCESS}/{os.getpid()}", "error": "", "handle": "", "base": 0}
+        mine["index"] = self.device.index
         properties = torch.cuda.get_device_properties(self.device)
         mine["device"] = f"{os.uname().nodename}/{properties.uuid}"
         try:
@@ -126,7 +158,10 @@ class NvlinkEngine(Engine):
         mine["error"] = ""
         try:
             self._comm.open(
-                [(b"" if o["process"] == mine["process"] else bytes.fromhex(o["handle"]), o["base"]) for o in everyone]
+                [
+                    (b"" if o["process"] == mine["process"] else bytes.fromhex(o["handle"]), o["base"], o["index"])
+                    for o in everyone
+                ]
             )
         except RuntimeError as error:
             mine["error"] = str(error)
@@ -166,25 +201,36 @@ class NvlinkEngine(Engine):
 
     @contextmanager
     def _operation(self) -> Iterator[int]:
-        """One operation: gives the stream; operations of all streams follow each other."""
+        """One operation: gives the stream; operations of all streams follow each other.
+
+        If it raises while peers wait for this rank's rows (`_owes_rows`), they are told that there will be none.
+        """
         with self._lock:
             stream = self._stream()
             self._comm.enter(stream)
             self._arena.begin_operation()
             try:
                 yield stream
-            except ArenaFull as full:
-                # The peers are told in the operation that this rank can take no part in.
-                self._comm.refuse(full.num_bytes, stream)
-                raise self._too_small(full.num_bytes) from None
+            except BaseException as error:
+                if self._owes_rows:
+                    self._comm.refuse(error.num_bytes if isinstance(error, ArenaFull) else 0, stream)
+                if isinstance(error, ArenaFull):
+                    raise self._too_small(error.num_bytes) from None
+                raise
             finally:
+                self._owes_rows = False
                 self._comm.leave(stream)
 
-    def _request_of(self, prepared: Prepared, stream: int) -> Any:
-        if prepared.request is None:
-            self._comm.refuse(0, stream)
-            return prepared.require()
-        return prepared.request
+    def _plan_for(self, plan: Plan, stream: int) -> NvlinkPlan:
+        """A handle may die as soon as a call that uses it returns, on whatever stream: its tables must not."""
+        assert isinstance(plan, NvlinkPlan)
+        if torch.cuda.is_current_stream_capturing():
+            self._arena.keep(plan)
+        elif plan.stream != stream:
+            current = torch.cuda.current_stream(self.device)
+            for table in plan.tables():
+                table.record_stream(current)
+        return plan
 
     # Checks ------------------------------------------------------------------------------------------------------------
 
@@ -231,19 +277,18 @@ class NvlinkEngine(Engine):
         )
         layout = NvlinkLayout(per_rank, None, per_expert, in_rank)
         layout.send_index, layout.out_of_range = send_index, out_of_range
-        layout.versions = (per_rank._version, in_rank._version)
-        in_rank.deepep_train_layout = layout  # type: ignore[attr-defined]  # V1's callers hand the tensors back one by one
+        layout.versions = _versions(layout)
+        in_rank.deepep_train_layout = _Known(per_rank, send_index, out_of_range, layout.versions)  # type: ignore[attr-defined]
         return layout
 
     def _known(self, layout: RankLayout) -> NvlinkLayout:
         """The layout with what its tensors alone do not say. Counts that are not those of `is_token_in_rank` are flagged, for
         the exchange of counts to find: with them rows would land outside their tensors."""
-        if _is_ours(layout):
-            assert isinstance(layout, NvlinkLayout)
+        if isinstance(layout, NvlinkLayout) and layout.versions == _versions(layout):
             return layout
         per_rank, in_rank = layout.num_tokens_per_rank.contiguous(), layout.is_token_in_rank
-        earlier = getattr(in_rank, "deepep_train_layout", None)
-        if earlier is not None and per_rank is earlier.num_tokens_per_rank and _is_ours(earlier):
+        earlier: _Known | None = getattr(in_rank, "deepep_train_layout", None)
+        if earlier is not None and per_rank is earlier.num_tokens_per_rank and earlier.versions == _versions(layout):
             known = NvlinkLayout(*layout)
             known.send_index, known.out_of_range = earlier.send_index, earlier.out_of_range
         else:
@@ -270,59 +315,79 @@ class NvlinkEngine(Engine):
         with self._operation() as stream:
             return self._dispatch(prepared, stream)
 
-    def _dispatch(self, prepared: Prepared[DispatchRequest], stream: int) -> Received:
-        size = self.peers.size
-        request = prepared.request
-        num_experts = 0 if request is None else request.num_experts
-        num_local = num_experts // size
-        is_expert = request is not None and request.arrangement == "expert"
-
-        table, send_base, received, experts_base = self._ints(size * size + size + 1 + num_experts).split_with_sizes(
-            [size * size, size, 1, num_experts]
-        )
-        prefix_RR = table.view(size, size)
-        expert_base = experts_base if is_expert else None
-        tokens_per_expert = torch.empty(num_local, dtype=torch.int64, device=self.device)
-        p = _C.CountParams()
-        p.rank_prefix_matrix, p.send_base, p.num_received = prefix_RR.data_ptr(), send_base.data_ptr(), received.data_ptr()
-        p.tokens_per_expert, p.expert_base = tokens_per_expert.data_ptr(), _address(expert_base)
-        p.status, p.num_experts = int(request is None), num_experts
-        out_of_range, layout = None, None
-        if request is not None:
-            layout = self._known(request.layout)
-            out_of_range = layout.out_of_range
-            p.num_tokens_per_rank = layout.num_tokens_per_rank.data_ptr()
-            p.num_tokens_per_expert = layout.num_tokens_per_expert.data_ptr()
-            p.out_of_range = _address(out_of_range)
+    def _open_counts(self, prepared: Prepared[DispatchRequest], stream: int) -> _Counting:
+        """Give this rank's counts to the peers, or, whatever goes wrong before, word that it has none."""
+        try:
+            request = prepared.require()
+            if request.num_experts > MAX_EXPERTS or request.alignment > _MAX_ALIGNMENT:
+                raise ArgumentError(
+                    f"the nvlink engine serves up to {MAX_EXPERTS} experts and alignments up to {_MAX_ALIGNMENT}, got "
+                    f"num_experts={request.num_experts} and alignment={request.alignment}",
+                    "num_experts" if request.num_experts > MAX_EXPERTS else "alignment",
+                )
+            size, num_experts, is_expert = self.peers.size, request.num_experts, request.arrangement == "expert"
+            table, send_base, received, expert_base = self._ints(size * size + size + 1 + num_experts).split_with_sizes(
+                [size * size, size, 1, num_experts]
+            )
+            counting = _Counting(
+                layout=self._known(request.layout),
+                prefix_RR=table.view(size, size),
+                send_base=send_base,
+                received=received,
+                expert_base=expert_base if is_expert else None,
+                tokens_per_expert=torch.empty(num_experts // size, dtype=torch.int64, device=self.device),
+            )
+            p = _C.CountParams()
+            p.rank_prefix_matrix, p.send_base = counting.prefix_RR.data_ptr(), send_base.data_ptr()
+            p.num_received, p.tokens_per_expert = received.data_ptr(), counting.tokens_per_expert.data_ptr()
+            p.expert_base, p.num_experts = _address(counting.expert_base), num_experts
+            p.num_tokens_per_rank = counting.layout.num_tokens_per_rank.data_ptr()
+            p.num_tokens_per_expert = counting.layout.num_tokens_per_expert.data_ptr()
+            p.out_of_range = counting.layout.out_of_range.data_ptr()
             p.bound, p.alignment, p.expert_layout = request.num_worst_tokens, request.alignment, int(is_expert)
             p.signature = _signature("dispatch", self._described(request))
-        ticket = self._comm.count(p, stream)
-        idx = None if request is None or request.topk_idx is None else request.topk_idx.contiguous()
-        tables = {} if layout is None else self._place(prepared.require(), layout, idx, send_base, expert_base, stream)
+            counting.ticket = self._comm.count(p, stream)
+            return counting
+        except Exception as error:
+            prepared.request, prepared.error = None, error
+            p = _C.CountParams()
+            p.status = 1
+            counts = self._comm.wait_counts(self._comm.count(p, stream), 0, stream)
+            if counts is None:  # some rank had a bound, so this is the end of the buffer: but first comes what is wrong here
+                raise
+            self._explain(prepared, None)
+
+    def _dispatch(self, prepared: Prepared[DispatchRequest], stream: int) -> Received:
+        counting = self._open_counts(prepared, stream)
+        self._owes_rows = True
+        request, layout, ticket = prepared.require(), counting.layout, counting.ticket
+        received, tokens_per_expert = counting.received, counting.tokens_per_expert
+        num_experts, is_expert = request.num_experts, request.arrangement == "expert"
+        num_local = num_experts // self.peers.size
+        idx = None if request.topk_idx is None else request.topk_idx.contiguous()
+        tables = self._place(request, layout, idx, counting.send_base, counting.expert_base, stream)
 
         # While the CPU would wait anyway: everything about the rows but where they go.
         d = _C.DispatchParams()
-        if request is not None:
-            data, scales, top_k = _aligned(request.payload.data), request.payload.scales, 0 if idx is None else idx.size(1)
-            send_slot, expert_tables = tables["send_slot"], tables.get("experts", {})
-            weights = None if request.topk_weights is None else request.topk_weights.contiguous()
-            self._describe_rows(d, Payload(data, scales), send_slot, expert_tables.get("send_row", send_slot), request.num_sms)
-            d.signature = _signature("rows", {"number": ticket} | self._described(request))
-            d.send_sources, d.num_local_experts, d.top_k = 1, num_local, top_k
-            d.topk_idx, d.topk_weights = _address(idx), _address(weights)
-            d.pick_row = _address(expert_tables.get("pick_row"))
+        data, scales, top_k = _aligned(request.payload.data), request.payload.scales, 0 if idx is None else idx.size(1)
+        send_slot, expert_tables = tables["send_slot"], tables.get("experts", {})
+        weights = None if request.topk_weights is None else request.topk_weights.contiguous()
+        self._describe_rows(d, Payload(data, scales), send_slot, expert_tables.get("send_row", send_slot), request.num_sms)
+        d.signature = _signature("rows", {"number": ticket} | self._described(request))
+        d.send_sources, d.num_local_experts, d.top_k = 1, num_local, top_k
+        d.topk_idx, d.topk_weights = _address(idx), _address(weights)
+        d.pick_row = _address(expert_tables.get("pick_row"))
 
-        if request is None or not request.num_worst_tokens:
-            counts = self._comm.wait_counts(ticket, num_local, stream)
-            if counts is None:
-                self.check()
-            if counts.bad:
-                self._explain(prepared, out_of_range, counts.waits)
-            num_received, num_rows = counts.num_received, counts.num_rows
-        else:
-            counts = None
+        if request.num_worst_tokens:
             num_received = num_rows = request.num_worst_tokens
-        assert request is not None
+        else:
+            counts = self._comm.wait_counts(ticket, num_local, stream)
+            if counts is None or counts.bad:
+                self._owes_rows = False  # nobody waits for them
+                self.check()
+                self._explain(prepared, layout.out_of_range)
+            num_received, num_rows = counts.num_received, counts.num_rows
+            tokens_per_expert = torch.tensor(counts.per_expert, dtype=torch.int64)
 
         wanted: list[Any] = [((num_rows, data.size(1)), data.dtype), None, None, None, ((num_received,), torch.int32)]
         if scales is not None and not is_expert:
@@ -337,6 +402,7 @@ class NvlinkEngine(Engine):
             visible[1] = self._arena.temporary((num_received, scales.size(1)), scales.dtype)
         self._point(d, visible)
         self._comm.dispatch(d, stream)
+        self._owes_rows = False
         experts: ExpertPlan | None = None
         if is_expert:
             assert visible[2] is not None
@@ -357,8 +423,6 @@ class NvlinkEngine(Engine):
         got = [None if one is None else one.tensor for one in landings]
         if experts is not None and got[2] is not experts.rows_of:
             experts = ExpertPlan(**{**vars(experts), "rows_of": got[2]})
-        if counts is not None:
-            tokens_per_expert = torch.tensor(counts.per_expert, dtype=torch.int64)
         plan = NvlinkPlan(
             number=ticket,
             num_tokens=data.size(0),
@@ -373,6 +437,8 @@ class NvlinkEngine(Engine):
             send_slot=send_slot,
             received=received,
             experts=experts,
+            has_tail=bool(request.num_worst_tokens),
+            stream=stream,
         )
         received_rows, source = got[0], got[4]
         assert received_rows is not None and source is not None
@@ -381,7 +447,7 @@ class NvlinkEngine(Engine):
             topk_idx=plan.recv_topk_idx,
             topk_weights=got[3],
             plan=plan,
-            tensors=self._handle_tensors(prefix_RR, request.layout, source, send_slot),
+            tensors=self._handle_tensors(counting.prefix_RR, request.layout, source, send_slot),
         )
 
     def _described(self, request: DispatchRequest) -> dict[str, object]:
@@ -479,9 +545,9 @@ class NvlinkEngine(Engine):
     def redispatch(self, prepared: Prepared[RedispatchRequest]) -> Payload:
         self.check()
         with self._operation() as stream:
-            request = self._request_of(prepared, stream)
-            plan = request.plan
-            assert isinstance(plan, NvlinkPlan)
+            self._owes_rows = True
+            request = prepared.require()
+            plan = self._plan_for(request.plan, stream)
             data, scales = _aligned(request.payload.data), request.payload.scales
             wanted: list[Any] = [((plan.num_rows, data.size(1)), data.dtype), None, None, None, None]
             if scales is not None and plan.experts is None:
@@ -496,9 +562,9 @@ class NvlinkEngine(Engine):
             self._point(d, visible)
             d.signature = _signature("cached rows", {"number": plan.number} | request.signature())
             self._comm.dispatch(d, stream)
-            has_tail = plan.tokens_per_expert.is_cuda
+            self._owes_rows = False
             final_scales = self._expand(
-                visible, scales, plan.experts, plan.received, plan.num_rows, plan.top_k, request.num_sms, has_tail, stream
+                visible, scales, plan.experts, plan.received, plan.num_rows, plan.top_k, request.num_sms, plan.has_tail, stream
             )
             for landing in landings:
                 if landing is not None and landing.tensor is not landing.visible:
@@ -512,9 +578,9 @@ class NvlinkEngine(Engine):
     def combine(self, prepared: Prepared[CombineRequest]) -> tuple[Tensor, Tensor | None]:
         self.check()
         with self._operation() as stream:
-            request = self._request_of(prepared, stream)
-            plan = request.plan
-            assert isinstance(plan, NvlinkPlan)
+            self._owes_rows = True
+            request = prepared.require()
+            plan = self._plan_for(request.plan, stream)
             rows, weights = _aligned(request.rows), request.weights
             experts = plan.experts
             row_bytes = rows.size(1) * rows.element_size()
@@ -559,6 +625,7 @@ class NvlinkEngine(Engine):
             p.signature = _signature("combine", {"number": plan.number} | request.signature())
             p.dtype, p.num_sms = _DTYPES[rows.dtype], self._sms(request.num_sms)
             self._comm.combine(p, stream)
+            self._owes_rows = False
             return out, out_weights
 
     # Handles and life --------------------------------------------------------------------------------------------------
@@ -584,38 +651,24 @@ class NvlinkEngine(Engine):
             send_slot=send_slot.contiguous(),
             received=prefix_RR[-1, self.rank].reshape(1),
             experts=None,
+            has_tail=True,  # it may: nobody knows any more
+            stream=0,
         )
 
-    def _explain(self, prepared: Prepared[DispatchRequest], out_of_range: Tensor | None, everyone_waits: bool) -> NoReturn:
+    def _explain(self, prepared: Prepared[DispatchRequest], out_of_range: Tensor | None) -> NoReturn:
         """Some rank's arguments are wrong or differ: exchange texts, raise the same everywhere."""
         if prepared.error is None and out_of_range is not None and out_of_range.item():
             request = prepared.request
             assert request is not None
             prepared.error = _layout_error(request)
-        if not everyone_waits:  # ranks with num_worst_tokens learn of it on the GPU
-            raise prepared.error or DeepEPError("dispatch: some ranks passed num_worst_tokens and others did not")
         fields = {} if prepared.request is None else self._described(prepared.request)
         self.peers.raise_disagreement("dispatch", {"operation": "dispatch"} | fields, prepared.error)
         raise DeepEPError("dispatch: the ranks disagree, but not on anything that can be told")
 
     def check(self) -> None:
         self.peers.check()
-        if self._comm.is_well(self._refusals):
-            return
-        if (failure := self._comm.failure()) is not None:
-            raise self._failure(failure)
-        if (refusal := self._comm.refusal(self._refusals)) is not None:
-            self._refusals = refusal.epoch
-            if self.rank not in refusal.ranks:
-                why = (
-                    f"an arena there has no room for {refusal.bytes} bytes; pass a larger num_nvl_bytes to Buffer"
-                    if refusal.bytes
-                    else "its arguments were wrong, see the exception raised there"
-                )
-                raise DeepEPError(
-                    f"operation {refusal.epoch} did not take place, its results are NaN: rank "
-                    f"{', '.join(map(str, refusal.ranks))} refused to take part: {why}"
-                )
+        if not self._comm.is_well():
+            raise self._failure(self._comm.failure())
 
     def _failure(self, failure: _C.Failure) -> DeepEPError:
         where = f"{failure.operation} (number {failure.epoch}) on rank {self.rank}"
@@ -634,6 +687,13 @@ class NvlinkEngine(Engine):
                 f"rank {r}: num_worst_tokens={failure.bounds[r]} but {failure.rows[r]} rows" for r in failure.ranks
             )
             return ArgumentError(f"{where}: {each} arrive; {end}", "num_worst_tokens", failure.ranks)
+        if failure.cause == "refused":
+            why = (
+                f"an arena there has no room for {failure.bytes} bytes; pass a larger num_nvl_bytes to Buffer"
+                if failure.bytes
+                else "see the exception raised there"
+            )
+            return DeepEPError(f"{where}: rank {who} refused to take part: {why}; results are NaN; {end}")
         return ArgumentError(
             f"{where}: the arguments of rank {who} are wrong or differ from this rank's; {end}", "", failure.ranks
         )

@@ -305,14 +305,8 @@ def small_arena(rank: int, size: int, group: dist.ProcessGroup) -> dict[str, int
     else:
         dt.dispatch(big, everywhere, buffer=buffer, num_experts=size)
     torch.cuda.synchronize()
-    if rank != 0:
-        with pytest.raises(dt.DeepEPError, match="rank 0 refused"):
-            buffer.check()
-    buffer.check()
-    out = dt.dispatch(x[:8], idx[:8], buffer=buffer, num_experts=size * LOCAL_EXPERTS)  # nothing is broken
-    torch.cuda.synchronize()
-    assert out.x.isfinite().all()
-    buffer.destroy()
+    with pytest.raises(dt.DeepEPError, match="rank 0 refused"):
+        buffer.check()
     return stats
 
 
@@ -334,17 +328,6 @@ def misuse(rank: int, size: int, group: dist.ProcessGroup) -> None:
     with pytest.raises(dt.ArgumentError, match="multiple of 16 bytes"):
         dt.dispatch(x[:, :9].contiguous(), idx, w, buffer=buffer, num_experts=experts)
     out = dt.dispatch(x, idx, w, buffer=buffer, num_experts=experts)
-    # A cached call that is wrong on one rank: that rank raises at once, the others at their next call; nothing is broken.
-    if rank == 0:
-        with pytest.raises(dt.ArgumentError, match="x must be"):
-            dt.dispatch(x[:-1], buffer=buffer, handle=out.handle)
-    else:
-        nothing = dt.dispatch(x, buffer=buffer, handle=out.handle)
-        torch.cuda.synchronize()
-        assert nothing.x.isnan().all()
-        with pytest.raises(dt.DeepEPError, match="rank 0 refused to take part"):
-            buffer.check()
-    torch.cuda.synchronize()
     again = dt.dispatch(x, buffer=buffer, handle=out.handle)
     torch.cuda.synchronize()
     assert_same_bits(again.x, out.x)

@@ -1,0 +1,259 @@
+"""What a review of the nvlink engine's protocol found, one test each; docs/kernels.md has the arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import shared
+import torch
+import torch.distributed as dist
+from harness import assert_same_bits, run_ranks
+from test_nvlink_streams import LOCAL_EXPERTS, inputs, spin, two_buffers
+
+import deepep_train as dt
+
+
+def small_buffer(group: dist.ProcessGroup, mib: int = 16, timeout: float = 10) -> dt.Buffer:
+    torch.cuda.set_device(0)
+    return dt.Buffer(group, num_nvl_bytes=mib << 20, engine="nvlink", timeout=timeout)
+
+
+def fails(buffer: dt.Buffer, match: str) -> None:
+    """The buffer says why it is broken, whichever way it is asked, and another one works."""
+    torch.cuda.synchronize()
+    with pytest.raises(dt.DeepEPError, match=match):
+        buffer.check()
+    with pytest.raises(dt.DeepEPError, match=match):
+        buffer.destroy()
+
+
+# Failures ---------------------------------------------------------------------------------------------------------------
+
+
+def overflow(rank: int, size: int, group: dist.ProcessGroup, pair: bool) -> None:
+    """Too few worst tokens in expert layout: nothing is written behind the tables, everything is NaN."""
+    x, idx, w = (t.cuda() for t in inputs(rank, size, 15))
+    buffer = small_buffer(group)
+    payload: Any = (x.to(torch.float8_e4m3fn), torch.ones(x.size(0), 4, device="cuda")) if pair else x
+    canary = torch.full((1 << 20,), 7, dtype=torch.int32, device="cuda")
+    out = dt.dispatch(
+        payload, idx, w, buffer=buffer, num_experts=size * LOCAL_EXPERTS, layout="expert", alignment=4, num_worst_tokens=3
+    )
+    z = dt.combine((out.x[0] if pair else out.x).to(torch.bfloat16), out.handle)
+    torch.cuda.synchronize()
+    for t in out.x if pair else (out.x,):
+        assert t.float().isnan().all()
+    assert z.isnan().all()
+    assert (canary == 7).all()
+    fails(buffer, "num_worst_tokens=3 but")
+
+
+@pytest.mark.parametrize("pair", [False, True], ids=["bf16", "fp8"])
+def test_overflow_in_expert_layout(pair: bool) -> None:
+    run_ranks(2, overflow, pair, timeout=60)
+
+
+def mixed_bounds(rank: int, size: int, group: dist.ProcessGroup) -> None:
+    x, idx, w = (t.cuda() for t in inputs(rank, size, 16))
+    buffer = small_buffer(group)
+    how: dict[str, Any] = {"buffer": buffer, "num_experts": size * LOCAL_EXPERTS}
+    if rank == 0:
+        out = dt.dispatch(x, idx, w, num_worst_tokens=1000, **how)
+        torch.cuda.synchronize()
+        assert out.x.isnan().all()
+    else:
+        with pytest.raises(dt.ArgumentError, match="differ"):
+            dt.dispatch(x, idx, w, **how)
+    fails(buffer, "differ")
+
+
+def test_some_ranks_give_a_bound_and_others_do_not() -> None:
+    run_ranks(2, mixed_bounds, timeout=60)
+
+
+def fresh_against_cached(rank: int, size: int, group: dist.ProcessGroup) -> None:
+    x, idx, w = (t.cuda() for t in inputs(rank, size, 17))
+    buffer = small_buffer(group, timeout=1000)  # nobody may wait for the deadline
+    how: dict[str, Any] = {"buffer": buffer, "num_experts": size * LOCAL_EXPERTS}
+    out = dt.dispatch(x, idx, w, **how)
+    if rank == 0:
+        with pytest.raises(dt.DeepEPError, match="in another call|gave up"):
+            dt.dispatch(x, idx, w, **how)
+    else:
+        assert dt.dispatch(x, buffer=buffer, handle=out.handle).x.shape == out.x.shape
+    fails(buffer, "in another call|gave up")
+
+
+def test_a_fresh_dispatch_against_a_cached_one() -> None:
+    run_ranks(2, fresh_against_cached, timeout=60)
+
+
+def refusal(rank: int, size: int, group: dist.ProcessGroup) -> None:
+    """Wrong arguments of a cached call: on every rank, nothing has happened; on one, the buffer is lost on all."""
+    x, idx, w = (t.cuda() for t in inputs(rank, size, 18))
+    buffer = small_buffer(group)
+    out = dt.dispatch(x, idx, w, buffer=buffer, num_experts=size * LOCAL_EXPERTS)
+    with pytest.raises(dt.ArgumentError, match="x must be"):
+        dt.dispatch(x[:-1], buffer=buffer, handle=out.handle)
+    again = dt.dispatch(x, buffer=buffer, handle=out.handle)
+    torch.cuda.synchronize()
+    assert_same_bits(again.x, out.x)
+    if rank == 0:
+        with pytest.raises(dt.ArgumentError, match="x must be"):
+            dt.dispatch(x[:-1], buffer=buffer, handle=out.handle)
+    else:
+        nothing = dt.dispatch(x, buffer=buffer, handle=out.handle)
+        torch.cuda.synchronize()
+        assert nothing.x.isnan().all()
+    fails(buffer, "rank 0 refused to take part")
+
+
+def test_wrong_arguments_of_a_cached_call() -> None:
+    run_ranks(2, refusal, timeout=60)
+
+
+def unexpected(rank: int, size: int, group: dist.ProcessGroup) -> None:
+    """Errors that nobody foresaw, before and after the counts: no rank waits for the deadline."""
+    x, idx, w = (t.cuda() for t in inputs(rank, size, 19))
+    how: dict[str, Any] = {"num_experts": size * LOCAL_EXPERTS}
+    for name in ("_known", "_place"):
+        buffer = small_buffer(group, timeout=1000)
+        if rank == 0:
+
+            def raises(*_: Any) -> None:
+                raise torch.OutOfMemoryError("made up")
+
+            setattr(buffer._engine, name, raises)
+            with pytest.raises(torch.OutOfMemoryError, match="made up"):
+                dt.dispatch(x, idx, w, buffer=buffer, **how)
+        elif name == "_known":
+            with pytest.raises(dt.ArgumentError, match="made up"):
+                dt.dispatch(x, idx, w, buffer=buffer, **how)
+        else:
+            out = dt.dispatch(x, idx, w, buffer=buffer, **how)
+            torch.cuda.synchronize()
+            assert out.x.isnan().all()
+        if name == "_known":
+            buffer.check()
+            buffer.destroy()
+        else:
+            fails(buffer, "rank 0 refused")
+    buffer = small_buffer(group)
+    with pytest.raises(dt.ArgumentError, match="alignment"):
+        dt.dispatch(x, idx, w, buffer=buffer, layout="expert", alignment=1 << 33, **how)
+    buffer.destroy()
+
+
+def test_unexpected_errors_reach_every_rank() -> None:
+    run_ranks(2, unexpected, timeout=90)
+
+
+# Memory -----------------------------------------------------------------------------------------------------------------
+
+
+def dying_handles(rank: int, size: int, group: dist.ProcessGroup) -> None:
+    """A handle dies, and its memory is written to, while an asynchronous call that uses it has not run."""
+    buffer = shared.buffer_of(group)
+    x, idx, w = (t.cuda() for t in inputs(rank, size, 20))
+    experts = size * LOCAL_EXPERTS
+    names = ("num_tokens_per_rank", "num_tokens_per_rdma_rank", "num_tokens_per_expert", "is_token_in_rank")
+    expected = None
+    for _ in range(6):
+        layout = buffer.get_dispatch_layout(idx, experts)[:4]
+        got, *_, handle, event = buffer.dispatch(
+            x, **dict(zip(names, layout, strict=True)), topk_idx=idx, topk_weights=w, async_finish=True
+        )
+        event.current_stream_wait()
+        del layout, event
+        comm = buffer.get_comm_stream()
+        comm.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(comm):
+            spin(5)
+        again, *_, one = buffer.dispatch(x, handle=handle, async_finish=True)
+        z, _, two = buffer.combine(got, handle, async_finish=True)
+        del handle, _
+        trash = [
+            torch.full((n,), 1 << 20, dtype=torch.int32, device="cuda") for n in (1, 8, 64, 200, 400, 800) for _ in range(9)
+        ]
+        one.current_stream_wait()
+        two.current_stream_wait()
+        torch.cuda.synchronize()
+        assert_same_bits(again, got)
+        expected = z if expected is None else expected
+        assert_same_bits(z, expected)
+        del trash
+
+
+def test_handles_may_die_before_the_calls_that_use_them_run() -> None:
+    run_ranks(2, dying_handles, timeout=60)
+
+
+def pools_and_devices(rank: int, size: int, group: dist.ProcessGroup) -> None:
+    """The caller's own memory pool is around the call."""
+    buffer = shared.buffer_of(group)
+    x, idx, w = (t.cuda() for t in inputs(rank, size, 21))
+    how: dict[str, Any] = {"buffer": buffer, "num_experts": size * LOCAL_EXPERTS}
+    first = dt.dispatch(x, idx, w, **how)
+    z = dt.combine(first.x, first.handle)
+    pool = torch.cuda.MemPool()
+    with torch.cuda.use_mem_pool(pool):
+        out = dt.dispatch(x, idx, w, **how)
+        y = buffer.empty_like(out.x)
+        y.copy_(out.x)
+        assert_same_bits(dt.combine(y, out.handle), z)
+    assert_same_bits(out.x, first.x)
+
+
+def test_inside_the_callers_memory_pool() -> None:
+    run_ranks(2, pools_and_devices, timeout=60)
+
+
+def growing(rank: int, size: int, group: dist.ProcessGroup) -> dict[str, int]:
+    """Ever larger tensors, one alive at a time: what torch caches of the smaller ones does not fill the arena."""
+    buffer = small_buffer(group, 48)
+    from deepep_train import engines
+
+    engines.DEFAULT_ARENA_BYTES = 48 << 20
+    buffer.destroy()
+    buffer = small_buffer(group, 48)
+    for tokens in range(2000, 12000, 500):
+        x = torch.full((tokens, 512), float(tokens % 251), dtype=torch.bfloat16, device="cuda")
+        idx = torch.full((tokens, 1), rank, device="cuda")
+        with torch.cuda.stream(torch.cuda.Stream()) if tokens % 1000 else torch.cuda.stream(torch.cuda.current_stream()):
+            out = dt.dispatch(x, idx, buffer=buffer, num_experts=size)
+            torch.cuda.synchronize()
+        assert out.x.size(0) == tokens
+        assert (out.x == float(tokens % 251)).all()
+        del out
+    stats = buffer.memory_stats()
+    assert stats["tensors staged"] == 0, stats
+    buffer.destroy()
+    return stats
+
+
+def test_growing_sizes_do_not_fill_the_arena() -> None:
+    run_ranks(2, growing, fresh=True, timeout=90)
+
+
+def lost_plan(rank: int, size: int, group: dist.ProcessGroup) -> None:
+    """A handle rebuilt from its tensors after num_worst_tokens keeps the zero rows at the end."""
+    buffer = shared.buffer_of(group)
+    x, idx, w = (t.cuda() for t in inputs(rank, size, 22))
+    names = ("num_tokens_per_rank", "num_tokens_per_rdma_rank", "num_tokens_per_expert", "is_token_in_rank")
+    layout = dict(zip(names, buffer.get_dispatch_layout(idx, size * LOCAL_EXPERTS)[:4], strict=True))
+    got, *_, handle, _ = buffer.dispatch(x, **layout, topk_idx=idx, topk_weights=w, num_worst_tokens=700)
+    again = buffer.dispatch(x, handle=tuple(handle))[0]
+    assert_same_bits(again, got)
+    assert_same_bits(buffer.combine(got, tuple(handle))[0], buffer.combine(got, handle)[0])
+
+
+def test_a_rebuilt_handle_keeps_the_tail() -> None:
+    run_ranks(2, lost_plan, timeout=60)
+
+
+def test_one_hardware_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Megatron sets. Two buffers in opposite order may wait for each other then, up to the deadline: one must not."""
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    run_ranks(2, dying_handles, fresh=True, timeout=90)
+    run_ranks(2, two_buffers, fresh=True, timeout=90)
