@@ -18,7 +18,8 @@ struct Communicator::State {
     char** peers = nullptr;  // device memory
     // The last operation, outside of captures and within the newest one.
     cudaEvent_t eager = nullptr, captured = nullptr;
-    unsigned long long eager_stream = 0, captured_stream = 0;  // their ids, which are never used again
+    unsigned long long eager_stream = 0;  // its id, which no other stream will ever have
+    cudaStream_t captured_stream = nullptr;
     bool any_eager = false;
     unsigned long long capture = 0;
     bool kept = false;  // a captured graph may still launch kernels
@@ -172,7 +173,7 @@ void Communicator::enter(uint64_t stream) {
     const unsigned long long capture = capture_of(as_stream(stream));
     if (capture != 0) {
         s.kept = true;
-        if (s.capture == capture && s.captured_stream != id_of(as_stream(stream)))
+        if (s.capture == capture && s.captured_stream != as_stream(stream))
             DT_CUDA(cudaStreamWaitEvent(as_stream(stream), s.captured, 0));
     } else if (s.any_eager && s.eager_stream != id_of(as_stream(stream))) {
         DT_CUDA(cudaStreamWaitEvent(as_stream(stream), s.eager, 0));
@@ -186,7 +187,7 @@ void Communicator::leave(uint64_t stream) {
     DT_CUDA(cudaEventRecord(capture != 0 ? s.captured : s.eager, as_stream(stream)));
     if (capture != 0) {
         s.capture = capture;
-        s.captured_stream = id_of(as_stream(stream));
+        s.captured_stream = as_stream(stream);
     } else {
         s.any_eager = true;
         s.eager_stream = id_of(as_stream(stream));

@@ -1,10 +1,12 @@
-"""`bench`: times dispatch and combine, forward and backward, beside a plain all-to-all of one row per (token, expert)."""
+"""`bench`: times dispatch and combine. With a GPU and the nvlink engine: every call beside the least time that its bytes
+need. Elsewhere: forward and backward, beside a plain all-to-all of one row per (token, expert)."""
 
 from __future__ import annotations
 
 import argparse
 import datetime
 import json
+import os
 import platform
 import statistics
 import sys
@@ -19,12 +21,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deepep_train.buffer import Buffer
-from deepep_train.cli import plain
+from deepep_train.cli import bench_gpu, plain
 from deepep_train.cli.launch import run_ranks
 from deepep_train.ops import combine, dispatch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STEPS = ("dispatch", "combine", "backward")
+COMPARISON_DEFAULTS = {"num_processes": 2, "num_tokens": 2048, "hidden": 1024, "num_experts": 16, "num_topk": 4}
+GPU_DEFAULTS = {"num_processes": 8, "num_tokens": 4096, "hidden": 7168, "num_experts": 256, "num_topk": 8}
+ITERATIONS, QUICK_ITERATIONS = 20, 3
 
 
 @dataclass(frozen=True)
@@ -55,20 +60,52 @@ class Timing:
 
 def add_parser(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser("bench", help=__doc__, description=__doc__)
-    parser.add_argument("--num-processes", type=int, default=2, help="ranks to start (default 2); torchrun's, if it is used")
-    parser.add_argument("--num-tokens", type=int, default=2048, help="tokens of each rank")
-    parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--num-experts", type=int, default=16, help="of all ranks together")
-    parser.add_argument("--num-topk", type=int, default=4)
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--iterations", type=int, default=20)
-    parser.add_argument("--engine", default="auto")
+    parser.add_argument(
+        "--ranks",
+        "--num-processes",
+        dest="num_processes",
+        type=int,
+        help=_help("num_processes", "to start; torchrun's, if used"),
+    )
+    parser.add_argument("--tokens", "--num-tokens", dest="num_tokens", type=int, help=_help("num_tokens", "of each rank"))
+    parser.add_argument("--hidden", type=int, help=_help("hidden", "elements of a row"))
+    parser.add_argument(
+        "--experts", "--num-experts", dest="num_experts", type=int, help=_help("num_experts", "of all ranks together")
+    )
+    parser.add_argument("--top-k", "--num-topk", dest="num_topk", type=int, help=_help("num_topk", "experts of a token"))
+    parser.add_argument("--dtype", choices=DTYPES, help="of the comparison (default float32), which this option asks for")
+    parser.add_argument(
+        "--iterations", type=int, help=f"of the comparison (default {ITERATIONS}), which this option asks for on GPUs, too"
+    )
+    parser.add_argument("--engine", default="auto", help="of the comparison; all but auto and nvlink ask for it on GPUs, too")
+    parser.add_argument(
+        "--sms", type=_sms, default=(16, 4), help="of the GPU table: SMs of a rank, the largest for most lines (default 16,4)"
+    )
+    parser.add_argument("--quick", action="store_true", help="a coarse answer: one shape, few rounds")
+    parser.add_argument("--deadline", type=float, default=480.0, help="seconds after which the GPU table is given up")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder for bench.json and bench.png")
     parser.set_defaults(run=run)
 
 
+def _help(name: str, what: str) -> str:
+    return f"{what} (default {COMPARISON_DEFAULTS[name]}, {GPU_DEFAULTS[name]} on GPUs)"
+
+
+def _sms(text: str) -> tuple[int, ...]:
+    counts = tuple(int(part) for part in text.split(","))
+    if any(n < 2 or n % 2 for n in counts):
+        raise argparse.ArgumentTypeError(f"{text!r} must be even numbers of at least 2, separated by commas")
+    return counts
+
+
 def run(args: argparse.Namespace) -> int:
-    work = Work(args.num_tokens, args.hidden, args.num_experts, args.num_topk, args.dtype, args.iterations, args.engine)
+    on_gpus = _takes_gpus(args)
+    for name, value in (GPU_DEFAULTS if on_gpus else COMPARISON_DEFAULTS).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    iterations = args.iterations if args.iterations is not None else QUICK_ITERATIONS if args.quick else ITERATIONS
+    dtype = args.dtype or "float32"
+    work = Work(args.num_tokens, args.hidden, args.num_experts, args.num_topk, dtype, iterations, args.engine)
     for name in ("num_tokens", "hidden", "num_topk", "iterations"):
         if getattr(work, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(work, name)}")
@@ -78,8 +115,23 @@ def run(args: argparse.Namespace) -> int:
             f"and at least --num-topk {work.num_topk}"
         )
     args.out.mkdir(parents=True, exist_ok=True)
-    run_ranks(args.num_processes, measure, work, args.out)
+    if on_gpus:
+        shape = bench_gpu.Shape(work.num_tokens, work.hidden, work.num_experts, work.num_topk)
+        bench_gpu.run(args.num_processes, bench_gpu.Plan(shape, args.sms, args.quick, args.out), args.deadline)
+    else:
+        run_ranks(args.num_processes, measure, work, args.out)
     return 0
+
+
+def _takes_gpus(args: argparse.Namespace) -> bool:
+    """Whether to make the GPU table: unless it cannot be made, or an option of the comparison was given."""
+    if args.engine not in ("auto", "nvlink") or args.dtype is not None or args.iterations is not None:
+        return False
+    if obstacle := bench_gpu.obstacle():
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"no GPU table: {obstacle}; comparing with a plain all-to-all instead", file=sys.stderr)
+        return False
+    return True
 
 
 def measure(work: Work, out: Path) -> None:
@@ -175,16 +227,13 @@ def report(work: Work, timings: list[Timing], size: int, engine: str, device: to
         "timings_ms": [asdict(t) | {"ratio_to_plain": round(t.total / base, 4)} for t in timings],
     }
     (out / "bench.json").write_text(json.dumps(result, indent=2) + "\n")
-    _plot(work, timings, size, out / "bench.png")
-    print(f"wrote {out}/bench.json and {out}/bench.png")
+    plt = bench_gpu.pyplot()
+    if plt is not None:
+        _plot(plt, work, timings, size, out / "bench.png")
+    print(f"wrote {out}/bench.json" + ("" if plt is None else f" and {out}/bench.png"))
 
 
-def _plot(work: Work, timings: list[Timing], size: int, path: Path) -> None:
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
+def _plot(plt: Any, work: Work, timings: list[Timing], size: int, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
     left = [0.0] * len(timings)
     names = [t.name for t in timings]

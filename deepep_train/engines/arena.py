@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,15 +19,17 @@ from deepep_train.errors import DeepEPError
 STAGING_SHARE = 4
 
 
+T = TypeVar("T")
 _LARGE = 1 << 20  # bytes: tensors whose death makes room worth asking for
 
 
 class ArenaFull(Exception):
     """Neither the heap nor staging has room for `num_bytes` more."""
 
-    def __init__(self, num_bytes: int) -> None:
+    def __init__(self, num_bytes: int, is_known: bool = False) -> None:
         super().__init__(num_bytes)
         self.num_bytes = num_bytes
+        self.is_known = is_known  # from an earlier attempt
 
 
 class Landing(NamedTuple):
@@ -78,8 +80,7 @@ class Arena:
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A tensor out of the heap; raises `ArenaFull`."""
-        with self._allocating():
-            return self._from_heap(shape, dtype)
+        return self._attempt(lambda: self._from_heap(shape, dtype))
 
     def temporary(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A tensor for this operation only: staging if it fits, else out of the heap; raises `ArenaFull`."""
@@ -88,20 +89,11 @@ class Arena:
 
     def land(self, wanted: Sequence[tuple[Sequence[int], torch.dtype] | None]) -> list[Landing | None]:
         """For each (shape, dtype): a place for peers to write to; out of the heap, or staging where that is full."""
-        landings: list[Landing | None] = []
-        with self._allocating():
-            for one in wanted:
-                if one is None:
-                    landings.append(None)
-                    continue
-                try:
-                    tensor = self._from_heap(*one)
-                    landings.append(Landing(tensor, tensor))
-                except ArenaFull:
-                    staged = self._from_staging(*one)
-                    if staged is None:
-                        raise
-                    landings.append(Landing(staged, staged))
+        try:
+            landings = self._attempt(lambda: self._land(wanted, False))
+        except ArenaFull:
+            with self._allocating():
+                landings = self._land(wanted, True)
         # The copies' targets lie outside the arena, so they are made outside its pool.
         for i, landing in enumerate(landings):
             if landing is not None and landing.visible.numel() and self._is_staged(landing.visible):
@@ -126,7 +118,43 @@ class Arena:
     def was_captured(self) -> bool:
         return bool(self._captured)
 
+    def keep(self, used: Any) -> None:
+        """A graph is being captured that uses this."""
+        self._captured.append(used)
+
     # Inside ------------------------------------------------------------------------------------------------------------
+
+    def _land(self, wanted: Sequence[tuple[Sequence[int], torch.dtype] | None], may_stage: bool) -> list[Landing | None]:
+        landings: list[Landing | None] = []
+        for one in wanted:
+            if one is None:
+                landings.append(None)
+                continue
+            try:
+                tensor = self._from_heap(*one)
+            except ArenaFull:
+                staged = self._from_staging(*one) if may_stage else None
+                if staged is None:
+                    raise
+                tensor = staged
+            landings.append(Landing(tensor, tensor))
+        return landings
+
+    def _attempt(self, make: Callable[[], T]) -> T:
+        """`make` in the pool; once more, where there was no room, after taking back what torch caches."""
+        try:
+            with self._allocating():
+                return make()
+        except ArenaFull as full:
+            if full.is_known or self._capturing:
+                raise
+        self._rotate()
+        try:
+            with self._allocating():
+                return make()
+        except ArenaFull as full:
+            self._full = (full.num_bytes, self._deaths)
+            raise
 
     @contextmanager
     def _allocating(self) -> Iterator[None]:
@@ -152,18 +180,10 @@ class Arena:
     def _from_heap(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         size = torch.Size(shape).numel() * dtype.itemsize
         if self._full is not None and self._full[1] == self._deaths and size >= self._full[0]:
-            raise ArenaFull(size)  # asking torch again would make it flush its caches
+            raise ArenaFull(size, is_known=True)  # asking torch again would make it flush its caches
         try:
-            try:
-                t = self._allocate(shape, dtype)
-            except torch.OutOfMemoryError:
-                if self._capturing:
-                    raise
-                self._rotate()
-                with torch.cuda.use_mem_pool(self._pool, self._device):
-                    t = self._allocate(shape, dtype)
+            t = self._allocate(shape, dtype)
         except torch.OutOfMemoryError:
-            self._full = (size, self._deaths)
             raise ArenaFull(size) from None
         if size >= _LARGE:
             # The storage, which views may keep alive, is what the memory waits for.
@@ -208,10 +228,6 @@ class Arena:
         self._pool = _new_pool(self._device)
         torch.cuda.synchronize(self._device)
         self._comm.settle()
-
-    def keep(self, used: Any) -> None:
-        """A graph is being captured that uses this."""
-        self._captured.append(used)
 
     def _count_death(self) -> None:
         self._deaths += 1

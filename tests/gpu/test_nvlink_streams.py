@@ -171,8 +171,8 @@ def test_freed_memory_is_not_written_before_its_readers_are_done() -> None:
     run_ranks(2, slow_reader)
 
 
-def two_buffers(rank: int, size: int, group: dist.ProcessGroup) -> None:
-    """Two buffers on two streams, in opposite order on odd ranks."""
+def two_buffers(rank: int, size: int, group: dist.ProcessGroup, opposite: bool = True) -> None:
+    """Two buffers on two streams, in opposite order on odd ranks, or all in one order."""
     torch.cuda.set_device(0)
     buffers = [dt.Buffer(group, num_nvl_bytes=16 << 20, engine="nvlink", timeout=20) for _ in range(2)]
     streams = [torch.cuda.Stream() for _ in buffers]
@@ -182,7 +182,7 @@ def two_buffers(rank: int, size: int, group: dist.ProcessGroup) -> None:
     torch.cuda.synchronize()
     for _ in range(20):
         results: dict[int, Tensor] = {}
-        for i in (0, 1) if rank % 2 == 0 else (1, 0):
+        for i in (1, 0) if opposite and rank % 2 else (0, 1):
             with torch.cuda.stream(streams[i]):
                 again = dt.dispatch(x, buffer=buffers[i], handle=outs[i].handle)
                 results[i] = dt.combine(again.x, outs[i].handle)
