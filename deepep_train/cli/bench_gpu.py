@@ -20,7 +20,8 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from multiprocessing import connection, get_context
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ ALIGNMENT = 16
 GIB = 1 << 30
 TIMEOUT_SECONDS = 60.0  # of the buffer; the deadline of the whole is the launcher's
 _GRACE_SECONDS = 5.0  # for the other ranks to say what they saw, once one has failed
+_TELL_SECONDS = 3.0  # before the deadline, ranks print where they are
 
 
 @dataclass(frozen=True)
@@ -219,8 +221,9 @@ class Row:
         return None if self.limit_ms is None else self.ms <= self.limit_ms
 
     def as_json(self) -> dict[str, Any]:
-        ratio = None if self.ratio is None else round(self.ratio, 3)
-        return asdict(self) | {"ratio": ratio, "limit_is_met": self.is_met}
+        numbers = asdict(self) | {"ratio": self.ratio}
+        rounded = {name: round(value, 4) if isinstance(value, float) else value for name, value in numbers.items()}
+        return rounded | {"limit_is_met": self.is_met}
 
 
 @dataclass(frozen=True)
@@ -257,7 +260,7 @@ HEADER = f"{'':46s}{'SMs':>4s}{'ms':>9s}{'floor':>8s}{'ratio':>7s}{'limit':>8s}{
 def line(row: Row) -> str:
     """A row under `HEADER`; empty where there is nothing to say."""
     sms = f"{row.sms or '':>4}"
-    floor = f"{'':15s}" if row.floor_ms is None else f"{row.floor_ms:8.3f}{row.ratio:7.2f}"
+    floor = f"{'':15s}" if row.floor_ms is None else f"{row.floor_ms:8.3f} {row.ratio:6.2f}"
     limit = f"{'':16s}" if row.limit_ms is None else f"{row.limit_ms:8.3f}  {'met' if row.is_met else 'MISSED':6s}"
     return f"{row.name:46s}{sms}{row.ms:9.3f}{floor}{limit}{row.mb_to_others:9.1f}"
 
@@ -343,10 +346,11 @@ def spawn(num_ranks: int, function: Callable[..., None], args: tuple, deadline: 
     and are killed. Both raise `DeepEPError` here.
     """
     context = get_context("spawn")
+    tell_at = time.time() + deadline - _TELL_SECONDS
     with tempfile.TemporaryDirectory() as folder:
         rendezvous = f"file://{folder}/rendezvous"
         processes = [
-            context.Process(target=_rank, args=(r, num_ranks, rendezvous, use_cuda, deadline, function, args), daemon=True)
+            context.Process(target=_rank, args=(r, num_ranks, rendezvous, use_cuda, tell_at, function, args), daemon=True)
             for r in range(num_ranks)
         ]
         try:
@@ -375,15 +379,15 @@ def _wait(processes: Sequence[Any], deadline: float) -> None:
                 end = min(end, time.monotonic() + _GRACE_SECONDS)
     if failed:
         first = next(iter(failed))
-        raise DeepEPError(f"rank {first} failed first (exit code {failed[first]}); its traceback is above")
+        raise DeepEPError(f"rank {first} failed first (exit code {failed[first]}); what it said is above")
     if at_work:
         raise DeepEPError(f"ranks {sorted(at_work.values())} had not finished after {deadline:g} s and were killed")
 
 
 def _rank(
-    rank: int, size: int, rendezvous: str, use_cuda: bool, deadline: float, function: Callable[..., None], args: tuple
+    rank: int, size: int, rendezvous: str, use_cuda: bool, tell_at: float, function: Callable[..., None], args: tuple
 ) -> None:
-    faulthandler.dump_traceback_later(max(1.0, deadline - 2.0), exit=False)
+    faulthandler.dump_traceback_later(max(0.1, tell_at - time.time()), exit=False)
     try:
         # The ranks share the cores; more threads than cores make every rank slower.
         torch.set_num_threads(1 if use_cuda else max(1, (os.cpu_count() or 1) // size))
@@ -465,11 +469,11 @@ def measure(plan: Plan) -> None:
     rows = []
     with torch.no_grad():
         for case in _cases(buffer, plan, sms, is_first):
-            row = _timed(case, machine, rounds)
-            rows.append(row)
+            rows.append(_timed(case, machine, rounds))
+            del case  # and with it its tensors, before the next group's are made
             if is_first:
-                _say(line(row))
-    staged = buffer.memory_stats()["tensors staged"]
+                _say(line(rows[-1]))
+    staged = buffer.memory_stats().get("tensors staged", 0)
     if is_first:
         if staged:
             print(f"the arena was too small: {staged} results were staged and copied, so times above are too long")
@@ -499,9 +503,10 @@ def _cases(buffer: Buffer, plan: Plan, sms: list[int], is_first: bool) -> Iterab
         lambda: _expert_cases(buffer, shape, most),
         lambda: _layout_cases(buffer, shape),
     ]
-    size = dist.get_world_size()
-    if not plan.quick and shape != SMALL and SMALL.num_experts % size == 0:
-        groups.append(lambda: _small_cases(buffer, most))
+    small = Shape(shape.num_tokens, SMALL.hidden, SMALL.num_experts, shape.num_topk)
+    fits = small.hidden < shape.hidden and small.num_experts % dist.get_world_size() == 0
+    if fits and small.num_topk <= small.num_experts and not plan.quick:
+        groups.append(lambda: _small_cases(buffer, small, most))
     groups.append(lambda: _graph_cases(buffer, shape, most))
     for group in _progress(groups, is_first):
         yield from group()
@@ -526,7 +531,7 @@ def _timed(case: Case, machine: Machine, rounds: int) -> Row:
         floor = floor_ms(case.moved, case.crossing, machine.num_devices, machine.copy_rate, machine.link_rate)
     sent = 0.0 if case.crossing is None else bytes_to_others(case.crossing)
     limit = limit_ms(case.key, case.sms, case.shape, machine.ranks) if machine.has_limits else None
-    return Row(case.name, case.sms, round(ms, 4), None if floor is None else round(floor, 4), limit, round(sent / 1e6, 1))
+    return Row(case.name, case.sms, ms, floor, limit, sent / 1e6)
 
 
 def slowest_ms(call: Callable[[], Any], calls: int, rounds: int) -> float:
@@ -570,7 +575,7 @@ def _rank_cases(buffer: Buffer, shape: Shape, sms: list[int]) -> list[Case]:
     most, row, rows = sms[0], 2 * shape.hidden, rows_moved(t)
     Buffer.set_num_sms(most)
     got = dispatch(x, idx, weights, buffer=buffer, num_experts=shape.num_experts)
-    handle, visible, anywhere = got.handle, _visible(buffer, got.x), torch.empty_like(got.x, device="cuda").copy_(got.x)
+    handle, visible, anywhere = got.handle, _visible(buffer, got.x), got.x.clone()
     del got
 
     def again() -> Any:
@@ -612,7 +617,7 @@ def _expert_cases(buffer: Buffer, shape: Shape, most: int) -> list[Case]:
         return dispatch(x, idx, weights, buffer=buffer, **how)
 
     got = fresh()
-    handle, visible, anywhere = got.handle, _visible(buffer, got.x), torch.empty_like(got.x, device="cuda").copy_(got.x)
+    handle, visible, anywhere = got.handle, _visible(buffer, got.x), got.x.clone()
     del got
 
     def case(key: str, name: str, call: Callable[[], Any], moved: str) -> Case:
@@ -639,44 +644,37 @@ def _layout_cases(buffer: Buffer, shape: Shape) -> list[Case]:
     return [Case("layout", "get_dispatch_layout", shape, 0, call, None, None, calls=LAYOUT_CALLS)]
 
 
-def _small_cases(buffer: Buffer, most: int) -> list[Case]:
+def _small_cases(buffer: Buffer, shape: Shape, most: int) -> list[Case]:
     """Short rows and few experts, where fixed costs show."""
-    what = f", hidden {SMALL.hidden}, {SMALL.num_experts} experts"
-    return [
-        Case(c.key, c.name + what, c.shape, c.sms, c.call, c.moved, c.crossing)
-        for c in _rank_cases(buffer, SMALL, [most])
-        if c.key in ("dispatch", "combine")
-    ]
+    what = f", hidden {shape.hidden}, {shape.num_experts} experts"
+    cases = [c for c in _rank_cases(buffer, shape, [most]) if c.key in ("dispatch", "combine")]
+    return [replace(c, name=c.name.removesuffix(", peer-visible input") + what) for c in cases]
 
 
 def _graph_cases(buffer: Buffer, shape: Shape, most: int) -> list[Case]:
     """The same from CUDA graphs, which no Python slows down; made last, since they keep their part of the arena."""
-    cases = [c for c in _rank_cases(buffer, shape, [most]) if c.key in ("dispatch", "combine")]
-    return [
-        Case(
-            c.key + " graph",
-            c.name + ", graph",
-            shape,
-            most,
-            captured(c.call, GRAPH_CALLS).replay,
-            c.moved,
-            c.crossing,
-            calls=CALLS // GRAPH_CALLS,
-            inner=GRAPH_CALLS,
-        )
-        for c in cases
-    ]
+    cases = []
+    for c in _rank_cases(buffer, shape, [most]):
+        if c.key in ("dispatch", "combine"):
+            how: dict[str, Any] = {"call": captured(c.call, GRAPH_CALLS), "calls": CALLS // GRAPH_CALLS, "inner": GRAPH_CALLS}
+            cases.append(replace(c, key=f"{c.key} graph", name=f"{c.name}, CUDA graph", **how))
+    return cases
 
 
-def captured(call: Callable[[], Any], times: int) -> torch.cuda.CUDAGraph:
-    """A graph of `times` calls."""
+def captured(call: Callable[[], Any], times: int) -> Callable[[], None]:
+    """Replays a graph of `times` calls."""
     call()  # loads every kernel
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(times):
             call()
-    return graph
+    return partial(_replay, graph, call)
+
+
+def _replay(graph: torch.cuda.CUDAGraph, _: Callable[[], Any]) -> None:
+    """The call stands here to stay alive: the graph reads its tensors."""
+    graph.replay()
 
 
 # The machine ------------------------------------------------------------------------------------------------------------
