@@ -20,6 +20,7 @@ STAGING_SHARE = 4
 
 
 T = TypeVar("T")
+Wanted = Sequence[tuple[Sequence[int], torch.dtype] | None]
 _LARGE = 1 << 20  # bytes: tensors whose death makes room worth asking for
 
 
@@ -60,6 +61,7 @@ class Arena:
 
     def __init__(self, comm: _C.Communicator, device: torch.device) -> None:
         self._comm = comm
+        self._base, self._end = comm.base, comm.base + comm.bytes
         self._device = device
         self._pool = _new_pool(device)
         self._aside: torch.cuda.Stream | None = None
@@ -67,27 +69,29 @@ class Arena:
         self._captured: list[Any] = []  # what CUDA graphs use lives as long as the buffer
         self._deaths = 0
         self._full: tuple[int, int] | None = None  # a size that did not fit, and the deaths before
-        self._staging = self.empty((comm.bytes // STAGING_SHARE,), torch.uint8)
+        self._staging = self._attempt(lambda: self._from_heap((comm.bytes // STAGING_SHARE,), torch.uint8))
         self._staged = 0
         self.num_staged = 0  # tensors that had to be copied
 
     def holds(self, t: Tensor) -> bool:
-        return self._comm.base <= t.data_ptr() < self._comm.base + self._comm.bytes
+        return self._base <= t.data_ptr() < self._end
 
     def offset(self, t: Tensor | None) -> int:
         """Of the tensor's first byte in the arena."""
-        return 0 if t is None or not t.numel() else t.data_ptr() - self._comm.base
+        return 0 if t is None or not t.numel() else t.data_ptr() - self._base
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A tensor out of the heap; raises `ArenaFull`."""
-        return self._attempt(lambda: self._from_heap(shape, dtype))
+        t = self._attempt(lambda: self._from_heap(shape, dtype))
+        self._watch(t)
+        return t
 
     def temporary(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A tensor for this operation only: staging if it fits, else out of the heap; raises `ArenaFull`."""
         found = self._from_staging(shape, dtype)
         return self.empty(shape, dtype) if found is None else found
 
-    def land(self, wanted: Sequence[tuple[Sequence[int], torch.dtype] | None]) -> list[Landing | None]:
+    def land(self, wanted: Wanted) -> list[Landing | None]:
         """For each (shape, dtype): a place for peers to write to; out of the heap, or staging where that is full."""
         try:
             landings = self._attempt(lambda: self._land(wanted, False))
@@ -100,6 +104,28 @@ class Arena:
                 landings[i] = Landing(landing.visible, torch.empty_like(landing.visible))
                 self.num_staged += 1
         return landings
+
+    @contextmanager
+    def ahead(self) -> Iterator[Callable[[Wanted], list[Landing | None] | None]]:
+        """Enters the pool before it is known how large the tensors will be: a CPU that waits for that has the time.
+
+        Gives a quick `land`, for use within the context, that returns None where it would take more than the heap's room.
+        """
+
+        def land(wanted: Wanted) -> list[Landing | None] | None:
+            try:
+                return self._land(wanted, False)
+            except ArenaFull:
+                return None
+
+        with self._allocating():
+            yield land
+
+    def watch(self, landings: Sequence[Landing | None]) -> None:
+        """To be called after `land`, when there is time."""
+        for landing in landings:
+            if landing is not None:
+                self._watch(landing.visible)
 
     def begin_operation(self) -> None:
         """Staging is free again: operations follow each other."""
@@ -124,7 +150,7 @@ class Arena:
 
     # Inside ------------------------------------------------------------------------------------------------------------
 
-    def _land(self, wanted: Sequence[tuple[Sequence[int], torch.dtype] | None], may_stage: bool) -> list[Landing | None]:
+    def _land(self, wanted: Wanted, may_stage: bool) -> list[Landing | None]:
         landings: list[Landing | None] = []
         for one in wanted:
             if one is None:
@@ -185,9 +211,6 @@ class Arena:
             t = self._allocate(shape, dtype)
         except torch.OutOfMemoryError:
             raise ArenaFull(size) from None
-        if size >= _LARGE:
-            # The storage, which views may keep alive, is what the memory waits for.
-            weakref.finalize(t.untyped_storage(), self._count_death).atexit = False
         if self._capturing:
             self._captured.append(t)
         if _C.is_debug:
@@ -228,6 +251,11 @@ class Arena:
         self._pool = _new_pool(self._device)
         torch.cuda.synchronize(self._device)
         self._comm.settle()
+
+    def _watch(self, t: Tensor) -> None:
+        """Large tensors' deaths are counted; it is the storage that counts, which views keep alive."""
+        if t.nbytes >= _LARGE and not self._is_staged(t):
+            weakref.finalize(t.untyped_storage(), self._count_death).atexit = False
 
     def _count_death(self) -> None:
         self._deaths += 1

@@ -378,31 +378,35 @@ class NvlinkEngine(Engine):
         d.topk_idx, d.topk_weights = _address(idx), _address(weights)
         d.pick_row = _address(expert_tables.get("pick_row"))
 
-        if request.num_worst_tokens:
-            num_received = num_rows = request.num_worst_tokens
-        else:
-            counts = self._comm.wait_counts(ticket, num_local, stream)
+        def wanted(num_received: int, num_rows: int) -> list[Any]:
+            return [
+                ((num_rows, data.size(1)), data.dtype),
+                None if scales is None or is_expert else ((num_received, scales.size(1)), scales.dtype),
+                None if idx is None else ((num_received, top_k), torch.int32 if is_expert else torch.int64),
+                None if weights is None else ((num_rows,) if is_expert else (num_rows, top_k), torch.float32),
+                ((num_received,), torch.int32),
+            ]
+
+        counts, quickly = None, None
+        num_received = num_rows = request.num_worst_tokens
+        if not request.num_worst_tokens:
+            with self._arena.ahead() as land:
+                counts = self._comm.wait_counts(ticket, num_local, stream)
+                if counts is not None and not counts.bad:
+                    num_received, num_rows = counts.num_received, counts.num_rows
+                    quickly = land(wanted(num_received, num_rows))
             if counts is None or counts.bad:
                 self._owes_rows = False  # nobody waits for them
                 self.check()
                 self._explain(prepared, layout.out_of_range)
-            num_received, num_rows = counts.num_received, counts.num_rows
-            tokens_per_expert = torch.tensor(counts.per_expert, dtype=torch.int64)
-
-        wanted: list[Any] = [((num_rows, data.size(1)), data.dtype), None, None, None, ((num_received,), torch.int32)]
-        if scales is not None and not is_expert:
-            wanted[1] = ((num_received, scales.size(1)), scales.dtype)
-        if idx is not None:
-            wanted[2] = ((num_received, top_k), torch.int32 if is_expert else torch.int64)
-        if weights is not None:
-            wanted[3] = ((num_rows,) if is_expert else (num_rows, top_k), torch.float32)
-        landings = self._arena.land(wanted)
+        landings = quickly or self._arena.land(wanted(num_received, num_rows))
         visible = [None if one is None else one.visible for one in landings]
         if scales is not None and is_expert:
             visible[1] = self._arena.temporary((num_received, scales.size(1)), scales.dtype)
         self._point(d, visible)
         self._comm.dispatch(d, stream)
         self._owes_rows = False
+        self._arena.watch(landings)
         experts: ExpertPlan | None = None
         if is_expert:
             assert visible[2] is not None
@@ -423,6 +427,8 @@ class NvlinkEngine(Engine):
         got = [None if one is None else one.tensor for one in landings]
         if experts is not None and got[2] is not experts.rows_of:
             experts = ExpertPlan(**{**vars(experts), "rows_of": got[2]})
+        if counts is not None:
+            tokens_per_expert = torch.tensor(counts.per_expert, dtype=torch.int64)
         plan = NvlinkPlan(
             number=ticket,
             num_tokens=data.size(0),
@@ -563,6 +569,7 @@ class NvlinkEngine(Engine):
             d.signature = _signature("cached rows", {"number": plan.number} | request.signature())
             self._comm.dispatch(d, stream)
             self._owes_rows = False
+            self._arena.watch(landings)
             final_scales = self._expand(
                 visible, scales, plan.experts, plan.received, plan.num_rows, plan.top_k, request.num_sms, plan.has_tail, stream
             )
