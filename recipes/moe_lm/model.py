@@ -9,6 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import deepep_train as dt
 from deepep_train import moe
 
 VOCABULARY = 256
@@ -24,10 +25,11 @@ class Transformer(nn.Module):
     cosine: Tensor
     sine: Tensor
 
-    def __init__(self, options: argparse.Namespace, group: dist.ProcessGroup) -> None:
+    def __init__(self, options: argparse.Namespace, group: dist.ProcessGroup | None, engine: str = "auto") -> None:
         super().__init__()
+        buffer = dt.Buffer(group, engine=engine)
         self.embedding = nn.Embedding(VOCABULARY, options.dim)
-        self.blocks = nn.ModuleList(_Block(options, group) for _ in range(options.layers))
+        self.blocks = nn.ModuleList(_Block(options, buffer) for _ in range(options.layers))
         self.norm = nn.RMSNorm(options.dim)
         self.head = nn.Linear(options.dim, VOCABULARY, bias=False)
         nn.init.normal_(self.embedding.weight, std=0.5)
@@ -46,7 +48,7 @@ class Transformer(nn.Module):
 
 
 class _Block(nn.Module):
-    def __init__(self, options: argparse.Namespace, group: dist.ProcessGroup) -> None:
+    def __init__(self, options: argparse.Namespace, buffer: dt.Buffer) -> None:
         super().__init__()
         self.heads = options.heads
         self.attention_norm = nn.RMSNorm(options.dim)
@@ -58,7 +60,7 @@ class _Block(nn.Module):
             options.ffn,
             options.experts,
             options.top_k,
-            group,
+            buffer=buffer,
             aux_loss_coeff=options.aux_loss,
             bias_update_rate=options.bias_rate,
         )
