@@ -3,6 +3,7 @@
 Everything else is in pyproject.toml. Environment:
     CUDA_HOME               a toolkit to use before the nvcc on PATH
     TORCH_CUDA_ARCH_LIST    architectures to compile for, such as "9.0a;10.0"; default: all below that nvcc knows
+    DEEPEP_TRAIN_DEBUG=1    kernels that delay at random wherever ranks meet, and arenas of NaN: see docs/kernels.md
     DEEPEP_TRAIN_NO_CUDA=1  build without kernels although there is an nvcc
 """
 

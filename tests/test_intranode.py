@@ -25,6 +25,8 @@ from torch import Tensor
 
 from deepep_train import Buffer, Config, DeepEPError, fp8
 from deepep_train.cli import bench_gpu
+from deepep_train.cli.bench_model import resident_sms
+from deepep_train.cli.launch import run_ranks
 
 GPU_DEFAULTS = {"num_processes": 8, "num_tokens": 4096, "hidden": 7168, "num_topk": 8, "num_experts": 256}
 CPU_DEFAULTS = {"num_processes": 2, "num_tokens": 256, "hidden": 512, "num_topk": 4, "num_experts": 16}
@@ -335,7 +337,7 @@ class Tuning:
             return [Buffer.num_sms]
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         sharing = -(-self.buffer.group_size // torch.cuda.device_count())
-        return bench_gpu.resident_sms(SMS, properties.multi_processor_count, sharing)[::-1]
+        return resident_sms(SMS, properties.multi_processor_count, sharing)[::-1]
 
     def milliseconds(self, call: Callable[[], Any]) -> float:
         """A call's: the slowest rank's, the median over rounds."""
@@ -401,7 +403,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--num-experts must be divisible by --num-processes and at least --num-topk")
     work = Work(args.num_tokens, args.hidden, args.num_topk, args.num_experts, device, not args.no_tuning)
     try:
-        bench_gpu.spawn(args.num_processes, on_every_rank, (work,), args.deadline, use_cuda=device == "cuda")
+        run_ranks(args.num_processes, on_every_rank, work, deadline=args.deadline, device=device)
     except DeepEPError as error:
         print(f"FAILED: {error}", file=sys.stderr)
         return 1

@@ -21,7 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deepep_train.buffer import Buffer
-from deepep_train.cli import bench_gpu, plain
+from deepep_train.cli import bench_gpu, bench_report, plain
+from deepep_train.cli.bench_model import Shape
 from deepep_train.cli.launch import run_ranks
 from deepep_train.ops import combine, dispatch
 
@@ -116,8 +117,9 @@ def run(args: argparse.Namespace) -> int:
         )
     args.out.mkdir(parents=True, exist_ok=True)
     if on_gpus:
-        shape = bench_gpu.Shape(work.num_tokens, work.hidden, work.num_experts, work.num_topk)
-        bench_gpu.run(args.num_processes, bench_gpu.Plan(shape, args.sms, args.quick, args.out), args.deadline)
+        shape = Shape(work.num_tokens, work.hidden, work.num_experts, work.num_topk)
+        plan = bench_gpu.Plan(shape, args.sms, args.quick, args.out)
+        run_ranks(args.num_processes, bench_gpu.measure, plan, deadline=args.deadline)
     else:
         run_ranks(args.num_processes, measure, work, args.out)
     return 0
@@ -227,7 +229,7 @@ def report(work: Work, timings: list[Timing], size: int, engine: str, device: to
         "timings_ms": [asdict(t) | {"ratio_to_plain": round(t.total / base, 4)} for t in timings],
     }
     (out / "bench.json").write_text(json.dumps(result, indent=2) + "\n")
-    plt = bench_gpu.pyplot()
+    plt = bench_report.pyplot()
     if plt is not None:
         _plot(plt, work, timings, size, out / "bench.png")
     print(f"wrote {out}/bench.json" + ("" if plt is None else f" and {out}/bench.png"))

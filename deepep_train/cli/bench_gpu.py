@@ -1,28 +1,17 @@
-"""The GPU table of `bench`: every call of the nvlink engine beside the least time in which its bytes can be moved.
-
-The first half is arithmetic and text and needs no GPU; the second half runs on every rank.
-"""
+"""The GPU table of `bench`: every call of the nvlink engine beside the least time in which its bytes can be moved."""
 
 from __future__ import annotations
 
 import contextlib
-import datetime
-import faulthandler
 import gc
-import importlib.util
-import json
 import os
 import platform
 import statistics
 import subprocess
 import sys
-import tempfile
-import time
-import traceback
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from functools import partial
-from multiprocessing import connection, get_context
 from pathlib import Path
 from typing import Any
 
@@ -32,379 +21,29 @@ from torch import Tensor
 
 from deepep_train import engines, fp8
 from deepep_train.buffer import Buffer
-from deepep_train.cli.launch import run_ranks
+from deepep_train.cli.bench_model import (
+    ALIGNMENT,
+    GRAPH_CALLS,
+    SMALL,
+    Shape,
+    Traffic,
+    arena_bytes,
+    bytes_to_others,
+    floor_ms,
+    limit_ms,
+    resident_sms,
+    routing,
+    rows_moved,
+    traffic_of,
+)
+from deepep_train.cli.bench_report import CALLS, HEADER, Machine, Row, about, line, title, turns_warning, write
 from deepep_train.errors import DeepEPError
 from deepep_train.ops import combine, dispatch
 
-CALLS = 10  # in a round
 LAYOUT_CALLS = 50  # 40 us a call: ten of them would be lost in the noise
 ROUNDS, QUICK_ROUNDS = 5, 2
-# A graph holds few calls and is replayed often: what it captured stays in the arena as long as the buffer.
-GRAPH_CALLS = 2
-ALIGNMENT = 16
 GIB = 1 << 30
 TIMEOUT_SECONDS = 60.0  # of the buffer; the deadline of the whole is the launcher's
-_GRACE_SECONDS = 5.0  # for the other ranks to say what they saw, once one has failed
-_TELL_SECONDS = 3.0  # before the deadline, ranks print where they are
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What every rank sends; rows are bfloat16 unless a line of the table says otherwise."""
-
-    num_tokens: int
-    hidden: int
-    num_experts: int
-    num_topk: int
-
-
-LARGE = Shape(4096, 7168, 256, 8)
-SMALL = Shape(4096, 2048, 64, 8)
-
-# Milliseconds, set for 8 ranks that share one H100 under MPS: (case, SMs a rank, shape) -> at most.
-LIMIT_RANKS, LIMIT_GPU = 8, "H100"
-LIMITS: dict[tuple[str, int, Shape], float] = {
-    ("dispatch", 16, LARGE): 1.25,
-    ("dispatch", 4, LARGE): 1.75,
-    ("dispatch fresh", 16, LARGE): 1.45,
-    ("dispatch fp8", 16, LARGE): 0.65,
-    ("combine", 16, LARGE): 1.20,
-    ("combine any", 16, LARGE): 3.0,
-    ("expert dispatch", 16, LARGE): 2.2,
-    ("expert combine", 16, LARGE): 2.6,
-    ("expert combine any", 16, LARGE): 3.5,
-    ("layout", 0, LARGE): 0.040,
-    ("dispatch", 16, SMALL): 0.42,
-    ("combine", 16, SMALL): 0.40,
-}
-
-
-def limit_ms(key: str, sms: int, shape: Shape, num_ranks: int) -> float | None:
-    """The limit of exactly this work, None if none was set for it."""
-    return LIMITS.get((key, sms, shape)) if num_ranks == LIMIT_RANKS else None
-
-
-# What must be moved -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """Rows that a routing moves, int64; [R] by rank, [R, R] from rank to rank.
-
-    Attributes:
-        sent: tokens of the rank.
-        from_to: rows of a dispatch, a token once for each destination rank.
-        received: rows that arrive, in rank layout.
-        expert_rows: rows of the expert layout without its padding.
-        several, grouped: of the received tokens those with more than one expert here, and these tokens' expert rows.
-    """
-
-    sent: Tensor
-    from_to: Tensor
-    received: Tensor
-    expert_rows: Tensor
-    several: Tensor
-    grouped: Tensor
-
-
-def traffic(topk_idx: Sequence[Tensor], num_experts: int) -> Traffic:
-    """Count the rows of a routing; `topk_idx[r]` is rank r's, -1 where a pick goes nowhere."""
-    size = len(topk_idx)
-    from_to = torch.zeros(size, size, dtype=torch.int64)
-    expert_rows, several, grouped = (torch.zeros(size, dtype=torch.int64) for _ in range(3))
-    for source, idx in enumerate(topk_idx):
-        owner = torch.where(idx >= 0, idx // (num_experts // size), size)
-        picks = torch.zeros(idx.size(0), size + 1, dtype=torch.int64)
-        picks = picks.scatter_add_(1, owner, torch.ones_like(owner))[:, :size]
-        from_to[source] = (picks > 0).sum(0)
-        expert_rows += picks.sum(0)
-        several += (picks > 1).sum(0)
-        grouped += (picks * (picks > 1)).sum(0)
-    sent = torch.tensor([idx.size(0) for idx in topk_idx])
-    return Traffic(sent, from_to, from_to.sum(0), expert_rows, several, grouped)
-
-
-def rows_moved(t: Traffic) -> dict[str, Tensor]:
-    """Rows read plus rows written in each rank's own memory, [R]: every input read once, every output written once.
-
-    A sender reads its tokens and the rows land in the receiver's memory; a combine's receiver pulls rows out of theirs, so
-    each row counts where it lies.
-    """
-    once = t.sent + t.received
-    copies = t.expert_rows - t.received
-    return {
-        "dispatch": once,
-        "combine": once,
-        "combine any": once + 2 * t.received,  # first copied to where peers can read it
-        "expert dispatch": once + 2 * copies,  # a row crosses once; each further one is a copy of it
-        # Tokens with several rows are summed first, to one row each; the others are pulled from where they are.
-        "expert combine": once + t.grouped + t.several,
-        "expert combine any": once + t.expert_rows + t.received,
-    }
-
-
-def by_device(per_rank: Tensor, num_devices: int) -> Tensor:
-    """[R] -> [D] sums; rank r has GPU r modulo their number."""
-    device = torch.arange(per_rank.size(0)) % num_devices
-    return torch.zeros(num_devices, *per_rank.shape[1:], dtype=per_rank.dtype).index_add_(0, device, per_rank)
-
-
-def floor_ms(moved: Tensor, crossing: Tensor, num_devices: int, copy_rate: float, link_rate: float | None) -> float:
-    """The time of the busiest GPU's memory or, if that is longer, of the busiest link.
-
-    Args:
-        moved: bytes read plus bytes written in each rank's memory, [R].
-        crossing: bytes from rank to rank, [R, R].
-        copy_rate: bytes a second of a device copy, reads and writes counted.
-        link_rate: bytes a second from one GPU to another; None with one GPU, where nothing crosses a link.
-    """
-    memory = int(by_device(moved, num_devices).max()) / copy_rate
-    if link_rate is None:
-        return 1e3 * memory
-    between = by_device(by_device(crossing, num_devices).t(), num_devices).t()
-    between = between - between.diagonal().diag()
-    busiest = max(int(between.sum(0).max()), int(between.sum(1).max()))
-    return 1e3 * max(memory, busiest / link_rate)
-
-
-def bytes_to_others(crossing: Tensor) -> float:
-    """Bytes that a rank sends to other ranks, the mean over ranks, from [R, R]."""
-    return float((crossing.sum(1) - crossing.diagonal()).double().mean())
-
-
-def arena_bytes(t: Traffic, shape: Shape) -> int:
-    """Peer-visible memory for all that the cases keep and make, without counting on any of it being used twice: a result
-    that had to be staged would be copied, and the time wrong."""
-    row = shape.hidden * torch.bfloat16.itemsize
-    padded = int(t.expert_rows.max()) + ALIGNMENT * (shape.num_experts // t.sent.numel())
-    heap = ((5 + GRAPH_CALLS) * int(t.received.max()) + 4 * padded) * row + (256 << 20)
-    return heap * 4 // 3  # a quarter of the arena is staging
-
-
-def routing(shape: Shape, rank: int) -> tuple[Tensor, Tensor]:
-    """topk_idx and topk_weights of `rank` on the CPU, from its number alone: so every rank can count what all send."""
-    generator = torch.Generator().manual_seed(1000 + rank)
-    scores = torch.rand(shape.num_tokens, shape.num_experts, generator=generator)
-    return scores.topk(shape.num_topk, dim=1).indices, torch.rand(shape.num_tokens, shape.num_topk, generator=generator)
-
-
-def traffic_of(shape: Shape, num_ranks: int) -> Traffic:
-    return traffic([routing(shape, rank)[0] for rank in range(num_ranks)], shape.num_experts)
-
-
-def resident_sms(wanted: Iterable[int], sm_count: int, ranks_per_device: int) -> list[int]:
-    """Even numbers of SMs, largest first, that the ranks of one GPU can have at the same time: the engine's own cap."""
-    most = max(2, (sm_count - sm_count // 32) // ranks_per_device // 2 * 2)
-    return sorted({min(n, most) for n in wanted}, reverse=True)
-
-
-# The report -------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table: the median over rounds of the slowest rank's time of a call, and what to compare it with."""
-
-    name: str
-    sms: int  # a rank; 0 where it makes no difference
-    ms: float
-    floor_ms: float | None
-    limit_ms: float | None
-    mb_to_others: float
-
-    @property
-    def ratio(self) -> float | None:
-        return None if self.floor_ms is None else self.ms / self.floor_ms
-
-    @property
-    def is_met(self) -> bool | None:
-        return None if self.limit_ms is None else self.ms <= self.limit_ms
-
-    def as_json(self) -> dict[str, Any]:
-        numbers = asdict(self) | {"ratio": self.ratio}
-        rounded = {name: round(value, 4) if isinstance(value, float) else value for name, value in numbers.items()}
-        return rounded | {"limit_is_met": self.is_met}
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What the times were measured on; rates in bytes a second."""
-
-    device: str
-    num_devices: int
-    sms: int
-    driver: str
-    torch: str
-    cuda: str
-    python: str
-    host: str
-    ranks: int
-    mps: bool
-    copy_rate: float
-    link_rate: float | None
-
-    @property
-    def takes_turns(self) -> bool:
-        """Whether ranks share a GPU and cannot run at the same time."""
-        return self.ranks > self.num_devices and not self.mps
-
-    @property
-    def has_limits(self) -> bool:
-        """Whether the limits were set for a machine like this one."""
-        return self.num_devices == 1 and LIMIT_GPU in self.device and not self.takes_turns
-
-
-HEADER = f"{'':46s}{'SMs':>4s}{'ms':>9s}{'floor':>8s}{'ratio':>7s}{'limit':>8s}{'':8s}{'MB sent':>9s}"
-
-
-def line(row: Row) -> str:
-    """A row under `HEADER`; empty where there is nothing to say."""
-    sms = f"{row.sms or '':>4}"
-    floor = f"{'':15s}" if row.floor_ms is None else f"{row.floor_ms:8.3f} {row.ratio:6.2f}"
-    limit = f"{'':16s}" if row.limit_ms is None else f"{row.limit_ms:8.3f}  {'met' if row.is_met else 'MISSED':6s}"
-    return f"{row.name:46s}{sms}{row.ms:9.3f}{floor}{limit}{row.mb_to_others:9.1f}"
-
-
-def title(machine: Machine, shape: Shape) -> str:
-    return (
-        f"{machine.ranks} ranks on {machine.num_devices} × {machine.device}, {shape.num_tokens} tokens × {shape.hidden}, "
-        f"top-{shape.num_topk} of {shape.num_experts}"
-    )
-
-
-def about(machine: Machine) -> str:
-    link = "" if machine.link_rate is None else f", link {machine.link_rate / 1e9:.0f} GB/s one way"
-    return (
-        f"{machine.sms} SMs a GPU, MPS {'on' if machine.mps else 'off'}, copy {machine.copy_rate / 1e12:.2f} TB/s "
-        f"(read + write){link}; driver {machine.driver}, torch {machine.torch}"
-    )
-
-
-def turns_warning(machine: Machine) -> str:
-    return (
-        f"THESE TIMES MEAN NOTHING: {machine.ranks} ranks share {machine.num_devices} GPU(s) without MPS and take turns; "
-        "start MPS with `nvidia-cuda-mps-control -d`"
-    )
-
-
-def write(machine: Machine, shape: Shape, rounds: int, rows: Sequence[Row], out: Path) -> None:
-    """bench.json and, where matplotlib is installed, bench.png."""
-    result = {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join(["python -m deepep_train", *sys.argv[1:]]),
-        "machine": asdict(machine),
-        "ranks": machine.ranks,
-        "engine": "nvlink",
-        "times_mean_something": not machine.takes_turns,
-        "work": asdict(shape) | {"rounds": rounds, "calls": CALLS, "alignment": ALIGNMENT},
-        "rows": [row.as_json() for row in rows],
-    }
-    (out / "bench.json").write_text(json.dumps(result, indent=2) + "\n")
-    plt = pyplot()
-    if plt is not None:
-        plot(plt, title(machine, shape), rows, out / "bench.png")
-    print(f"wrote {out}/bench.json" + ("" if plt is None else f" and {out}/bench.png"))
-
-
-def pyplot() -> Any:
-    """matplotlib.pyplot, drawing to files; None, with a line that says so, where it is not installed."""
-    if importlib.util.find_spec("matplotlib") is None:
-        print("no plot: matplotlib is not installed (pip install 'deepep_train[recipes]')", file=sys.stderr)
-        return None
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
-def plot(plt: Any, heading: str, rows: Sequence[Row], path: Path) -> None:
-    """Horizontal bars of the times, the floors as thin bars within them, the limits as ticks."""
-    figure, axes = plt.subplots(figsize=(9.5, 1.2 + 0.36 * len(rows)), layout="constrained")
-    axes.barh(range(len(rows)), [row.ms for row in rows], height=0.75, color="#8fb3d9", label="measured")
-    floors = [(i, row.floor_ms) for i, row in enumerate(rows) if row.floor_ms is not None]
-    axes.barh([i for i, _ in floors], [f for _, f in floors], height=0.25, color="#1f4e79", label="floor")
-    limits = [(i, row.limit_ms) for i, row in enumerate(rows) if row.limit_ms is not None]
-    axes.scatter([f for _, f in limits], [i for i, _ in limits], marker="|", s=250, color="#c0392b", zorder=3, label="limit")
-    axes.set_yticks(range(len(rows)), [f"{row.name}, {row.sms} SMs" if row.sms else row.name for row in rows], fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xlabel("median time of the slowest rank, ms")
-    axes.set_title(heading, fontsize=9)
-    axes.legend()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-# Processes --------------------------------------------------------------------------------------------------------------
-
-
-def spawn(num_ranks: int, function: Callable[..., None], args: tuple, deadline: float, use_cuda: bool) -> None:
-    """Call `function(*args)` on ranks in processes of their own, joined by gloo; `function` must be importable.
-
-    A rank that fails prints its traceback and ends the others; after `deadline` seconds all of them print where they are
-    and are killed. Both raise `DeepEPError` here.
-    """
-    context = get_context("spawn")
-    tell_at = time.time() + deadline - _TELL_SECONDS
-    with tempfile.TemporaryDirectory() as folder:
-        rendezvous = f"file://{folder}/rendezvous"
-        processes = [
-            context.Process(target=_rank, args=(r, num_ranks, rendezvous, use_cuda, tell_at, function, args), daemon=True)
-            for r in range(num_ranks)
-        ]
-        try:
-            for process in processes:
-                process.start()
-            _wait(processes, deadline)
-        finally:
-            for process in processes:
-                if process.pid is not None:
-                    process.kill()
-                    process.join()
-
-
-def _wait(processes: Sequence[Any], deadline: float) -> None:
-    end = time.monotonic() + deadline
-    failed: dict[int, int] = {}
-    at_work = {process.sentinel: rank for rank, process in enumerate(processes)}
-    while at_work:
-        ready = connection.wait(list(at_work), max(0.0, end - time.monotonic()))
-        if not ready:
-            break
-        for rank in [at_work.pop(sentinel) for sentinel in ready if isinstance(sentinel, int)]:
-            processes[rank].join()
-            if code := processes[rank].exitcode:
-                failed[rank] = code
-                end = min(end, time.monotonic() + _GRACE_SECONDS)
-    if failed:
-        first = next(iter(failed))
-        raise DeepEPError(f"rank {first} failed first (exit code {failed[first]}); what it said is above")
-    if at_work:
-        raise DeepEPError(f"ranks {sorted(at_work.values())} had not finished after {deadline:g} s and were killed")
-
-
-def _rank(
-    rank: int, size: int, rendezvous: str, use_cuda: bool, tell_at: float, function: Callable[..., None], args: tuple
-) -> None:
-    faulthandler.dump_traceback_later(max(0.1, tell_at - time.time()), exit=False)
-    try:
-        # The ranks share the cores; more threads than cores make every rank slower.
-        torch.set_num_threads(1 if use_cuda else max(1, (os.cpu_count() or 1) // size))
-        if use_cuda:
-            torch.cuda.set_device(rank % torch.cuda.device_count())
-        dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=size)
-        function(*args)
-        gc.collect()  # a buffer in a reference cycle keeps the group alive, and gloo aborts a process that exits with one
-        dist.destroy_process_group()
-    except BaseException:  # noqa: BLE001 - whatever it is, the user must see it
-        sys.stderr.write("".join(f"[rank {rank}] {text}\n" for text in traceback.format_exc().splitlines()))
-        sys.stderr.flush()
-        os._exit(1)  # no clean-up that waits for ranks which are gone
-    faulthandler.cancel_dump_traceback_later()
-
-
-# The measurement --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -442,14 +81,6 @@ def obstacle() -> str:
     """Why there can be no GPU table in this process; "" if there can."""
     nvlink = next(engine for engine in engines.survey() if engine.name == "nvlink")
     return "" if nvlink.usable else nvlink.reason
-
-
-def run(num_ranks: int, plan: Plan, deadline: float) -> None:
-    """Measure on ranks started here, or on torchrun's."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        run_ranks(num_ranks, measure, plan)
-    else:
-        spawn(num_ranks, measure, (plan,), deadline, use_cuda=True)
 
 
 def measure(plan: Plan) -> None:

@@ -19,7 +19,7 @@ class Transformer(nn.Module):
     """[batch, sequence] bytes -> [batch, sequence, 256] logits of the next byte.
 
     A collective call of `group`, because the experts are spread over it; a rank with nothing to ask comes with batch 0.
-    The first weights depend on torch's seed alone, not on the number of ranks.
+    The first weights depend on torch's seed alone, not on the number of ranks. `engine` is `deepep_train.Buffer`'s.
     """
 
     cosine: Tensor

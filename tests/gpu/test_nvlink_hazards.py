@@ -12,6 +12,7 @@ from harness import assert_same_bits, run_ranks
 from test_nvlink_streams import LOCAL_EXPERTS, inputs, spin, two_buffers
 
 import deepep_train as dt
+from deepep_train import engines
 
 
 def small_buffer(group: dist.ProcessGroup, mib: int = 16, timeout: float = 10) -> dt.Buffer:
@@ -20,7 +21,7 @@ def small_buffer(group: dist.ProcessGroup, mib: int = 16, timeout: float = 10) -
 
 
 def fails(buffer: dt.Buffer, match: str) -> None:
-    """The buffer says why it is broken, whichever way it is asked, and another one works."""
+    """The buffer says why it is broken, whichever way it is asked."""
     torch.cuda.synchronize()
     with pytest.raises(dt.DeepEPError, match=match):
         buffer.check()
@@ -32,18 +33,16 @@ def fails(buffer: dt.Buffer, match: str) -> None:
 
 
 def overflow(rank: int, size: int, group: dist.ProcessGroup, pair: bool) -> None:
-    """Too few worst tokens in expert layout: nothing is written behind the tables, everything is NaN."""
+    """Too few worst tokens in expert layout: everything is NaN, the scales too. (Writes behind the tables are memcheck's.)"""
     x, idx, w = (t.cuda() for t in inputs(rank, size, 15))
     buffer = small_buffer(group)
     payload: Any = (x.to(torch.float8_e4m3fn), torch.ones(x.size(0), 4, device="cuda")) if pair else x
-    canary = torch.full((1 << 20,), 7, dtype=torch.int32, device="cuda")
     out = dt.dispatch(
         payload, idx, w, buffer=buffer, num_experts=size * LOCAL_EXPERTS, layout="expert", alignment=4, num_worst_tokens=3
     )
     torch.cuda.synchronize()
     for t in out.x if pair else (out.x,):
         assert t.float().isnan().all()
-    assert (canary == 7).all()
     fails(buffer, "num_worst_tokens=3 but")
 
 
@@ -159,11 +158,8 @@ def dying_handles(rank: int, size: int, group: dist.ProcessGroup) -> None:
     expected = None
     for _ in range(6):
         layout = buffer.get_dispatch_layout(idx, experts)[:4]
-        got, *_, handle, event = buffer.dispatch(
-            x, **dict(zip(names, layout, strict=True)), topk_idx=idx, topk_weights=w, async_finish=True
-        )
-        event.current_stream_wait()
-        del layout, event
+        got, *_, handle, event = buffer.dispatch(x, **dict(zip(names, layout, strict=True)), topk_idx=idx, topk_weights=w)
+        del layout, event  # made on this stream, where `trash` is made, and used on the other
         comm = buffer.get_comm_stream()
         comm.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(comm):
@@ -187,7 +183,7 @@ def test_handles_may_die_before_the_calls_that_use_them_run() -> None:
     run_ranks(2, dying_handles, timeout=60)
 
 
-def pools_and_devices(rank: int, size: int, group: dist.ProcessGroup) -> None:
+def callers_pool(rank: int, size: int, group: dist.ProcessGroup) -> None:
     """The caller's own memory pool is around the call."""
     buffer = shared.buffer_of(group)
     x, idx, w = (t.cuda() for t in inputs(rank, size, 21))
@@ -204,16 +200,12 @@ def pools_and_devices(rank: int, size: int, group: dist.ProcessGroup) -> None:
 
 
 def test_inside_the_callers_memory_pool() -> None:
-    run_ranks(2, pools_and_devices, timeout=60)
+    run_ranks(2, callers_pool, timeout=60)
 
 
 def growing(rank: int, size: int, group: dist.ProcessGroup) -> dict[str, int]:
     """Ever larger tensors, one alive at a time: what torch caches of the smaller ones does not fill the arena."""
-    buffer = small_buffer(group, 48)
-    from deepep_train import engines
-
     engines.DEFAULT_ARENA_BYTES = 48 << 20
-    buffer.destroy()
     buffer = small_buffer(group, 48)
     for tokens in range(2000, 12000, 500):
         x = torch.full((tokens, 512), float(tokens % 251), dtype=torch.bfloat16, device="cuda")
