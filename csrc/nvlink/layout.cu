@@ -10,6 +10,7 @@ namespace deepep_train::nvlink {
 namespace {
 
 constexpr int kThreads = 1024;
+constexpr int kAtOnce = 8;  // choices that a thread asks memory for before it looks at the first
 
 struct View {
     const int64_t* topk_idx;
@@ -29,6 +30,7 @@ __device__ void count_rank(const View& v, const LayoutParams& p, int rank) {
         const int t = base + threadIdx.x;
         bool hit = false;
         if (t < p.num_tokens)
+#pragma unroll kAtOnce
             for (int k = 0; k < p.top_k; ++k) {
                 const int64_t e = v.topk_idx[static_cast<int64_t>(t) * p.top_k + k];
                 hit |= e >= first && e < last;
@@ -59,12 +61,17 @@ __device__ void count_experts(const View& v, const LayoutParams& p) {
     if (threadIdx.x == 0) bad = 0;
     __syncthreads();
     const int64_t picks = static_cast<int64_t>(p.num_tokens) * p.top_k;
-    for (int64_t i = threadIdx.x; i < picks; i += kThreads) {
-        const int64_t e = v.topk_idx[i];
-        if (e >= 0 && e < p.num_experts)
-            atomicAdd(&counts[e], 1);
-        else if (e != -1)
-            bad = 1;
+    for (int64_t base = threadIdx.x; base < picks; base += kThreads * kAtOnce) {
+        int64_t chosen[kAtOnce];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) chosen[i] = base + i * kThreads < picks ? v.topk_idx[base + i * kThreads] : -1;
+#pragma unroll
+        for (const int64_t e : chosen) {
+            if (e >= 0 && e < p.num_experts)
+                atomicAdd(&counts[e], 1);
+            else if (e != -1)
+                bad = 1;
+        }
     }
     __syncthreads();
     for (int e = threadIdx.x; e < p.num_experts; e += kThreads) v.per_expert[e] = counts[e];

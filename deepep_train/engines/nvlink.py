@@ -173,6 +173,10 @@ class NvlinkEngine(Engine):
         sms = properties.multi_processor_count
         self._max_sms = max(1, (sms - sms // 32) // sharing)
         self._default_sms = default_num_sms(properties.major)
+        if sharing > 1:
+            # Kernels that wait for a peer must leave its other kernels room: with 8 ranks x 14 SMs of 132, a model's backward
+            # stood still (docs/kernels.md, "Open").
+            self._default_sms = max(1, min(self._default_sms, sms // 2 // sharing))
 
     @staticmethod
     def _raise_any(everyone: list[dict[str, Any]]) -> None:
