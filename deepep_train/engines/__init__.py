@@ -11,13 +11,12 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from deepep_train.engines.base import Engine
+from deepep_train.engines.base import MAX_NVLINK_RANKS, Engine
 from deepep_train.engines.collective import CollectiveEngine
 from deepep_train.engines.peers import Peers
 from deepep_train.errors import ArgumentError, DeepEPError
 
 DEFAULT_ARENA_BYTES = 2 << 30
-MAX_NVLINK_RANKS = 64
 ENGINES = ("auto", "collective", "nvlink", "rdma", "low_latency")
 
 

@@ -14,6 +14,8 @@ from deepep_train.errors import ArgumentError
 from deepep_train.handle import Plan
 from deepep_train.routing import RankLayout
 
+MAX_NVLINK_RANKS = 64  # that reach each other's memory; csrc/nvlink/params.hpp's kMaxRanks
+
 
 class Payload(NamedTuple):
     """Rows to move: `data` [rows, hidden] of any floating dtype and, for FP8, `scales` [rows, n]."""

@@ -13,8 +13,7 @@ import secrets
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -22,6 +21,7 @@ from torch import Tensor
 from deepep_train import _C  # type: ignore[attr-defined]
 from deepep_train.engines.arena import STAGING_SHARE, Arena, ArenaFull
 from deepep_train.engines.base import (
+    MAX_NVLINK_RANKS,
     CombineRequest,
     DispatchRequest,
     Engine,
@@ -31,12 +31,13 @@ from deepep_train.engines.base import (
     RedispatchRequest,
     wrong_counts,
 )
+from deepep_train.engines.nvlink_tables import Counting, ExpertPlan, Known, NvlinkLayout, NvlinkPlan, versions
 from deepep_train.engines.peers import Peers
 from deepep_train.errors import ArgumentError, DeepEPError, PeerTimeoutError
 from deepep_train.handle import Plan
 from deepep_train.routing import RankLayout, round_up
 
-MAX_RANKS, MAX_EXPERTS, MAX_TOP_K = 64, 4096, 32
+MAX_EXPERTS, MAX_TOP_K = 4096, 32
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _CHUNKS = 128  # params.hpp's kChunks
 _MAX_ALIGNMENT = 1 << 16  # with 4096 experts, row numbers still fit into 32 bits
@@ -46,77 +47,6 @@ _PROCESS = secrets.token_hex(8)  # containers may share host names and process n
 # stores and combine's pulls. And what the links of one GPU carry, one way.
 _BYTES_PER_SM = 35e9
 _LINK_BYTES = {8: 300e9, 9: 450e9, 10: 900e9}  # by compute capability: NVLink 3, 4, 5
-
-
-@dataclass(frozen=True)
-class ExpertPlan:
-    """The expert layout's part of a plan; see csrc/nvlink/params.hpp for what the tables mean."""
-
-    send_row: Tensor
-    pull_row: Tensor
-    pick_row: Tensor
-    pick_rank: Tensor
-    rows_of: Tensor
-    row_slot: Tensor
-    several: Tensor
-    num_several: Tensor
-
-
-@dataclass(frozen=True)
-class NvlinkPlan(Plan):
-    """`num_received` is the bound with `num_worst_tokens`; the true number stays on the GPU.
-
-    Attributes:
-        send_slot: int32 [T, R], see csrc/nvlink/params.hpp.
-        received: int32 [1], the number of rows that arrived.
-        experts: None in rank layout.
-        has_tail: whether the received tensor may have more rows than arrived.
-        stream: the id of the stream that it was made on.
-    """
-
-    send_slot: Tensor
-    received: Tensor
-    experts: ExpertPlan | None
-    has_tail: bool
-    stream: int
-
-    def tables(self) -> list[Tensor]:
-        return [self.send_slot, self.received, *(vars(self.experts).values() if self.experts is not None else ())]
-
-
-class NvlinkLayout(RankLayout):
-    """A `RankLayout` that carries `send_index` and the range check's result along."""
-
-    send_index: Tensor
-    out_of_range: Tensor
-    versions: tuple[int, int]
-
-
-class _Known(NamedTuple):
-    """What `is_token_in_rank` remembers of its layout: V1's callers hand the tensors back one by one."""
-
-    num_tokens_per_rank: Tensor
-    send_index: Tensor
-    out_of_range: Tensor
-    versions: tuple[int, int]
-
-
-def _versions(layout: RankLayout) -> tuple[int, int]:
-    """They change when somebody writes to the tensors."""
-    return layout.num_tokens_per_rank._version, layout.is_token_in_rank._version
-
-
-@dataclass
-class _Counting:
-    """An exchange of counts under way: a checked layout, and what the exchange fills in (csrc/nvlink/params.hpp)."""
-
-    layout: NvlinkLayout
-    prefix_RR: Tensor
-    send_base: Tensor
-    received: Tensor
-    expert_base: Tensor | None
-    tokens_per_expert: Tensor
-    ticket: int = 0
 
 
 class NvlinkEngine(Engine):
@@ -140,8 +70,8 @@ class NvlinkEngine(Engine):
         self._owes_rows = False
         self._no_offset_R1 = torch.zeros(self.peers.size, 1, dtype=torch.int32, device=self.device)
         size = self.peers.size
-        if size > MAX_RANKS:
-            raise ArgumentError(f"engine='nvlink' serves up to {MAX_RANKS} ranks, the group has {size}", "engine")
+        if size > MAX_NVLINK_RANKS:
+            raise ArgumentError(f"engine='nvlink' serves up to {MAX_NVLINK_RANKS} ranks, the group has {size}", "engine")
         total = _C.Communicator.control_bytes() + arena_bytes
         mine: dict[str, Any] = {"process": f"{_PROCESS}/{os.getpid()}", "error": "", "handle": "", "base": 0}
         mine["index"] = self.device.index
@@ -281,18 +211,18 @@ class NvlinkEngine(Engine):
         )
         layout = NvlinkLayout(per_rank, None, per_expert, in_rank)
         layout.send_index, layout.out_of_range = send_index, out_of_range
-        layout.versions = _versions(layout)
-        in_rank.deepep_train_layout = _Known(per_rank, send_index, out_of_range, layout.versions)  # type: ignore[attr-defined]
+        layout.versions = versions(layout)
+        in_rank.deepep_train_layout = Known(per_rank, send_index, out_of_range, layout.versions)  # type: ignore[attr-defined]
         return layout
 
     def _known(self, layout: RankLayout) -> NvlinkLayout:
         """The layout with what its tensors alone do not say. Counts that are not those of `is_token_in_rank` are flagged, for
         the exchange of counts to find: with them rows would land outside their tensors."""
-        if isinstance(layout, NvlinkLayout) and layout.versions == _versions(layout):
+        if isinstance(layout, NvlinkLayout) and layout.versions == versions(layout):
             return layout
         per_rank, in_rank = layout.num_tokens_per_rank.contiguous(), layout.is_token_in_rank
-        earlier: _Known | None = getattr(in_rank, "deepep_train_layout", None)
-        if earlier is not None and per_rank is earlier.num_tokens_per_rank and earlier.versions == _versions(layout):
+        earlier: Known | None = getattr(in_rank, "deepep_train_layout", None)
+        if earlier is not None and per_rank is earlier.num_tokens_per_rank and earlier.versions == versions(layout):
             known = NvlinkLayout(*layout)
             known.send_index, known.out_of_range = earlier.send_index, earlier.out_of_range
         else:
@@ -319,7 +249,7 @@ class NvlinkEngine(Engine):
         with self._operation() as stream:
             return self._dispatch(prepared, stream)
 
-    def _open_counts(self, prepared: Prepared[DispatchRequest], stream: int) -> _Counting:
+    def _open_counts(self, prepared: Prepared[DispatchRequest], stream: int) -> Counting:
         """Give this rank's counts to the peers, or, whatever goes wrong before, word that it has none."""
         try:
             request = prepared.require()
@@ -333,7 +263,7 @@ class NvlinkEngine(Engine):
             table, send_base, received, expert_base = self._ints(size * size + size + 1 + num_experts).split_with_sizes(
                 [size * size, size, 1, num_experts]
             )
-            counting = _Counting(
+            counting = Counting(
                 layout=self._known(request.layout),
                 prefix_RR=table.view(size, size),
                 send_base=send_base,

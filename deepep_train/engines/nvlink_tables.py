@@ -1,0 +1,85 @@
+"""What the nvlink engine remembers between calls: plans, layouts, counts under way.
+
+The tables' meanings stand in csrc/nvlink/params.hpp.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from deepep_train.handle import Plan
+from deepep_train.routing import RankLayout
+
+
+@dataclass(frozen=True)
+class ExpertPlan:
+    """The expert layout's part of a plan; see csrc/nvlink/params.hpp for what the tables mean."""
+
+    send_row: Tensor
+    pull_row: Tensor
+    pick_row: Tensor
+    pick_rank: Tensor
+    rows_of: Tensor
+    row_slot: Tensor
+    several: Tensor
+    num_several: Tensor
+
+
+@dataclass(frozen=True)
+class NvlinkPlan(Plan):
+    """`num_received` is the bound with `num_worst_tokens`; the true number stays on the GPU.
+
+    Attributes:
+        send_slot: int32 [T, R], see csrc/nvlink/params.hpp.
+        received: int32 [1], the number of rows that arrived.
+        experts: None in rank layout.
+        has_tail: whether the received tensor may have more rows than arrived.
+        stream: the id of the stream that it was made on.
+    """
+
+    send_slot: Tensor
+    received: Tensor
+    experts: ExpertPlan | None
+    has_tail: bool
+    stream: int
+
+    def tables(self) -> list[Tensor]:
+        return [self.send_slot, self.received, *(vars(self.experts).values() if self.experts is not None else ())]
+
+
+class NvlinkLayout(RankLayout):
+    """A `RankLayout` that carries `send_index` and the range check's result along."""
+
+    send_index: Tensor
+    out_of_range: Tensor
+    versions: tuple[int, int]
+
+
+class Known(NamedTuple):
+    """What `is_token_in_rank` remembers of its layout: V1's callers hand the tensors back one by one."""
+
+    num_tokens_per_rank: Tensor
+    send_index: Tensor
+    out_of_range: Tensor
+    versions: tuple[int, int]
+
+
+def versions(layout: RankLayout) -> tuple[int, int]:
+    """They change when somebody writes to the tensors."""
+    return layout.num_tokens_per_rank._version, layout.is_token_in_rank._version
+
+
+@dataclass
+class Counting:
+    """An exchange of counts under way: a checked layout, and what the exchange fills in (csrc/nvlink/params.hpp)."""
+
+    layout: NvlinkLayout
+    prefix_RR: Tensor
+    send_base: Tensor
+    received: Tensor
+    expert_base: Tensor | None
+    tokens_per_expert: Tensor
+    ticket: int = 0
