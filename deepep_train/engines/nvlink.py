@@ -230,7 +230,7 @@ class NvlinkEngine(Engine):
             position = in_rank.cumsum(0, dtype=torch.int32) - 1
             known.send_index = torch.where(in_rank, position, -1).to(torch.int32).view(-1)
             known.out_of_range = (in_rank.sum(0, dtype=torch.int32) != per_rank).any().to(torch.int32).reshape(1)
-        known.versions = (per_rank._version, in_rank._version)
+        known.versions = versions(known)
         return known
 
     def _ints(self, *shape: int) -> Tensor:

@@ -68,8 +68,11 @@ class Known(NamedTuple):
 
 
 def versions(layout: RankLayout) -> tuple[int, int]:
-    """They change when somebody writes to the tensors."""
-    return layout.num_tokens_per_rank._version, layout.is_token_in_rank._version
+    """They change when somebody writes to the tensors; torch does not count those of `inference_mode`."""
+    per_rank, in_rank = layout.num_tokens_per_rank, layout.is_token_in_rank
+    if per_rank.is_inference() or in_rank.is_inference():
+        return 0, 0
+    return per_rank._version, in_rank._version
 
 
 @dataclass
