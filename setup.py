@@ -37,14 +37,22 @@ def find_nvcc() -> str | None:
 
 
 def architectures(nvcc: str) -> list[str]:
-    """As nvcc spells them: 80, 90a, …"""
+    """As nvcc spells them: 80, 90a, …, with +PTX behind those whose PTX is to be kept for later GPUs."""
     wanted = os.environ.get("TORCH_CUDA_ARCH_LIST")
     if wanted:
-        found = re.findall(r"(\d+)\.(\d)(a?)", wanted)
+        found = {entry: re.fullmatch(r"(\d+)\.(\d)(a?)(\+PTX)?", entry) for entry in re.split(r"[;,\s]+", wanted.strip(" ;,"))}
+        if unknown := [entry for entry, match in found.items() if match is None]:
+            raise ValueError(f"TORCH_CUDA_ARCH_LIST={wanted!r}: {unknown} must look like 9.0, 9.0a or 9.0+PTX")
         # Hopper's kernels need sm_90a; torch's lists usually say 9.0.
-        return [f"{major}{minor}{'a' if (major, minor) == ('9', '0') else a}" for major, minor, a in found]
+        return [f"{m[1]}{m[2]}{'a' if (m[1], m[2]) == ('9', '0') else m[3]}{m[4] or ''}" for m in found.values() if m]
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
     return [a for a in DEFAULT_ARCHITECTURES if f"sm_{a.rstrip('a')}" in known.split()]  # it lists no "a" variants
+
+
+def gencode(architecture: str) -> str:
+    number = architecture.removesuffix("+PTX")
+    kept = f"[sm_{number},compute_{number}]" if architecture.endswith("+PTX") else f"sm_{number}"
+    return f"-gencode=arch=compute_{number},code={kept}"
 
 
 class BuildKernels(build_ext):
@@ -65,7 +73,7 @@ class BuildKernels(build_ext):
         flags += [f"-I{path}" for path in includes]
         if os.environ.get("DEEPEP_TRAIN_DEBUG") == "1":
             flags.append("-DDEEPEP_TRAIN_DEBUG")
-        flags += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+        flags += [gencode(a) for a in archs]
 
         def compile_one(source: str) -> str:
             made = str(objects / (source.replace("/", "_") + ".o"))
@@ -91,4 +99,5 @@ def extensions() -> list[Extension]:
     return [Extension("deepep_train._C", sources)]
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": BuildKernels})
+if __name__ == "__main__":  # tests import the rest
+    setup(ext_modules=extensions(), cmdclass={"build_ext": BuildKernels})

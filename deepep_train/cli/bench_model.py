@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deepep_train.engines.sms import most_sms
+
 ALIGNMENT = 16
 # A graph holds few calls and is replayed often: what it captured stays in the arena as long as the buffer.
 GRAPH_CALLS = 2
@@ -156,5 +158,5 @@ def traffic_of(shape: Shape, num_ranks: int) -> Traffic:
 
 def resident_sms(wanted: Iterable[int], sm_count: int, ranks_per_device: int) -> list[int]:
     """Even numbers of SMs, largest first, that the ranks of one GPU can have at the same time: the engine's own cap."""
-    most = max(2, (sm_count - sm_count // 32) // ranks_per_device // 2 * 2)
+    most = max(2, most_sms(sm_count, ranks_per_device) // 2 * 2)
     return sorted({min(n, most) for n in wanted}, reverse=True)

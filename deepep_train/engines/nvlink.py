@@ -33,6 +33,7 @@ from deepep_train.engines.base import (
 )
 from deepep_train.engines.nvlink_tables import Counting, ExpertPlan, Known, NvlinkLayout, NvlinkPlan, versions
 from deepep_train.engines.peers import Peers
+from deepep_train.engines.sms import default_sms, most_sms
 from deepep_train.errors import ArgumentError, DeepEPError, PeerTimeoutError
 from deepep_train.handle import Plan
 from deepep_train.routing import RankLayout, round_up
@@ -43,11 +44,6 @@ _CHUNKS = 128  # params.hpp's kChunks
 _MAX_ALIGNMENT = 1 << 16  # with 4096 experts, row numbers still fit into 32 bits
 _PROCESS = secrets.token_hex(8)  # containers may share host names and process numbers
 
-# What one SM moves, measured on an H100 (docs/performance.md: 16 SMs in all), in bytes a second: the slower of dispatch's
-# stores and combine's pulls. And what the links of one GPU carry, one way.
-_BYTES_PER_SM = 35e9
-_LINK_BYTES = {8: 300e9, 9: 450e9, 10: 900e9}  # by compute capability: NVLink 3, 4, 5
-
 
 class NvlinkEngine(Engine):
     """See the module.
@@ -55,7 +51,7 @@ class NvlinkEngine(Engine):
     Args:
         peers: bootstrap, and carry the texts of errors; these ranks must reach each other's memory.
         arena_bytes: memory that peers can reach; received tensors live in it.
-        num_sms: gives the SMs that a call may occupy; 0: what the links need, see `default_num_sms`.
+        num_sms: gives the SMs that a call may occupy; 0: what the links need, see `sms.default_sms`.
     """
 
     name = "nvlink"
@@ -97,16 +93,9 @@ class NvlinkEngine(Engine):
             mine["error"] = str(error)
         self._raise_any(self.peers.gather_objects(mine, "Buffer"))  # besides: nobody starts before all have mapped all
         self._arena = Arena(self._comm, self.device)
-        # Blocks wait for each other, so those of all ranks on one GPU must be able to run at the same time; one in 32 SMs is
-        # left to others.
         sharing = sum(o["device"] == mine["device"] for o in everyone)
         sms = properties.multi_processor_count
-        self._max_sms = max(1, (sms - sms // 32) // sharing)
-        self._default_sms = default_num_sms(properties.major)
-        if sharing > 1:
-            # Kernels that wait for a peer must leave its other kernels room: with 8 ranks x 14 SMs of 132, a model's backward
-            # stood still (docs/kernels.md, "Open").
-            self._default_sms = max(1, min(self._default_sms, sms // 2 // sharing))
+        self._max_sms, self._default_sms = most_sms(sms, sharing), default_sms(properties.major, sms, sharing)
 
     @staticmethod
     def _raise_any(everyone: list[dict[str, Any]]) -> None:
@@ -222,7 +211,8 @@ class NvlinkEngine(Engine):
             return layout
         per_rank, in_rank = layout.num_tokens_per_rank.contiguous(), layout.is_token_in_rank
         earlier: Known | None = getattr(in_rank, "deepep_train_layout", None)
-        if earlier is not None and per_rank is earlier.num_tokens_per_rank and earlier.versions == versions(layout):
+        is_same = earlier is not None and earlier.versions is not None and earlier.versions == versions(layout)
+        if earlier is not None and is_same and per_rank is earlier.num_tokens_per_rank:
             known = NvlinkLayout(*layout)
             known.send_index, known.out_of_range = earlier.send_index, earlier.out_of_range
         else:
@@ -643,12 +633,6 @@ class NvlinkEngine(Engine):
         with self._lock:
             self._comm.close(self._arena.was_captured)
             del self._arena
-
-
-def default_num_sms(capability: int) -> int:
-    """SMs that keep the links of a GPU busy: their one-way bandwidth over what an SM moves, rounded up to an even number."""
-    link = _LINK_BYTES.get(capability, max(_LINK_BYTES.values()))
-    return round_up(-(-int(link) // int(_BYTES_PER_SM)), 2)
 
 
 def _layout_error(request: DispatchRequest) -> ArgumentError:

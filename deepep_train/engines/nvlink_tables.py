@@ -55,7 +55,7 @@ class NvlinkLayout(RankLayout):
 
     send_index: Tensor
     out_of_range: Tensor
-    versions: tuple[int, int]
+    versions: tuple[int, int] | None
 
 
 class Known(NamedTuple):
@@ -64,14 +64,14 @@ class Known(NamedTuple):
     num_tokens_per_rank: Tensor
     send_index: Tensor
     out_of_range: Tensor
-    versions: tuple[int, int]
+    versions: tuple[int, int] | None
 
 
-def versions(layout: RankLayout) -> tuple[int, int]:
-    """They change when somebody writes to the tensors; torch does not count those of `inference_mode`."""
+def versions(layout: RankLayout) -> tuple[int, int] | None:
+    """They change when somebody writes to the tensors; None: torch does not count writes to `inference_mode`'s tensors."""
     per_rank, in_rank = layout.num_tokens_per_rank, layout.is_token_in_rank
     if per_rank.is_inference() or in_rank.is_inference():
-        return 0, 0
+        return None
     return per_rank._version, in_rank._version
 
 

@@ -1,0 +1,44 @@
+"""When the nvlink engine may trust what a layout remembers of itself. Runs its Python on CPU tensors, no kernel."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from deepep_train.engines.nvlink_tables import Known, NvlinkLayout, versions
+from deepep_train.routing import RankLayout, rank_layout
+
+nvlink = pytest.importorskip("deepep_train.engines.nvlink", reason="built without nvcc", exc_type=ImportError)
+
+
+def given() -> RankLayout:
+    """As V1's callers hand it back, with what `is_token_in_rank` remembers: numbers that no recount would give."""
+    layout = rank_layout(torch.tensor([[0], [1], [-1]]), 2, 2)
+    mark = torch.full((1,), 77, dtype=torch.int32)
+    layout.is_token_in_rank.deepep_train_layout = Known(layout.num_tokens_per_rank, mark, mark, versions(layout))
+    return layout
+
+
+def known(layout: RankLayout) -> NvlinkLayout:
+    return nvlink.NvlinkEngine._known(None, layout)
+
+
+def test_an_untouched_layout_is_trusted() -> None:
+    assert known(given()).send_index.tolist() == [77]
+
+
+def test_a_changed_layout_is_counted_again() -> None:
+    layout = given()
+    layout.is_token_in_rank[2, 1] = True
+    found = known(layout)
+    assert found.send_index.tolist() == [0, -1, -1, 0, -1, 1]
+    assert found.out_of_range.item() == 1  # its counts are no longer those of num_tokens_per_rank
+
+
+def test_writes_in_inference_mode_cannot_be_seen_so_it_is_counted_again() -> None:
+    with torch.inference_mode():
+        layout = given()
+        assert versions(layout) is None
+        assert known(layout).send_index.tolist() == [0, -1, -1, 0, -1, -1]
+        layout.is_token_in_rank[2, 1] = True
+        assert known(layout).out_of_range.item() == 1

@@ -1,0 +1,41 @@
+"""What setup.py reads from the environment."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+pytest.importorskip("setuptools")
+
+
+@pytest.fixture
+def setup() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("deepep_train_setup", Path(__file__).parents[1] / "setup.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("wanted", "compiled"),
+    [("9.0", ["90a"]), ("8.0;9.0a 10.0", ["80", "90a", "100"]), ("9.0, 12.0a+PTX;", ["90a", "120a+PTX"])],
+)
+def test_architectures(setup: ModuleType, monkeypatch: pytest.MonkeyPatch, wanted: str, compiled: list[str]) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", wanted)
+    assert setup.architectures("no nvcc is asked") == compiled
+
+
+@pytest.mark.parametrize("wanted", ["Hopper", "8.0;Ampere"])
+def test_architectures_that_would_be_lost_are_refused(setup: ModuleType, monkeypatch: pytest.MonkeyPatch, wanted: str) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", wanted)
+    with pytest.raises(ValueError, match="TORCH_CUDA_ARCH_LIST"):
+        setup.architectures("no nvcc is asked")
+
+
+def test_ptx_is_kept_where_it_was_asked_for(setup: ModuleType) -> None:
+    assert setup.gencode("90a") == "-gencode=arch=compute_90a,code=sm_90a"
+    assert setup.gencode("90a+PTX") == "-gencode=arch=compute_90a,code=[sm_90a,compute_90a]"
