@@ -159,5 +159,6 @@ PYBIND11_MODULE(_C, m) {
         .def("reduce", &C::reduce)
         .def("combine", &C::combine)
         .def("is_well", &C::is_well)
+        .def("cuda_error", &C::cuda_error)
         .def("failure", &C::failure);
 }

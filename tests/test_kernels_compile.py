@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import setup
+
+NVCC = setup.find_nvcc()
 CSRC = Path(__file__).parents[1] / "csrc"
 KERNELS = sorted(p.relative_to(CSRC).as_posix() for p in CSRC.rglob("*.cu"))
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc on PATH")
+@pytest.mark.skipif(NVCC is None, reason="there is no nvcc, neither in CUDA_HOME nor on PATH nor from the registry's wheels")
 @pytest.mark.parametrize("build", [["80", "90a", "100"], ["90a", "-DDEEPEP_TRAIN_DEBUG"]], ids=["release", "debug"])
 @pytest.mark.parametrize("name", KERNELS)
 def test_compiles_without_spills(name: str, build: list[str], tmp_path: Path) -> None:
     flags = ["-std=c++17", "-O3", "-Xptxas", "-v"]
     flags += [what if what.startswith("-") else f"-gencode=arch=compute_{what},code=sm_{what}" for what in build]
-    command = ["nvcc", *flags, "-c", str(CSRC / name), "-o", str(tmp_path / "out.o")]
+    assert NVCC is not None
+    command = [NVCC, *flags, "-c", str(CSRC / name), "-o", str(tmp_path / "out.o")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)

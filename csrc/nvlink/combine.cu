@@ -105,8 +105,9 @@ using Kernel = void (*)(Domain, Params);
 
 template <typename Params>
 void launch(Kernel<Params> kernel, const Domain& d, const Params& p, cudaStream_t stream) {
-    DT_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, GatherShape::kSharedBytes));
-    kernel<<<p.num_sms, GatherShape::kWarps * 32, GatherShape::kSharedBytes, stream>>>(d, p);
+    const int shared_bytes = d.has_bulk_copies ? GatherShape::kSharedBytes : 0;
+    allow_shared_bytes(kernel, d, GatherShape::kSharedBytes);
+    kernel<<<p.num_sms, GatherShape::kWarps * 32, shared_bytes, stream>>>(d, p);
     DT_CUDA(cudaGetLastError());
 }
 

@@ -73,16 +73,14 @@ private:
 
 int64_t Communicator::control_bytes() { return sizeof(Control); }
 
+// Delegating, so that the destructor runs if anything behind fails.
 Communicator::Communicator(int device, int rank, int num_ranks, int64_t arena_bytes, double timeout_seconds)
-    : device_(device),
-      rank_(rank),
-      num_ranks_(num_ranks),
-      timeout_seconds_(timeout_seconds),
-      state_(std::make_unique<State>()) {
+    : Communicator(device, rank, num_ranks, timeout_seconds) {
     if (num_ranks < 1 || num_ranks > kMaxRanks || rank < 0 || rank >= num_ranks)
         throw std::invalid_argument("rank " + std::to_string(rank) + " of " + std::to_string(num_ranks) + ": at most " +
                                     std::to_string(kMaxRanks) + " ranks");
     DT_CUDA(cudaSetDevice(device));
+    const bool has_bulk = has_bulk_copies();  // first: an old GPU for which there is no code says so here
     arena_ = Arena::make(device, static_cast<size_t>(arena_bytes), sizeof(Control));
     void* page = nullptr;
     DT_CUDA(cudaHostAlloc(&page, sizeof(HostPage), cudaHostAllocMapped | cudaHostAllocPortable));
@@ -93,11 +91,24 @@ Communicator::Communicator(int device, int rank, int num_ranks, int64_t arena_by
     DT_CUDA(cudaHostGetDevicePointer(&device_page, page, 0));
     int mps = 0;
     DT_CUDA(cudaDeviceGetAttribute(&mps, cudaDevAttrMpsEnabled, device));
-    state_->domain = Domain{rank,     num_ranks,     static_cast<uint64_t>(timeout_seconds * 1e9),
-                            mps == 0, state_->peers, static_cast<HostPage*>(device_page)};
+    Domain& domain = state_->domain;
+    domain.rank = rank;
+    domain.num_ranks = num_ranks;
+    domain.timeout_ns = static_cast<uint64_t>(timeout_seconds * 1e9);
+    domain.tells_missing = mps == 0;
+    domain.has_bulk_copies = has_bulk;
+    domain.peers = state_->peers;
+    domain.host = static_cast<HostPage*>(device_page);
     DT_CUDA(cudaEventCreateWithFlags(&state_->eager, cudaEventDisableTiming));
     DT_CUDA(cudaEventCreateWithFlags(&state_->captured, cudaEventDisableTiming));
 }
+
+Communicator::Communicator(int device, int rank, int num_ranks, double timeout_seconds)
+    : device_(device),
+      rank_(rank),
+      num_ranks_(num_ranks),
+      timeout_seconds_(timeout_seconds),
+      state_(std::make_unique<State>()) {}
 
 Communicator::~Communicator() {
     // No collective, no exception, no waiting: a process may be on its way out. What a kernel may still use is kept.
@@ -107,9 +118,9 @@ Communicator::~Communicator() {
     }
     if (!state_->kept)
         for (void* memory : opened_) cudaIpcCloseMemHandle(memory);
-    arena_->retire(state_->kept || state_->host->failed != 0);
-    cudaEventDestroy(state_->eager);
-    cudaEventDestroy(state_->captured);
+    if (arena_) arena_->retire(state_->kept || (state_->host != nullptr && state_->host->failed != 0));
+    if (state_->eager != nullptr) cudaEventDestroy(state_->eager);
+    if (state_->captured != nullptr) cudaEventDestroy(state_->captured);
     if (state_->kept) return;
     cudaFree(state_->peers);
     cudaFreeHost(state_->host);
@@ -281,6 +292,15 @@ void Communicator::combine(const CombineParams& p, uint64_t stream) const {
 }
 
 bool Communicator::is_well() const { return state_->host->failed == 0; }
+
+std::string Communicator::cuda_error(uint64_t stream) const {
+    cudaStreamCaptureStatus capture;
+    const cudaError_t status = cudaStreamIsCapturing(as_stream(stream), &capture);
+    // The legacy stream may not be asked while another stream captures.
+    if (status == cudaSuccess || status == cudaErrorStreamCaptureImplicit) return {};
+    cudaGetLastError();
+    return cudaGetErrorString(status);
+}
 
 std::optional<Failure> Communicator::failure() const {
     const HostPage* page = state_->host;

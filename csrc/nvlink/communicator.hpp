@@ -90,10 +90,14 @@ public:
 
     // No failure: what every call asks first.
     bool is_well() const;
+    // What CUDA says if its context is broken for good; else nothing. Allowed during captures.
+    std::string cuda_error(uint64_t stream) const;
     std::optional<Failure> failure() const;
 
 private:
     struct State;
+    Communicator(int device, int rank, int num_ranks, double timeout_seconds);
+
     int device_, rank_, num_ranks_;
     double timeout_seconds_;
     uint32_t tickets_ = 0;

@@ -98,10 +98,17 @@ __global__ void __launch_bounds__(32, 1) refuse_kernel(const __grid_constant__ D
 
 }  // namespace
 
+bool has_bulk_copies() {
+    cudaFuncAttributes attributes;
+    DT_CUDA(cudaFuncGetAttributes(&attributes, dispatch_kernel));
+    return attributes.ptxVersion >= 90;
+}
+
 void launch_dispatch(const Domain& d, const DispatchParams& p, cudaStream_t stream) {
     const ScatterShape shape(p.row_bytes);
-    DT_CUDA(cudaFuncSetAttribute(dispatch_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, ScatterShape::kSharedBytes));
-    dispatch_kernel<<<p.num_sms, shape.warps * 32, shape.shared_bytes, stream>>>(d, p, shape);
+    const int shared_bytes = d.has_bulk_copies ? shape.shared_bytes : 0;
+    allow_shared_bytes(dispatch_kernel, d, ScatterShape::kSharedBytes);
+    dispatch_kernel<<<p.num_sms, shape.warps * 32, shared_bytes, stream>>>(d, p, shape);
     DT_CUDA(cudaGetLastError());
 }
 

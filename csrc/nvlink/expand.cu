@@ -112,8 +112,9 @@ void launch_arrange(const Domain& d, const ArrangeParams& p, cudaStream_t stream
 
 void launch_expand(const Domain& d, const ExpandParams& p, cudaStream_t stream) {
     const ScatterShape shape(p.row_bytes);
-    DT_CUDA(cudaFuncSetAttribute(expand_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, ScatterShape::kSharedBytes));
-    expand_kernel<<<p.num_sms, shape.warps * 32, shape.shared_bytes, stream>>>(d, p, shape);
+    const int shared_bytes = d.has_bulk_copies ? shape.shared_bytes : 0;
+    allow_shared_bytes(expand_kernel, d, ScatterShape::kSharedBytes);
+    expand_kernel<<<p.num_sms, shape.warps * 32, shared_bytes, stream>>>(d, p, shape);
     DT_CUDA(cudaGetLastError());
 }
 

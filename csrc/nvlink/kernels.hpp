@@ -9,6 +9,9 @@ namespace deepep_train::nvlink {
 
 struct Domain;
 
+// Whether this GPU runs code that uses the bulk copy engine; before sm_90 there is none.
+bool has_bulk_copies();
+
 void launch_layout(const LayoutParams& p, cudaStream_t stream);
 void launch_count(const Domain& d, const CountParams& p, cudaStream_t stream);
 void launch_place(const PlaceParams& p, cudaStream_t stream);

@@ -10,6 +10,7 @@
 
 #include <cstdint>
 
+#include "../common/check.hpp"
 #include "../common/ptx.cuh"
 
 namespace deepep_train::nvlink {
@@ -93,11 +94,19 @@ struct Domain {
     uint64_t timeout_ns;
     // Whether a peer that did not come may be told so. Under MPS a store to a process that was killed is an error of this one.
     bool tells_missing;
+    // Whether the code that runs here uses the bulk copy engine, and with it dynamic shared memory.
+    bool has_bulk_copies;
     char* const* peers;  // [num_ranks] arenas as this process maps them, in device memory
     HostPage* host;
 
     DT_DEVICE Control* control(int r) const { return reinterpret_cast<Control*>(peers[r]); }
 };
+
+// Once for each kernel and the same every time, since threads may launch at once. Code without bulk copies needs none.
+template <typename Kernel>
+void allow_shared_bytes(Kernel* kernel, const Domain& d, int most) {
+    if (d.has_bulk_copies) DT_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
+}
 
 // Has `flag` reached `epoch`? Flags grow and may wrap.
 DT_DEVICE bool reached(uint32_t flag, uint32_t epoch) { return static_cast<int32_t>(flag - epoch) >= 0; }

@@ -69,8 +69,8 @@ def _survey_nvlink() -> Surveyed:
         return Surveyed("nvlink", False, "the package was built without nvcc, so it has no kernels")
     if not torch.cuda.is_available():
         return Surveyed("nvlink", False, "torch sees no CUDA device")
-    if torch.cuda.get_device_capability() < (9, 0):  # the kernels ask for more shared memory than sm_80 has
-        return Surveyed("nvlink", False, f"{torch.cuda.get_device_name()} is older than sm_90")
+    if torch.cuda.get_device_capability() < (8, 0):
+        return Surveyed("nvlink", False, f"{torch.cuda.get_device_name()} is older than sm_80")
     return Surveyed("nvlink", True, f"for up to {MAX_NVLINK_RANKS} ranks of one host whose GPUs reach each other's memory")
 
 

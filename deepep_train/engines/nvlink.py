@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from deepep_train import _C  # type: ignore[attr-defined]
+from deepep_train.engines import processes
 from deepep_train.engines.arena import STAGING_SHARE, Arena, ArenaFull
 from deepep_train.engines.base import (
     MAX_NVLINK_RANKS,
@@ -70,7 +71,7 @@ class NvlinkEngine(Engine):
             raise ArgumentError(f"engine='nvlink' serves up to {MAX_NVLINK_RANKS} ranks, the group has {size}", "engine")
         total = _C.Communicator.control_bytes() + arena_bytes
         mine: dict[str, Any] = {"process": f"{_PROCESS}/{os.getpid()}", "error": "", "handle": "", "base": 0}
-        mine["index"] = self.device.index
+        mine["index"], mine["identity"] = self.device.index, processes.identity()
         properties = torch.cuda.get_device_properties(self.device)
         mine["device"] = f"{os.uname().nodename}/{properties.uuid}"
         try:
@@ -92,6 +93,7 @@ class NvlinkEngine(Engine):
         except RuntimeError as error:
             mine["error"] = str(error)
         self._raise_any(self.peers.gather_objects(mine, "Buffer"))  # besides: nobody starts before all have mapped all
+        self._processes = [o["identity"] for o in everyone]
         self._arena = Arena(self._comm, self.device)
         sharing = sum(o["device"] == mine["device"] for o in everyone)
         sms = properties.multi_processor_count
@@ -135,14 +137,18 @@ class NvlinkEngine(Engine):
             try:
                 yield stream
             except BaseException as error:
+                self._check_cuda(error)  # if so, nothing can be launched any more, and there is no order to keep
                 if self._owes_rows:
                     self._comm.refuse(error.num_bytes if isinstance(error, ArenaFull) else 0, stream)
+                self._finish(stream)
                 if isinstance(error, ArenaFull):
                     raise self._too_small(error.num_bytes) from None
                 raise
-            finally:
-                self._owes_rows = False
-                self._comm.leave(stream)
+            self._finish(stream)
+
+    def _finish(self, stream: int) -> None:
+        self._owes_rows = False
+        self._comm.leave(stream)
 
     def _plan_for(self, plan: Plan, stream: int) -> NvlinkPlan:
         """A handle may die as soon as a call that uses it returns, on whatever stream: its tables must not."""
@@ -600,16 +606,29 @@ class NvlinkEngine(Engine):
         self.peers.check()
         if not self._comm.is_well():
             raise self._failure(self._comm.failure())
+        self._check_cuda()
+
+    def _check_cuda(self, error: BaseException | None = None) -> None:
+        """Raise if CUDA has failed for good. Under MPS one process that is killed may do that to all others of its GPU."""
+        if text := self._comm.cuda_error(self._stream()):
+            raise DeepEPError(f"CUDA has failed on rank {self.rank}: {text}{self._who_ended()}") from error
+
+    def _who_ended(self) -> str:
+        ended = [str(r) for r, process in enumerate(self._processes) if processes.has_ended(process)]
+        if not ended:
+            return ""
+        return f"; the process of rank {ended[0]} has ended" if len(ended) == 1 else f"; ended: ranks {', '.join(ended)}"
 
     def _failure(self, failure: _C.Failure) -> DeepEPError:
         where = f"{failure.operation} (number {failure.epoch}) on rank {self.rank}"
         who = ", ".join(map(str, failure.ranks))
         end = "this buffer can no longer be used"
         if failure.cause == "missing":
-            text = f"{where}: waited {self.peers.timeout:g} s in vain for {failure.meeting} of rank {who}; {end}"
+            waited = f"waited {self.peers.timeout:g} s in vain for {failure.meeting} of rank {who}"
+            text = f"{where}: {waited}{self._who_ended()}; {end}"
             return PeerTimeoutError(text, failure.ranks, failure.operation)
         if failure.cause == "blamed":
-            text = f"{where}: other ranks gave up on rank {who}; {end}"
+            text = f"{where}: other ranks gave up on rank {who}{self._who_ended()}; {end}"
             return PeerTimeoutError(text, failure.ranks, failure.operation)
         if failure.cause == "mismatched":
             return DeepEPError(f"{where}: rank {who} is in another call, or its handle or shapes differ; {end}")
@@ -631,8 +650,13 @@ class NvlinkEngine(Engine):
 
     def destroy(self) -> None:
         with self._lock:
-            self._comm.close(self._arena.was_captured)
-            del self._arena
+            try:
+                self._comm.close(self._arena.was_captured)
+            except RuntimeError as error:
+                self._check_cuda(error)
+                raise
+            finally:
+                del self._arena
 
 
 def _layout_error(request: DispatchRequest) -> ArgumentError:

@@ -1,0 +1,105 @@
+"""What the kernels' memory orders compile to, for sm_90a; no GPU is needed. On one GPU a single L2 hides wrong orders, so the
+instructions themselves are looked at."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+_C = importlib.util.find_spec("deepep_train._C")
+
+
+def cuobjdump() -> str | None:
+    """On PATH, or triton's, which comes with torch."""
+    triton = importlib.util.find_spec("triton")
+    place = Path(triton.origin).parent / "backends" / "nvidia" / "bin" if triton is not None and triton.origin else Path()
+    return shutil.which("cuobjdump") or shutil.which(place / "cuobjdump")
+
+
+pytestmark = [
+    pytest.mark.skipif(_C is None, reason="the package was built without nvcc, so it has no kernels"),
+    pytest.mark.skipif(cuobjdump() is None, reason="there is no cuobjdump"),
+]
+
+
+@cache
+def instructions() -> dict[str, list[str]]:
+    """By function: its instructions in order, without predicates and encodings."""
+    tool = cuobjdump()
+    assert tool is not None
+    assert _C is not None
+    assert _C.origin is not None
+    command = [tool, "--dump-sass", "-arch", "sm_90a", _C.origin]
+    sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    line = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?(\S.*?)\s*;", re.M)
+    found = re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function : |\Z)", sass, re.S)
+    assert found, f"{_C.origin} holds no code for sm_90a; TORCH_CUDA_ARCH_LIST may have left it out"
+    return {name: line.findall(body) for name, body in found}
+
+
+def of_kernel(kernel: str) -> list[list[str]]:
+    bodies = [body for name, body in instructions().items() if kernel in name]
+    assert bodies, f"no {kernel}"
+    return bodies
+
+
+def has(body: list[str], pattern: str) -> bool:
+    return any(re.match(pattern, one) for one in body)
+
+
+@pytest.mark.parametrize("kernel", ["dispatch_kernel", "combine_kernel", "expand_kernel", "reduce_kernel"])
+def test_rows_go_through_the_bulk_copy_engine(kernel: str) -> None:
+    assert all(has(body, "UBLKCP") for body in of_kernel(kernel))
+
+
+def test_nothing_is_read_through_the_non_coherent_path() -> None:
+    for name, body in instructions().items():
+        assert not has(body, r"LDG?\S*\.CONSTANT"), name
+
+
+@pytest.mark.parametrize("kernel", ["dispatch_kernel", "combine_kernel", "count_kernel", "refuse_kernel"])
+def test_flags_are_polled_and_raised_for_the_whole_system(kernel: str) -> None:
+    for body in of_kernel(kernel):
+        assert has(body, r"LD\S*\.STRONG\.SYS"), "no flag is polled with .sys scope"
+        assert has(body, r"ST\S*\.STRONG\.SYS"), "no flag is raised with .sys scope"
+        assert has(body, r"MEMBAR\S*\.SYS"), "there is no fence before the flags"
+
+
+@pytest.mark.parametrize("kernel", ["dispatch_kernel", "expand_kernel"])
+def test_bulk_stores_are_written_before_they_are_announced(kernel: str) -> None:
+    """`wait_group` is `wait_group.read` (DEPBAR: shared memory has been read) and an invalidation of L1 behind it; the waits on
+    the way, which only free a stage, have none. After the last wait nothing is stored in bulk any more."""
+    for body in of_kernel(kernel):
+        waits = [i for i, one in enumerate(body) if one.startswith("DEPBAR.LE SB0")]
+        final = [i for i in waits if body[i].endswith("0x0")]
+        assert len(final) == 1
+        assert [body[i + 1].startswith("CCTL.IVALL") for i in waits] == [i in final for i in waits]
+        assert max(i for i, one in enumerate(body) if one.startswith("UBLKCP.G.S")) < final[0]
+
+
+def test_that_test_tells_the_two_waits_apart(tmp_path: Path) -> None:
+    if shutil.which("nvcc") is None:
+        pytest.skip("there is no nvcc on PATH")
+    source = """__global__ void f(char* g) {
+        extern __shared__ char s[];
+        unsigned a = __cvta_generic_to_shared(s);
+        asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], 64;" ::"l"(g), "r"(a) : "memory");
+        asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+        asm volatile("cp.async.bulk.wait_groupKIND 0;" ::: "memory");
+        g[100] = 1;
+    }"""
+    tool = cuobjdump()
+    assert tool is not None
+    followed = {}
+    for kind in ("", ".read"):
+        (tmp_path / "a.cu").write_text(source.replace("KIND", kind))
+        subprocess.run(["nvcc", "-arch=sm_90a", "-cubin", "a.cu", "-o", "a.cubin"], cwd=tmp_path, check=True)
+        sass = subprocess.run([tool, "--dump-sass", "a.cubin"], cwd=tmp_path, capture_output=True, text=True, check=True)
+        followed[kind] = bool(re.search(r"DEPBAR\.LE SB0[^\n]*\n[^\n]*\n[^\n]*CCTL\.IVALL", sass.stdout))
+    assert followed == {"": True, ".read": False}
