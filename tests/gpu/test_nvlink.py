@@ -22,7 +22,7 @@ def same_rows(got: Rows, expected: Rows, what: str) -> None:
         assert_same_bits(a, b, what)
 
 
-def check(cases: list[Exchange], num_biases: int = 0, spare: int | None = None) -> None:
+def check(cases: list[Exchange], num_biases: int = 0, spare: int | None = None, fresh: bool = False) -> None:
     """`spare`: extra rows of num_worst_tokens; None: let the CPU wait for the counts."""
     given, ys, biases, worst, arrived, pictures = [], [], [], [], [], []
     for case in cases:
@@ -40,7 +40,7 @@ def check(cases: list[Exchange], num_biases: int = 0, spare: int | None = None) 
         arrived.append(rows)
         pictures.append(picture)
     passed = [[None if not b else b[0] if len(b) == 1 else b for b in one] for one in biases]
-    results = run_ranks(cases[0].size, shared.exchange, cases, given, ys, passed, worst, timeout=240)
+    results = run_ranks(cases[0].size, shared.exchange, cases, given, ys, passed, worst, timeout=240, fresh=fresh)
     for rank, got_all in enumerate(results):
         for i, (case, got) in enumerate(zip(cases, got_all, strict=True)):
             what = f"on rank {rank}, {case}"
