@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import Any, NamedTuple
 
 import torch
@@ -13,12 +12,10 @@ from torch import Tensor, nn
 from deepep_train import checks
 from deepep_train.buffer import Buffer
 from deepep_train.errors import ArgumentError
+from deepep_train.group_buffers import buffer_of
 from deepep_train.moe.experts import GroupedExperts, swiglu
 from deepep_train.moe.router import TopKRouter, picks_per_expert
 from deepep_train.ops import combine, dispatch
-
-# One buffer per group, shared by the layers made without one; it goes when the last of them does.
-_group_buffers: weakref.WeakValueDictionary[str, Buffer] = weakref.WeakValueDictionary()
 
 
 class LoadBalance(NamedTuple):
@@ -106,7 +103,7 @@ class MoELayer(nn.Module):
         checks.need(dtype is None or dtype.is_floating_point, "dtype", "a floating dtype", dtype)
         if buffer is not None and group is not None and buffer.group is not group:
             raise ArgumentError("buffer belongs to another group than the group given", "buffer")
-        self.buffer = buffer if buffer is not None else _buffer_of(group)
+        self.buffer = buffer if buffer is not None else buffer_of(group)
         checks.experts(num_experts, self.buffer.group_size)
         num_local_experts = num_experts // self.buffer.group_size
         self.num_experts, self.top_k, self.alignment = num_experts, top_k, alignment
@@ -238,13 +235,3 @@ class _AttachLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
         return grad, torch.full((), ctx.scale, dtype=ctx.loss_dtype, device=grad.device), None
-
-
-def _buffer_of(group: dist.ProcessGroup | None) -> Buffer:
-    if group is None and dist.is_available() and dist.is_initialized():
-        group = dist.group.WORLD
-    name = "" if group is None else str(getattr(group, "group_name", id(group)))
-    buffer = _group_buffers.get(name)
-    if buffer is None or buffer.destroyed or buffer.group is not group:
-        buffer = _group_buffers[name] = Buffer(group)
-    return buffer

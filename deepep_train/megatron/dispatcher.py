@@ -1,0 +1,175 @@
+"""Megatron's token dispatcher on this library's expert layout.
+
+Rows arrive grouped by expert and padded, so nothing is permuted before the experts, and combine takes their output as it is.
+
+Shape letters: T tokens of this rank, E experts, K picks of a token, H hidden, M received rows with padding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from megatron.core.transformer.moe.moe_utils import get_align_size_for_quantization
+from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
+from torch import Tensor
+
+from deepep_train import ops
+from deepep_train.buffer import Buffer
+from deepep_train.errors import ArgumentError
+from deepep_train.group_buffers import buffer_of
+from deepep_train.handle import Handle
+
+
+class TokenDispatcher(MoETokenDispatcher):
+    """What `MoELayer` calls between its router and its experts; `install()` makes Megatron build it.
+
+    Expert tensor parallelism is folded into the group, as in Megatron's flex dispatcher: the ranks of an expert's tensor
+    parallel group each get its tokens, and combine adds up their partial outputs.
+
+    Args:
+        num_local_experts, local_expert_indices, config, pg_collection: as Megatron passes them.
+
+    Raises:
+        ArgumentError: if the configuration asks for what cannot work, naming the field.
+    """
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        local_expert_indices: list[int],
+        config: Any,
+        pg_collection: Any = None,
+        **_: Any,  # of later releases
+    ) -> None:
+        super().__init__(config=config, pg_collection=pg_collection)
+        _check(config)
+        self.num_local_experts = num_local_experts
+        self.local_expert_indices = local_expert_indices
+        self.alignment = max(1, get_align_size_for_quantization(config))
+        num_sms = getattr(config, "moe_flex_dispatcher_num_sms", None)  # from 0.19 on
+        if num_sms is not None:
+            Buffer.set_num_sms(num_sms)
+        self.buffer = buffer_of(self.tp_ep_group)
+        # What a forward pass leaves for its later steps.
+        self.hidden_shape: torch.Size | None = None
+        self.topk_idx: Tensor | None = None
+        self.tokens_per_expert: Tensor | None = None
+        self.handle: Handle | None = None
+        self.cudagraph_attrs = ["topk_idx"]
+
+    def dispatch_preprocess(self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden_states [..., H], routing_map bool [T, E], probs [T, E] -> rows [T, H], weights float32 [T, K * expert TP]."""
+        self.hidden_shape = hidden_states.shape
+        if self.config.moe_pad_expert_input_to_capacity or self.config.moe_router_padding_for_quantization:
+            routing_map = routing_map.bool() & (probs != 0)  # picks that only fill experts up; dispatch pads by itself
+        idx, weights = picks_of(routing_map, probs, self.config.moe_router_topk)
+        self.topk_idx = _on_every_tp_rank(idx, self.num_local_experts, self.tp_size)
+        return hidden_states.reshape(-1, hidden_states.size(-1)), weights.float().repeat(1, self.tp_size)
+
+    def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+        """[T, H], [T, K] -> rows by expert [M, H] and their weights float32 [M]."""
+        if self.shared_experts is not None:
+            self.shared_experts.wait_current_stream()
+        out = ops.dispatch(
+            hidden_states,
+            self.topk_idx,
+            probs,
+            buffer=self.buffer,
+            num_experts=self.buffer.group_size * self.num_local_experts,
+            layout="expert",
+            alignment=self.alignment,
+        )
+        self.topk_idx, self.handle, self.tokens_per_expert = None, out.handle, out.tokens_per_expert
+        if self.shared_experts is not None:
+            self.shared_experts.pre_forward_comm(hidden_states, wait_current_stream=False)
+            self.shared_experts.linear_fc1_forward_and_act(out.x)
+        assert out.topk_weights is not None
+        return out.x, out.topk_weights
+
+    def dispatch_postprocess(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The rows as they are, tokens per local expert (int64, on the CPU, padding counted in), the weights as they are."""
+        assert self.tokens_per_expert is not None
+        if self.config.moe_router_dtype == "fp64":
+            probs = probs.double()
+        return hidden_states, self.tokens_per_expert, probs
+
+    def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
+        """The experts' output [M, H] as it is."""
+        return hidden_states
+
+    def token_combine(self, hidden_states: Tensor) -> Tensor:
+        """[M, H] -> the sums of every token's rows [T, H]."""
+        if self.shared_experts is not None:
+            self.shared_experts.wait_current_stream()
+        handle, self.handle = self.handle, None  # kept by autograd as long as a backward needs it
+        assert handle is not None, "token_combine without a token_dispatch before it"
+        return ops.combine(hidden_states, handle)
+
+    def combine_postprocess(self, hidden_states: Tensor) -> Tensor:
+        """[T, H] -> the shape that came, the overlapped shared experts' output added."""
+        if self.shared_experts is not None:
+            self.shared_experts.linear_fc2_forward(hidden_states)
+            self.shared_experts.post_forward_comm()
+            hidden_states = hidden_states + self.shared_experts.get_output()
+        assert self.hidden_shape is not None
+        return hidden_states.view(self.hidden_shape)
+
+    def get_expert_zero_copy_buffers(self) -> tuple[Tensor | None, Tensor | None]:
+        """Memory that peers read from, for the output of experts that can write to a given place: Transformer Engine's fused
+        ones. (The gradient of their input would have to be kept from the forward pass on, for one copy saved.)"""
+        is_fused = getattr(self.config, "use_transformer_engine_op_fuser", False)
+        if self.handle is None or not is_fused or self.buffer.engine == "collective":
+            return None, None
+        return self.buffer.empty((self.handle.plan.num_rows, self.config.hidden_size), self.config.params_dtype, "cuda"), None
+
+
+def picks_of(routing_map: Tensor, probs: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Megatron's dense routing as picks.
+
+    Args:
+        routing_map: bool [T, E], at most `top_k` per row.
+        probs: [T, E].
+
+    Returns:
+        topk_idx int64 [T, K], experts ascending, -1 behind the last; their probabilities [T, K], 0 there, differentiable.
+    """
+    num_experts = routing_map.size(1)
+    if num_experts < top_k:
+        raise ArgumentError(f"top_k={top_k} picks of {num_experts} experts", "top_k")
+    # The lower an expert, the larger its number here, so that the largest come in ascending order of experts.
+    falling = torch.arange(num_experts, 0, -1, device=routing_map.device)
+    found = torch.where(routing_map.bool(), falling, 0).topk(top_k, dim=1).values
+    idx = torch.where(found > 0, num_experts - found, -1)
+    return idx, probs.gather(1, idx.clamp(min=0)).masked_fill(idx < 0, 0.0)
+
+
+def _on_every_tp_rank(idx: Tensor, num_local_experts: int, tp_size: int) -> Tensor:
+    """Picks of experts as picks of their shards: the group's rank is (expert-parallel rank, tensor-parallel rank)."""
+    if tp_size == 1:
+        return idx
+    first = idx // num_local_experts * tp_size * num_local_experts + idx % num_local_experts
+    shards = [torch.where(idx < 0, -1, first + tp * num_local_experts) for tp in range(tp_size)]
+    return torch.cat(shards, dim=1)
+
+
+def _check(config: Any) -> None:
+    """Refuse what needs shapes that no routing changes: this dispatcher's rows are as many as were routed here."""
+    scopes = {getattr(scope, "name", str(scope)) for scope in _cuda_graph_scopes(config)}
+    if "moe" in scopes:
+        raise ArgumentError(
+            'a CUDA graph of the whole MoE layer (scope "moe") needs shapes that no routing changes; the deepep_train backend '
+            'serves the scopes "moe_router" and "moe_preprocess"',
+            "cuda_graph_modules",
+        )
+    if getattr(config, "cuda_graph_impl", "none") == "full_iteration":
+        raise ArgumentError("the deepep_train backend cannot be captured in a graph of the full iteration", "cuda_graph_impl")
+
+
+def _cuda_graph_scopes(config: Any) -> list[Any]:
+    with contextlib.suppress(TypeError):
+        for name in ("cuda_graph_modules", "cuda_graph_scope"):  # by release
+            if getattr(config, name, None):
+                return list(getattr(config, name))
+    return []

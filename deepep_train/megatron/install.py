@@ -1,0 +1,112 @@
+"""Makes stock Megatron-Core know a flex backend of the name "deepep_train"; `uninstall` takes that back.
+
+Megatron has no registry of dispatchers, so two of its functions are replaced by ones that look at the configuration: what
+`MoELayer` builds for type "flex", and what its 1F1B schedule frees early, which goes by the backend's name.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from deepep_train.errors import DeepEPError
+
+BACKEND = "deepep_train"
+# Releases whose dispatcher interface this follows; the tests run the newest.
+OLDEST, NEWEST = (0, 16), (0, 19)
+
+# Where the schedule's policy lives, by release.
+_POLICY_MODULES = ("megatron.core.models.common.utils", "megatron.core.models.gpt.fine_grained_callables")
+
+_undo: list[Callable[[], None]] = []
+
+
+def install() -> None:
+    """From now on `TransformerConfig(moe_token_dispatcher_type="flex", moe_flex_dispatcher_backend="deepep_train")` builds
+    `TokenDispatcher` in every `MoELayer` made, those of hybrid and MTP models included. Doing it twice does nothing.
+
+    Raises:
+        DeepEPError: without megatron-core, or with a release that this library does not know.
+    """
+    if _undo:
+        return
+    _check_version()
+    moe_layer = importlib.import_module("megatron.core.transformer.moe.moe_layer")
+    _replace(moe_layer, "MoEFlexTokenDispatcher", _builder(moe_layer.MoEFlexTokenDispatcher))
+    for name in _POLICY_MODULES:
+        module = _imported(name)
+        if module is not None and "should_free_input" in vars(module):
+            _replace(module, "should_free_input", _policy(module.should_free_input))
+
+
+def uninstall() -> None:
+    """Put Megatron's own functions back; layers already made keep their dispatchers."""
+    while _undo:
+        _undo.pop()()
+
+
+def is_installed() -> bool:
+    return bool(_undo)
+
+
+def _check_version() -> None:
+    try:
+        text = importlib.import_module("megatron.core").__version__
+    except ImportError as error:
+        raise DeepEPError("deepep_train.megatron needs megatron-core: pip install megatron-core") from error
+    major, minor = (int(part) for part in text.split("+")[0].split(".")[:2])
+    if not OLDEST <= (major, minor) <= NEWEST:
+        known = f"{OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}"
+        raise DeepEPError(f"deepep_train.megatron knows megatron-core {known}, this is {text}")
+
+
+def _imported(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError:  # of another release
+        return None
+
+
+def _replace(module: Any, name: str, new: Any) -> None:
+    old = getattr(module, name)
+    setattr(module, name, new)
+    _undo.append(lambda: setattr(module, name, old))
+
+
+def _builder(stock: Callable[..., Any]) -> Callable[..., Any]:
+    def flex_dispatcher(num_local_experts: int, local_expert_indices: list[int], config: Any, *args: Any, **kwargs: Any) -> Any:
+        if config.moe_flex_dispatcher_backend != BACKEND:
+            return stock(num_local_experts, local_expert_indices, config, *args, **kwargs)
+        from deepep_train.megatron.dispatcher import TokenDispatcher
+
+        return TokenDispatcher(num_local_experts, local_expert_indices, config, *args, **kwargs)
+
+    return flex_dispatcher
+
+
+class _LikeHybridEP:
+    """A configuration as it would be with the backend "hybridep": of Megatron's own the one with an identity between what
+    dispatch gives and what the experts take, as here, so that neither may be freed."""
+
+    moe_flex_dispatcher_backend = "hybridep"
+
+    def __init__(self, config: Any) -> None:
+        self._config = config
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._config, name)
+
+
+def _policy(stock: Callable[..., bool]) -> Callable[..., bool]:
+    signature = inspect.signature(stock)
+
+    def should_free_input(*args: Any, **kwargs: Any) -> bool:
+        given = signature.bind(*args, **kwargs)
+        config = given.arguments["config"]
+        if config.moe_token_dispatcher_type == "flex" and config.moe_flex_dispatcher_backend == BACKEND:
+            given.arguments["config"] = _LikeHybridEP(config)
+        return stock(*given.args, **given.kwargs)
+
+    return should_free_input

@@ -1,0 +1,193 @@
+"""Small Megatron models, and what their ranks do with them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_mtp_block_spec
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from deepep_train.megatron import cpu, install
+
+OURS = {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "deepep_train"}
+STOCK = {name: {"moe_token_dispatcher_type": name} for name in ("alltoall", "allgather")}
+HIDDEN, HEADS, FFN, VOCABULARY, SEQUENCE = 32, 4, 48, 64, 16
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How the ranks share a model, and what the model is."""
+
+    tp: int = 1
+    ep: int = 2
+    pp: int = 1
+    config: dict[str, Any] = field(default_factory=dict)
+    use_distributed_optimizer: bool = False
+    micro_batches: int = 1
+    micro_batch_size: int = 2
+
+    def transformer_config(self, dispatcher: dict[str, Any]) -> TransformerConfig:
+        given = {
+            "num_layers": 2,
+            "hidden_size": HIDDEN,
+            "num_attention_heads": HEADS,
+            "num_moe_experts": 8,
+            "moe_router_topk": 2,
+            "moe_ffn_hidden_size": FFN,
+            "add_bias_linear": False,
+            "gated_linear_unit": True,
+            "activation_func": F.silu,
+            "hidden_dropout": 0.0,
+            "attention_dropout": 0.0,
+            "moe_router_load_balancing_type": "aux_loss",
+            "moe_aux_loss_coeff": 0.01,
+            "tensor_model_parallel_size": self.tp,
+            "expert_tensor_parallel_size": self.tp,
+            "expert_model_parallel_size": self.ep,
+            "pipeline_model_parallel_size": self.pp,
+            "pipeline_dtype": torch.float32,
+            "sequence_parallel": self.tp > 1,
+        }
+        return TransformerConfig(**(cpu.CONFIG | given | self.config | dispatcher))
+
+    @contextmanager
+    def parallel(self) -> Iterator[None]:
+        """Megatron's process groups, and the random state that every model starts from."""
+        cpu.enable()
+        install()
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=self.tp,
+            pipeline_model_parallel_size=self.pp,
+            expert_model_parallel_size=self.ep,
+            expert_tensor_parallel_size=self.tp,
+        )
+        try:
+            yield
+        finally:
+            parallel_state.destroy_model_parallel()
+
+    def seed(self) -> None:
+        torch.manual_seed(3)
+        tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+
+
+# One layer ----------------------------------------------------------------------------------------------------------------
+
+
+def layer_of(config: TransformerConfig) -> Any:
+    from megatron.core.transformer.spec_utils import build_module
+
+    spec = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, moe_grouped_gemm=False).submodules.mlp
+    layer = spec(config=config) if callable(spec) else build_module(spec, config=config)  # by release
+    layer.set_layer_number(1)
+    return layer
+
+
+def layer_step(setup: Setup, dispatcher: dict[str, Any], rank: int, lengths: tuple[int, ...], batch: int = 2) -> dict[str, Tensor]:
+    """Output and gradients of one MoELayer; rank r holds `lengths[r]` x `batch` tokens."""
+    setup.seed()
+    layer = layer_of(setup.transformer_config(dispatcher))
+    g = torch.Generator().manual_seed(100 + rank)
+    x = torch.randn(lengths[rank], batch, HIDDEN, generator=g).requires_grad_()
+    y, _ = layer(x)
+    (y * torch.randn(y.shape, generator=g)).sum().backward()
+    assert x.grad is not None
+    found = {"y": y.detach(), "x.grad": x.grad}
+    found |= {n: p.grad for n, p in layer.named_parameters() if p.grad is not None}
+    return {n: t.clone() for n, t in found.items()}
+
+
+def layer_steps(
+    rank: int, size: int, group: Any, setup: Setup, dispatchers: list[dict[str, Any]], lengths: tuple[int, ...]
+) -> list[dict[str, Tensor]]:
+    with setup.parallel():
+        return [layer_step(setup, d, rank, lengths) for d in dispatchers]
+
+
+# Training -----------------------------------------------------------------------------------------------------------------
+
+
+def batches(step: int, setup: Setup) -> Iterator[Tensor]:
+    rank = parallel_state.get_data_parallel_rank()
+    for i in range(setup.micro_batches):
+        g = torch.Generator().manual_seed(10_000 * rank + 100 * step + i)
+        start = torch.randint(VOCABULARY, (setup.micro_batch_size, 1), generator=g)
+        stride = torch.randint(1, 4, (setup.micro_batch_size, 1), generator=g)
+        yield (start + stride * torch.arange(SEQUENCE + 1)) % VOCABULARY
+
+
+def forward_step(data: Iterator[Tensor], model: Any) -> tuple[Tensor, Any]:
+    tokens = next(data)
+    positions = torch.arange(SEQUENCE).expand(tokens.size(0), -1)
+    losses = model(tokens[:, :-1].contiguous(), positions, None, labels=tokens[:, 1:].contiguous())
+    return losses, partial(_mean)
+
+
+def _mean(losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    loss = losses.float().mean()
+    return loss, {"loss": loss.detach()}
+
+
+def train(setup: Setup, dispatcher: dict[str, Any], steps: int) -> list[list[float]]:
+    """Per step: the mean loss of this rank's micro-batches (on the last pipeline stage) and the gradient's norm."""
+    setup.seed()
+    config = setup.transformer_config(dispatcher)
+    spec = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, moe_grouped_gemm=False)
+    mtp = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False) if config.mtp_num_layers else None
+    first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
+    model = GPTModel(
+        config, spec, VOCABULARY, SEQUENCE, pre_process=first, post_process=last, mtp_block_spec=mtp,
+        share_embeddings_and_output_weights=False,
+    )  # fmt: skip
+    overlap = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=setup.use_distributed_optimizer, overlap_grad_reduce=False
+    )
+    ddp = DistributedDataParallel(config, overlap, model)
+    ddp.broadcast_params()
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam", lr=3e-3, clip_grad=1.0, use_distributed_optimizer=setup.use_distributed_optimizer,
+            params_dtype=torch.float32,
+        ),
+        [ddp],
+    )  # fmt: skip
+    config.finalize_model_grads_func = finalize_model_grads
+    run = get_forward_backward_func()
+    found = []
+    for step in range(steps):
+        ddp.zero_grad_buffer()
+        optimizer.zero_grad()
+        results = run(
+            forward_step_func=forward_step,
+            data_iterator=batches(step, setup),
+            model=[ddp],
+            num_microbatches=setup.micro_batches,
+            seq_length=SEQUENCE,
+            micro_batch_size=setup.micro_batch_size,
+            forward_only=False,
+        )
+        _, norm, _ = optimizer.step()
+        found.append([sum(float(r["loss"]) for r in results) / max(1, len(results)), float(norm)])
+    return found
+
+
+def trainings(
+    rank: int, size: int, group: Any, setup: Setup, dispatchers: list[dict[str, Any]], steps: int
+) -> list[list[list[float]]]:
+    with setup.parallel():
+        return [train(setup, d, steps) for d in dispatchers]
