@@ -5,8 +5,8 @@
     config = TransformerConfig(..., **cpu.CONFIG)
 
 Megatron asks torch.cuda for streams, events and random states whatever it runs on, and makes tensors on "cuda". `enable` gives
-it stand-ins that do nothing, since all work of a CPU is done when a call returns, and lets "cuda" mean "cpu" on the calling
-thread; `disable` takes that back. Layer specifications must be the "local" ones, not Transformer Engine's.
+it stand-ins that do nothing, since all work of a CPU is done when a call returns, and lets "cuda" mean "cpu"; `disable` takes
+that back. Layer specifications must be the "local" ones, not Transformer Engine's.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 from deepep_train.errors import DeepEPError
 
@@ -74,16 +73,52 @@ class _Event:
         return 0.0
 
 
-class _CudaIsCpu(TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.Tensor.cuda:
-            return args[0]
+# Functions that make tensors on a device given by name. A TorchFunctionMode would catch them all, but autograd's backward, where
+# activation checkpointing runs the forward pass again, does not see it.
+_FACTORIES = (
+    "arange",
+    "empty",
+    "empty_like",
+    "eye",
+    "full",
+    "ones",
+    "ones_like",
+    "rand",
+    "randint",
+    "randn",
+    "tensor",
+    "zeros",
+)
+_FACTORIES += ("as_tensor", "full_like", "linspace", "randperm", "zeros_like")
+
+
+def _on_cpu(make: Callable[..., Any]) -> Callable[..., Any]:
+    def made(*args: Any, **kwargs: Any) -> Any:
         if _is_cuda(kwargs.get("device")):
-            kwargs = kwargs | {"device": "cpu"}
-        if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
-            args = (args[0], "cpu", *args[2:])
-        return func(*args, **kwargs)
+            kwargs["device"] = "cpu"
+        return make(*args, **kwargs)
+
+    return made
+
+
+def _to(stock: Callable[..., Any]) -> Callable[..., Any]:
+    def to(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if args and _is_cuda(args[0]):
+            args = ("cpu", *args[1:])
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = "cpu"
+        return stock(self, *args, **kwargs)
+
+    return to
+
+
+def _type(stock: Callable[..., Any]) -> Callable[..., Any]:
+    def type_(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = stock(self, *args, **kwargs)
+        # Megatron's gradient clipping wants to read "torch.cuda.FloatTensor".
+        return result.replace("torch.", "torch.cuda.", 1) if isinstance(result, str) else result
+
+    return type_
 
 
 def _is_cuda(device: Any) -> bool:
@@ -131,9 +166,11 @@ def enable() -> None:
     _replace(random, "_set_cuda_rng_state", lambda state, *_, **__: torch.set_rng_state(state))
     # As on a GPU, where it copies to the host and may give numpy arrays; there is nothing to copy.
     _replace(token_dispatcher, "maybe_move_tensor_to_cpu", _on_the_host)
-    mode = _CudaIsCpu()
-    mode.__enter__()
-    _undo.append(lambda: mode.__exit__(None, None, None))
+    for name in _FACTORIES:
+        _replace(torch, name, _on_cpu(getattr(torch, name)))
+    _replace(torch.Tensor, "to", _to(torch.Tensor.to))
+    _replace(torch.Tensor, "cuda", lambda self, *_, **__: self)
+    _replace(torch.Tensor, "type", _type(torch.Tensor.type))
     if hasattr(moe_utils, "te_general_gemm"):
         _replace(moe_utils, "te_general_gemm", None)  # Transformer Engine's runs on GPUs only
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_mtp_block_spec
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -76,6 +78,8 @@ class Setup:
             expert_model_parallel_size=self.ep,
             expert_tensor_parallel_size=self.tp,
         )
+        forget_metrics()
+        moe_utils.MoEAuxLossAutoScaler.main_loss_backward_scale = None  # of shape [] after a lone layer, [1] in training
         try:
             yield
         finally:
@@ -84,6 +88,16 @@ class Setup:
     def seed(self) -> None:
         torch.manual_seed(3)
         tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+
+
+def forget_metrics() -> None:
+    """They have the number of layers of the first model of the process."""
+    if importlib.util.find_spec("megatron.core.transformer.moe.moe_logging") is not None:
+        from megatron.core.transformer.moe import moe_logging
+
+        moe_logging.destroy_moe_metrics_tracker()
+    else:
+        moe_utils.get_moe_layer_wise_logging_tracker().clear()
 
 
 # One layer ----------------------------------------------------------------------------------------------------------------
@@ -98,7 +112,9 @@ def layer_of(config: TransformerConfig) -> Any:
     return layer
 
 
-def layer_step(setup: Setup, dispatcher: dict[str, Any], rank: int, lengths: tuple[int, ...], batch: int = 2) -> dict[str, Tensor]:
+def layer_step(
+    setup: Setup, dispatcher: dict[str, Any], rank: int, lengths: tuple[int, ...], batch: int = 2
+) -> dict[str, Tensor]:
     """Output and gradients of one MoELayer; rank r holds `lengths[r]` x `batch` tokens."""
     setup.seed()
     layer = layer_of(setup.transformer_config(dispatcher))
@@ -143,17 +159,21 @@ def _mean(losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     return loss, {"loss": loss.detach()}
 
 
+def gpt(config: TransformerConfig) -> GPTModel:
+    spec = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, moe_grouped_gemm=False)
+    mtp = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False) if config.mtp_num_layers else None
+    first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
+    return GPTModel(
+        config, spec, VOCABULARY, SEQUENCE, pre_process=first, post_process=last, mtp_block_spec=mtp,
+        share_embeddings_and_output_weights=False,
+    )  # fmt: skip
+
+
 def train(setup: Setup, dispatcher: dict[str, Any], steps: int) -> list[list[float]]:
     """Per step: the mean loss of this rank's micro-batches (on the last pipeline stage) and the gradient's norm."""
     setup.seed()
     config = setup.transformer_config(dispatcher)
-    spec = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, moe_grouped_gemm=False)
-    mtp = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False) if config.mtp_num_layers else None
-    first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
-    model = GPTModel(
-        config, spec, VOCABULARY, SEQUENCE, pre_process=first, post_process=last, mtp_block_spec=mtp,
-        share_embeddings_and_output_weights=False,
-    )  # fmt: skip
+    model = gpt(config)
     overlap = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=setup.use_distributed_optimizer, overlap_grad_reduce=False
     )

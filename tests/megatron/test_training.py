@@ -1,0 +1,49 @@
+"""Small GPT-MoE models train as they do with Megatron's alltoall: same losses, same gradient norms."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from harness import run_ranks
+
+small = pytest.importorskip("small", reason="megatron-core is not installed", exc_type=ImportError)
+
+
+def same_curves(setup: Any, steps: int, dispatchers: list[dict[str, Any]] | None = None) -> None:
+    given = dispatchers or [small.OURS, small.STOCK["alltoall"]]
+    results = run_ranks(setup.tp * setup.ep * setup.pp, small.trainings, setup, given, steps, timeout=150)
+    for ours, theirs in results:
+        for step, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+            assert a == pytest.approx(b, rel=1e-5), f"step {step}"
+    losses = [loss for loss, _ in results[-1][0]]
+    if steps >= 20:
+        assert losses[-1] < losses[0], "it does not learn"
+
+
+SHARED = {"moe_shared_expert_intermediate_size": 24}
+TWENTY_STEPS: dict[str, Any] = {
+    "plain": {},
+    "full recompute": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    "moe recompute": {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
+    "shared experts": SHARED,
+    "capacity 0.5": {"moe_expert_capacity_factor": 0.5},
+    "mtp": {"mtp_num_layers": 1},
+}
+
+
+@pytest.mark.parametrize("config", TWENTY_STEPS.values(), ids=TWENTY_STEPS.keys())
+def test_twenty_steps(config: dict[str, Any]) -> None:
+    same_curves(small.Setup(config=config), 20)
+
+
+FEW_STEPS: dict[str, Any] = {
+    "distributed optimizer, several micro-batches": {"use_distributed_optimizer": True, "micro_batches": 3},
+    "shared experts overlapped": {"config": SHARED | {"moe_shared_expert_overlap": True}},
+    "two pipeline stages": {"pp": 2, "micro_batches": 4, "config": {"num_layers": 2}},
+}
+
+
+@pytest.mark.parametrize("how", FEW_STEPS.values(), ids=FEW_STEPS.keys())
+def test_a_few_steps(how: dict[str, Any]) -> None:
+    same_curves(small.Setup(**how), 4)
