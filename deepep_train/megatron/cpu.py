@@ -73,23 +73,12 @@ class _Event:
         return 0.0
 
 
-# Functions that make tensors on a device given by name. A TorchFunctionMode would catch them all, but autograd's backward, where
-# activation checkpointing runs the forward pass again, does not see it.
+# Functions that make tensors on a device given by name. A TorchFunctionMode would catch them all, but not in the backward pass,
+# where activation checkpointing runs the forward pass again.
 _FACTORIES = (
-    "arange",
-    "empty",
-    "empty_like",
-    "eye",
-    "full",
-    "ones",
-    "ones_like",
-    "rand",
-    "randint",
-    "randn",
-    "tensor",
-    "zeros",
+    *("arange", "as_tensor", "empty", "empty_like", "eye", "full", "full_like", "linspace", "ones", "ones_like"),
+    *("rand", "randint", "randn", "randperm", "tensor", "zeros", "zeros_like"),
 )
-_FACTORIES += ("as_tensor", "full_like", "linspace", "randperm", "zeros_like")
 
 
 def _on_cpu(make: Callable[..., Any]) -> Callable[..., Any]:
@@ -170,9 +159,9 @@ def enable() -> None:
         _replace(torch, name, _on_cpu(getattr(torch, name)))
     _replace(torch.Tensor, "to", _to(torch.Tensor.to))
     _replace(torch.Tensor, "cuda", lambda self, *_, **__: self)
+    _replace(torch.Tensor, "record_stream", lambda *_: None)
     _replace(torch.Tensor, "type", _type(torch.Tensor.type))
-    if hasattr(moe_utils, "te_general_gemm"):
-        _replace(moe_utils, "te_general_gemm", None)  # Transformer Engine's runs on GPUs only
+    _replace(moe_utils, "te_general_gemm", None)  # Transformer Engine's runs on GPUs only; 0.16 does without the name
 
 
 def disable() -> None:
@@ -186,6 +175,9 @@ def _on_the_host(tensor: Any, as_numpy: bool = False, record_stream: bool = Fals
 
 
 def _replace(module: Any, name: str, new: Any) -> None:
-    old = getattr(module, name)
+    if hasattr(module, name):
+        old = getattr(module, name)
+        _undo.append(lambda: setattr(module, name, old))
+    else:
+        _undo.append(lambda: delattr(module, name))
     setattr(module, name, new)
-    _undo.append(lambda: setattr(module, name, old))

@@ -47,7 +47,9 @@ class TokenDispatcher(MoETokenDispatcher):
         _check(config)
         self.num_local_experts = num_local_experts
         self.local_expert_indices = local_expert_indices
-        self.alignment = max(1, get_align_size_for_quantization(config))
+        # Before 0.18 Megatron names a size even where nothing is quantized.
+        is_padded = config.fp8 or config.fp4 or getattr(config, "use_transformer_engine_op_fuser", False)
+        self.alignment = get_align_size_for_quantization(config) if is_padded else 1
         num_sms = getattr(config, "moe_flex_dispatcher_num_sms", None)  # from 0.19 on
         if num_sms is not None:
             Buffer.set_num_sms(num_sms)

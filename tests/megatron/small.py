@@ -12,6 +12,8 @@ from typing import Any
 
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
+import megatron.core
+import pytest
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state, tensor_parallel
@@ -20,8 +22,10 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_mtp_block_spec
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
 from deepep_train.megatron import cpu, install
@@ -42,6 +46,8 @@ class Setup:
     use_distributed_optimizer: bool = False
     micro_batches: int = 1
     micro_batch_size: int = 2
+    vpp: int | None = None  # model chunks of a pipeline stage
+    in_bf16: bool = False
 
     def transformer_config(self, dispatcher: dict[str, Any]) -> TransformerConfig:
         given = {
@@ -62,7 +68,10 @@ class Setup:
             "expert_tensor_parallel_size": self.tp,
             "expert_model_parallel_size": self.ep,
             "pipeline_model_parallel_size": self.pp,
-            "pipeline_dtype": torch.float32,
+            "virtual_pipeline_model_parallel_size": self.vpp,
+            "bf16": self.in_bf16,
+            "params_dtype": torch.bfloat16 if self.in_bf16 else torch.float32,
+            "pipeline_dtype": torch.bfloat16 if self.in_bf16 else torch.float32,
             "sequence_parallel": self.tp > 1,
         }
         return TransformerConfig(**(cpu.CONFIG | given | self.config | dispatcher))
@@ -75,6 +84,7 @@ class Setup:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=self.tp,
             pipeline_model_parallel_size=self.pp,
+            virtual_pipeline_model_parallel_size=self.vpp,
             expert_model_parallel_size=self.ep,
             expert_tensor_parallel_size=self.tp,
         )
@@ -88,6 +98,15 @@ class Setup:
     def seed(self) -> None:
         torch.manual_seed(3)
         tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+
+
+def skip_what_this_release_refuses(config: dict[str, Any]) -> None:
+    if config.get("moe_shared_expert_overlap") and version() < (0, 18):
+        pytest.skip("before 0.18 Megatron takes overlapped shared experts with alltoall only")
+
+
+def version() -> tuple[int, ...]:
+    return tuple(int(part) for part in megatron.core.__version__.split(".")[:2])
 
 
 def forget_metrics() -> None:
@@ -147,11 +166,13 @@ def batches(step: int, setup: Setup) -> Iterator[Tensor]:
         yield (start + stride * torch.arange(SEQUENCE + 1)) % VOCABULARY
 
 
-def forward_step(data: Iterator[Tensor], model: Any) -> tuple[Tensor, Any]:
+def forward_step(data: Iterator[Tensor], model: Any, return_schedule_plan: bool = False) -> tuple[Any, Any]:
     tokens = next(data)
     positions = torch.arange(SEQUENCE).expand(tokens.size(0), -1)
-    losses = model(tokens[:, :-1].contiguous(), positions, None, labels=tokens[:, 1:].contiguous())
-    return losses, partial(_mean)
+    given, labels = (tokens[:, :-1].contiguous(), positions, None), tokens[:, 1:].contiguous()
+    if return_schedule_plan:  # what the overlapping schedule takes instead
+        return get_attr_wrapped_model(model, "build_schedule_plan")(*given, labels=labels), partial(_mean)
+    return model(*given, labels=labels), partial(_mean)
 
 
 def _mean(losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -159,13 +180,14 @@ def _mean(losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     return loss, {"loss": loss.detach()}
 
 
-def gpt(config: TransformerConfig) -> GPTModel:
+def gpt(config: TransformerConfig, chunk: int | None = None) -> GPTModel:
     spec = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, moe_grouped_gemm=False)
     mtp = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False) if config.mtp_num_layers else None
-    first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
+    how: dict[str, Any] = {} if chunk is None else {"ignore_virtual": False, "vp_stage": chunk}
+    first, last = parallel_state.is_pipeline_first_stage(**how), parallel_state.is_pipeline_last_stage(**how)
     return GPTModel(
         config, spec, VOCABULARY, SEQUENCE, pre_process=first, post_process=last, mtp_block_spec=mtp,
-        share_embeddings_and_output_weights=False,
+        share_embeddings_and_output_weights=False, vp_stage=chunk,
     )  # fmt: skip
 
 
@@ -173,29 +195,34 @@ def train(setup: Setup, dispatcher: dict[str, Any], steps: int) -> list[list[flo
     """Per step: the mean loss of this rank's micro-batches (on the last pipeline stage) and the gradient's norm."""
     setup.seed()
     config = setup.transformer_config(dispatcher)
-    model = gpt(config)
-    overlap = DistributedDataParallelConfig(
+    chunks: list[Any] = [gpt(config, chunk) for chunk in (range(setup.vpp) if setup.vpp else [None])]
+    if setup.in_bf16:
+        chunks = [Float16Module(config, chunk) for chunk in chunks]
+    how = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=setup.use_distributed_optimizer, overlap_grad_reduce=False
     )
-    ddp = DistributedDataParallel(config, overlap, model)
-    ddp.broadcast_params()
+    chunks = [DistributedDataParallel(config, how, chunk) for chunk in chunks]
+    for chunk in chunks:
+        chunk.broadcast_params()
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam", lr=3e-3, clip_grad=1.0, use_distributed_optimizer=setup.use_distributed_optimizer,
-            params_dtype=torch.float32,
+            bf16=setup.in_bf16, params_dtype=config.params_dtype,
         ),
-        [ddp],
+        chunks,
     )  # fmt: skip
     config.finalize_model_grads_func = finalize_model_grads
     run = get_forward_backward_func()
     found = []
     for step in range(steps):
-        ddp.zero_grad_buffer()
+        for chunk in chunks:
+            chunk.zero_grad_buffer()
         optimizer.zero_grad()
+        data = [batches(step, setup) for _ in chunks]
         results = run(
             forward_step_func=forward_step,
-            data_iterator=batches(step, setup),
-            model=[ddp],
+            data_iterator=data if len(data) > 1 else data[0],
+            model=chunks,
             num_microbatches=setup.micro_batches,
             seq_length=SEQUENCE,
             micro_batch_size=setup.micro_batch_size,

@@ -46,4 +46,16 @@ FEW_STEPS: dict[str, Any] = {
 
 @pytest.mark.parametrize("how", FEW_STEPS.values(), ids=FEW_STEPS.keys())
 def test_a_few_steps(how: dict[str, Any]) -> None:
+    small.skip_what_this_release_refuses(how.get("config", {}))
     same_curves(small.Setup(**how), 4)
+
+
+OVERLAP = {"overlap_moe_expert_parallel_comm": True}
+
+
+@pytest.mark.parametrize("how", [{"ep": 4}, {"ep": 2, "pp": 2, "vpp": 2}], ids=["PP 1, EP 4", "PP 2, VPP 2, EP 2"])
+def test_overlap_of_two_micro_batches_changes_nothing(how: dict[str, Any]) -> None:
+    """The 1F1B schedule runs one micro-batch's communication beside another's computation, and frees tensors by its own
+    rules."""
+    setup = small.Setup(micro_batches=4, in_bf16=True, config={"num_layers": 4}, **how)
+    same_curves(setup, 4, [small.OURS | OVERLAP, small.OURS])
