@@ -23,6 +23,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 # sm_90a for Hopper's own instructions; sm_80 takes the plain-load path; sm_100 runs the Hopper path without the "a" features.
+NAMES = {"Ampere": "8.0", "Ada": "8.9", "Hopper": "9.0", "Blackwell": "10.0"}  # that torch takes, too
 DEFAULT_ARCHITECTURES = ("80", "90a", "100")
 
 
@@ -38,11 +39,14 @@ def find_nvcc() -> str | None:
 
 def architectures(nvcc: str) -> list[str]:
     """As nvcc spells them: 80, 90a, …, with +PTX behind those whose PTX is to be kept for later GPUs."""
-    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip(" ;,")
     if wanted:
-        found = {entry: re.fullmatch(r"(\d+)\.(\d)(a?)(\+PTX)?", entry) for entry in re.split(r"[;,\s]+", wanted.strip(" ;,"))}
+        entries = [NAMES.get(entry.removesuffix("+PTX"), entry) for entry in re.split(r"[;,\s]+", wanted)]
+        found = {entry: re.fullmatch(r"(\d+)\.(\d)(a?)(\+PTX)?", entry) for entry in entries}
         if unknown := [entry for entry, match in found.items() if match is None]:
             raise ValueError(f"TORCH_CUDA_ARCH_LIST={wanted!r}: {unknown} must look like 9.0, 9.0a or 9.0+PTX")
+        if old := [entry for entry, match in found.items() if match and int(match[1]) < 8]:
+            raise ValueError(f"TORCH_CUDA_ARCH_LIST={wanted!r}: the kernels need 8.0 or later, not {old}")
         # Hopper's kernels need sm_90a; torch's lists usually say 9.0.
         return [f"{m[1]}{m[2]}{'a' if (m[1], m[2]) == ('9', '0') else m[3]}{m[4] or ''}" for m in found.values() if m]
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
@@ -82,7 +86,7 @@ class BuildKernels(build_ext):
             report = f"{source}\n{done.stdout}{done.stderr}"
             (objects / (source.replace("/", "_") + ".log")).write_text(report)
             if done.returncode:
-                raise RuntimeError(f"nvcc failed on {report}")
+                raise RuntimeError(f"nvcc failed on {report}\nDEEPEP_TRAIN_NO_CUDA=1 installs without the CUDA engines.")
             return made
 
         print(f"deepep_train: {nvcc} for {', '.join('sm_' + a for a in archs)}")

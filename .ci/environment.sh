@@ -31,7 +31,15 @@ if [ ! -e "$stamp" ]; then
   .venv/bin/python -m pip install -q "$torch_pin"
   # Editable and without isolation: the build uses what is installed here, and edits take effect at once.
   .venv/bin/python -m pip install -q --no-build-isolation -e ".[recipes,dev]"
+  rm -f .venv/kernels-*
+  touch ".venv/kernels-$(cat csrc/*.* csrc/*/* | cksum | cut -d' ' -f1)"
   rm -f .venv/ready-*
   touch "$stamp"
+fi
+kernels=.venv/kernels-$(cat csrc/*.* csrc/*/* | cksum | cut -d' ' -f1)
+if [ ! -e "$kernels" ]; then
+  .venv/bin/python -m pip install -q --no-build-isolation --no-deps -e .
+  rm -f .venv/kernels-*
+  touch "$kernels"
 fi
 echo "environment: .venv with $(.venv/bin/python --version), $(.venv/bin/python -m pip list 2>/dev/null | awk '$1 == "torch" {print "torch " $2}')"

@@ -130,11 +130,16 @@ class Buffer:
         self.num_nodes = self.group_size // local
         if engine == "auto":
             choice = self._agree_on_engine(choice, everyone, timeout)
+        how = (group, timeout, local, num_nvl_bytes, Buffer._chosen_sms, everyone[0]["made"])
+        try:
+            self._engine = engines.create(choice.name, *how)
+        except engines.NoPeerAccess as obstacle:
+            if engine != "auto":
+                raise
+            choice = engines.Choice("collective", [f"nvlink: {obstacle}"])
+            self._engine = engines.create(choice.name, *how)
         self.engine = choice.name
         self.engine_reasons = choice.reasons
-        self._engine = engines.create(
-            choice.name, group, timeout, local, num_nvl_bytes, Buffer._chosen_sms, everyone[0]["made"]
-        )
         self._comm = CommStream(self._engine.check)
         self._local_bytes: dict[bool, Tensor] = {}
         self._destroyed = False
@@ -224,15 +229,15 @@ class Buffer:
 
     @staticmethod
     def get_dispatch_config(num_ranks: int) -> Config:
-        """The configuration that dispatch uses by default on `num_ranks` ranks, any number of them."""
+        """The configuration that dispatch uses by default on any number of ranks."""
         checks.integer(num_ranks, "num_ranks", 1)
-        return Config(Buffer.num_sms)
+        return Config(Buffer.num_sms, is_default=not Buffer._sms_are_set)
 
     @staticmethod
     def get_combine_config(num_ranks: int) -> Config:
-        """The configuration that combine uses by default on `num_ranks` ranks, any number of them."""
+        """The configuration that combine uses by default on any number of ranks."""
         checks.integer(num_ranks, "num_ranks", 1)
-        return Config(Buffer.num_sms)
+        return Config(Buffer.num_sms, is_default=not Buffer._sms_are_set)
 
     def get_comm_stream(self) -> torch.cuda.Stream:
         """The CUDA stream on which this buffer works."""
@@ -673,7 +678,7 @@ class Buffer:
 
 
 def _sms_of(config: Config | None) -> int:
-    return 0 if config is None else config.num_sms
+    return 0 if config is None or config.is_default else config.num_sms
 
 
 def _unwrap(payload: Payload) -> PayloadArgument:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from deepep_train.errors import ArgumentError
 
@@ -14,7 +14,8 @@ class Config:
     The chunk sizes describe V1's ring buffers; they are checked, kept and otherwise ignored.
 
     Attributes:
-        num_sms: SMs that the call's kernels may occupy.
+        num_sms: SMs that the call's kernels may occupy; 0: `Buffer.set_num_sms`'s number, else the engine's own.
+        is_default: `num_sms` is only what V1 would say; the engine takes its own number.
     """
 
     num_sms: int = 20
@@ -22,9 +23,12 @@ class Config:
     num_max_nvl_chunked_recv_tokens: int = 256
     num_max_rdma_chunked_send_tokens: int = 6
     num_max_rdma_chunked_recv_tokens: int = 256
+    is_default: bool = field(default=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
+            if name == "is_default":
+                continue
             if not isinstance(value, int) or isinstance(value, bool) or value < (0 if name == "num_sms" else 1):
                 raise ArgumentError(f"Config: {name} must be a positive int, got {value!r}", name)
         for link in ("nvl", "rdma"):

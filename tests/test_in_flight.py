@@ -20,9 +20,10 @@ Grads = list[Tensor]
 class Model:
     """Two MoE layers over one buffer, one in each layout, with routings that differ by layer and micro-batch."""
 
-    def __init__(self, rank: int, size: int, group: dist.ProcessGroup) -> None:
+    def __init__(self, rank: int, size: int, group: dist.ProcessGroup, buffer: dt.Buffer | None = None) -> None:
         self.rank = rank
-        self.buffer = dt.Buffer(group, timeout=20)
+        self.buffer = buffer or dt.Buffer(group, timeout=20)
+        self.device = "cpu" if buffer is None else "cuda"
         self.tokens = tuple((4, 0, 6, 1)[:size])
         self.inputs: list[Grads] = []
 
@@ -33,13 +34,19 @@ class Model:
             layout = ("rank", "expert")[(layer + micro_batch) % 2]
             case = Exchange(self.tokens, 8, 3, 2, "mixed", torch.float32, layout, 2, seed=10 * micro_batch + layer)
             given = case.given()[self.rank]
-            w = given.topk_weights.clone().requires_grad_()
+            w = given.topk_weights.clone().to(self.device).requires_grad_()
             if h is None:
-                h = torch.randn(given.x.shape, generator=case.generator()).requires_grad_()
+                h = torch.randn(given.x.shape, generator=case.generator()).to(self.device).requires_grad_()
                 leaves.append(h)
             leaves.append(w)
             out = dt.dispatch(
-                h, given.topk_idx, w, buffer=self.buffer, num_experts=case.num_experts, layout=layout, alignment=2
+                h,
+                given.topk_idx.to(self.device),
+                w,
+                buffer=self.buffer,
+                num_experts=case.num_experts,
+                layout=layout,
+                alignment=2,
             )
             scale = out.topk_weights.sum(1, keepdim=True) if layout == "rank" else out.topk_weights.unsqueeze(1)
             h = h + dt.combine(torch.sin(out.x) * scale, out.handle)
@@ -50,16 +57,16 @@ class Model:
         return [[t.grad for t in leaves] for leaves in self.inputs]
 
 
-def one_at_a_time(rank: int, size: int, group: dist.ProcessGroup) -> list[Grads]:
-    model = Model(rank, size, group)
+def one_at_a_time(rank: int, size: int, group: dist.ProcessGroup, buffer: dt.Buffer | None = None) -> list[Grads]:
+    model = Model(rank, size, group, buffer)
     for m in range(MICRO_BATCHES):
         model.forward(m).backward()
     return model.grads()
 
 
-def interleaved(rank: int, size: int, group: dist.ProcessGroup, schedule: str) -> list[Grads]:
+def interleaved(rank: int, size: int, group: dist.ProcessGroup, schedule: str, buffer: dt.Buffer | None = None) -> list[Grads]:
     """`schedule`: F the next forward pass, a digit that micro-batch's backward pass, S a backward pass of the sum of all."""
-    model = Model(rank, size, group)
+    model = Model(rank, size, group, buffer)
     losses: list[Tensor] = []
     for step in schedule:
         if step == "F":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -29,7 +29,7 @@ def test_architectures(setup: ModuleType, monkeypatch: pytest.MonkeyPatch, wante
     assert setup.architectures("no nvcc is asked") == compiled
 
 
-@pytest.mark.parametrize("wanted", ["Hopper", "8.0;Ampere"])
+@pytest.mark.parametrize("wanted", ["Rubin", "8.0;nine"])
 def test_architectures_that_would_be_lost_are_refused(setup: ModuleType, monkeypatch: pytest.MonkeyPatch, wanted: str) -> None:
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", wanted)
     with pytest.raises(ValueError, match="TORCH_CUDA_ARCH_LIST"):
@@ -39,3 +39,18 @@ def test_architectures_that_would_be_lost_are_refused(setup: ModuleType, monkeyp
 def test_ptx_is_kept_where_it_was_asked_for(setup: ModuleType) -> None:
     assert setup.gencode("90a") == "-gencode=arch=compute_90a,code=sm_90a"
     assert setup.gencode("90a+PTX") == "-gencode=arch=compute_90a,code=[sm_90a,compute_90a]"
+
+
+@pytest.mark.parametrize("blank", ["", " ", ";", " ; "])
+def test_a_blank_list_is_none(setup: ModuleType, monkeypatch: pytest.MonkeyPatch, blank: str) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", blank)
+    monkeypatch.setattr(setup.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout="sm_80\nsm_90\n"))
+    assert setup.architectures("nvcc") == ["80", "90a"]
+
+
+def test_torchs_names_and_old_gpus(setup: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Ampere;Hopper")
+    assert setup.architectures("no nvcc is asked") == ["80", "90a"]
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5;9.0")
+    with pytest.raises(ValueError, match=r"need 8\.0 or later, not \['7\.5'\]"):
+        setup.architectures("no nvcc is asked")

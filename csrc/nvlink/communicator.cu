@@ -1,5 +1,6 @@
 #include "communicator.hpp"
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstring>
@@ -94,7 +95,7 @@ Communicator::Communicator(int device, int rank, int num_ranks, int64_t arena_by
     Domain& domain = state_->domain;
     domain.rank = rank;
     domain.num_ranks = num_ranks;
-    domain.timeout_ns = static_cast<uint64_t>(timeout_seconds * 1e9);
+    domain.timeout_ns = static_cast<uint64_t>(std::min(std::max(timeout_seconds, 1e-6), 1e9) * 1e9);  // 1e9 s: 31 years
     domain.tells_missing = mps == 0;
     domain.has_bulk_copies = has_bulk;
     domain.peers = state_->peers;
@@ -291,15 +292,37 @@ void Communicator::combine(const CombineParams& p, uint64_t stream) const {
     launch_combine(state_->domain, p, as_stream(stream));
 }
 
+std::string Communicator::obstacle(int device) {
+    try {
+        const OnDevice on(device);
+        int shared = 0;
+        DT_CUDA(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+        const int needed = most_shared_bytes();
+        if (shared < needed)
+            return "a block may use " + std::to_string(shared) + " bytes of shared memory, the kernels use " +
+                   std::to_string(needed);
+    } catch (const std::runtime_error& error) {
+        return error.what();
+    }
+    return {};
+}
+
 bool Communicator::is_well() const { return state_->host->failed == 0; }
 
 std::string Communicator::cuda_error(uint64_t stream) const {
     cudaStreamCaptureStatus capture;
     const cudaError_t status = cudaStreamIsCapturing(as_stream(stream), &capture);
     // The legacy stream may not be asked while another stream captures.
-    if (status == cudaSuccess || status == cudaErrorStreamCaptureImplicit) return {};
-    cudaGetLastError();
-    return cudaGetErrorString(status);
+    if (status == cudaErrorStreamCaptureImplicit) {
+        cudaGetLastError();
+        return {};
+    }
+    try {
+        check_cuda(status, "an earlier kernel or copy, told by cudaStreamIsCapturing,", __FILE__, __LINE__);
+    } catch (const std::runtime_error& error) {
+        return error.what();
+    }
+    return {};
 }
 
 std::optional<Failure> Communicator::failure() const {

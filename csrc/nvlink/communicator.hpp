@@ -53,6 +53,8 @@ public:
     int64_t used() const { return static_cast<int64_t>(arena_->used()); }
     int64_t peak() const { return static_cast<int64_t>(arena_->peak()); }
     static int64_t control_bytes();
+    // Why the kernels cannot run on this GPU, as far as it can tell without running them; empty if they can.
+    static std::string obstacle(int device);
 
     // Maps the peers' arenas; index `rank` is ignored. To be followed by a barrier of all ranks before the first operation.
     void open(const std::vector<PeerAddress>& peers);

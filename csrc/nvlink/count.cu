@@ -25,6 +25,7 @@ __device__ void send_counts(const Domain& d, const CountParams& p, uint32_t epoc
             row->signature = p.signature;
             row->bound = p.bound;
         }
+        delay_at_random(epoch);
         __threadfence_system();
         __syncwarp();
         if (lane == 0) store_release_sys(&there->counted_flag[d.rank], epoch);

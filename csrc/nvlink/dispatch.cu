@@ -88,6 +88,7 @@ __global__ void __launch_bounds__(32, 1) refuse_kernel(const __grid_constant__ D
     const int64_t own[kOffsets] = {reason, bytes, 0, 0, 0};
     Control* mine = d.control(d.rank);
     const uint32_t epoch = mine->epoch + 1;
+    delay_at_random(epoch);
     if (mine->failed == 0) {
         for (int peer = threadIdx.x; peer < d.num_ranks; peer += 32) tell_ready(d, peer, 0, own, epoch);
         __syncwarp();
@@ -102,6 +103,12 @@ bool has_bulk_copies() {
     cudaFuncAttributes attributes;
     DT_CUDA(cudaFuncGetAttributes(&attributes, dispatch_kernel));
     return attributes.ptxVersion >= 90;
+}
+
+int most_shared_bytes() {
+    cudaFuncAttributes attributes;
+    DT_CUDA(cudaFuncGetAttributes(&attributes, dispatch_kernel));
+    return static_cast<int>(attributes.sharedSizeBytes) + (attributes.ptxVersion >= 90 ? ScatterShape::kSharedBytes : 0);
 }
 
 void launch_dispatch(const Domain& d, const DispatchParams& p, cudaStream_t stream) {

@@ -11,6 +11,8 @@ struct Domain;
 
 // Whether this GPU runs code that uses the bulk copy engine; before sm_90 there is none.
 bool has_bulk_copies();
+// Of a block of any kernel, on this GPU.
+int most_shared_bytes();
 
 void launch_layout(const LayoutParams& p, cudaStream_t stream);
 void launch_count(const Domain& d, const CountParams& p, cudaStream_t stream);

@@ -93,6 +93,7 @@ DT_DEVICE void end_operation(const Domain& d, Operation operation, uint32_t epoc
     __syncthreads();
     if (!last) return;
     if (good) {
+        delay_at_random(epoch + 1);
         for (int peer = threadIdx.x; peer < d.num_ranks; peer += blockDim.x)
             store_release_sys(&d.control(peer)->done_flag[d.rank], epoch);
         __syncthreads();

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deepep_train.buffer import Buffer
-from deepep_train.cli import bench_gpu, bench_report, plain
+from deepep_train.cli import bench_gpu, bench_megatron, bench_report, plain
 from deepep_train.cli.bench_model import Shape
 from deepep_train.cli.launch import run_ranks
 from deepep_train.ops import combine, dispatch
@@ -82,6 +82,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--sms", type=_sms, default=(16, 4), help="of the GPU table: SMs of a rank, the largest for most lines (default 16,4)"
     )
+    parser.add_argument(
+        "--megatron", action="store_true", help="a Megatron MoE layer's step instead, on CPUs, beside alltoall's"
+    )
     parser.add_argument("--quick", action="store_true", help="a coarse answer: one shape, few rounds")
     parser.add_argument("--deadline", type=float, default=480.0, help="seconds after which the GPU table is given up")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder for bench.json and bench.png")
@@ -100,6 +103,8 @@ def _sms(text: str) -> tuple[int, ...]:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.megatron:
+        return _run_megatron(args)
     on_gpus = _takes_gpus(args)
     for name, value in (GPU_DEFAULTS if on_gpus else COMPARISON_DEFAULTS).items():
         if getattr(args, name) is None:
@@ -122,6 +127,17 @@ def run(args: argparse.Namespace) -> int:
         run_ranks(args.num_processes, bench_gpu.measure, plan, deadline=args.deadline)
     else:
         run_ranks(args.num_processes, measure, work, args.out)
+    return 0
+
+
+def _run_megatron(args: argparse.Namespace) -> int:
+    names = ("num_tokens", "hidden", "num_experts", "num_topk")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    quick = bench_megatron.QUICK_ITERATIONS if args.quick else bench_megatron.ITERATIONS
+    iterations = args.iterations if args.iterations is not None else quick
+    args.out.mkdir(parents=True, exist_ok=True)
+    ranks = args.num_processes if args.num_processes is not None else COMPARISON_DEFAULTS["num_processes"]
+    run_ranks(ranks, bench_megatron.measure, bench_megatron.Layer(**given), iterations, args.out, device="cpu")
     return 0
 
 

@@ -45,6 +45,10 @@ def run(args: argparse.Namespace) -> int:
 def examine() -> dict[str, Any]:
     """Everything that `doctor` reports, JSON-able. Starts no process group and allocates nothing on a GPU."""
     choice = engines.choose("auto")
+    missing = engines.missing_peer_access()
+    if choice.name == "nvlink" and missing:
+        pairs = ", ".join(f"{a} to {b}" for a, b in missing)
+        choice = engines.Choice("collective", [f"nvlink: no peer access from GPU {pairs}, if ranks use them"])
     return {
         "deepep_train": __version__,
         "python": platform.python_version(),
@@ -53,7 +57,7 @@ def examine() -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "backends": _backends(),
         "gpus": _gpus(),
-        "peer access": _peer_access(),
+        "peer access": {"complete": not missing, "missing": missing},
         "nvcc": _nvcc(),
         "packages": _packages(),
         "engines": [engine._asdict() for engine in engines.survey()],
@@ -81,6 +85,7 @@ def as_text(report: dict[str, Any]) -> str:
     for engine in report["engines"]:
         lines.append(f"{engine['name']:13s} {'usable ' if engine['usable'] else 'no     '} {engine['reason']}")
     lines.append(f"\nBuffer(engine='auto') would take: {report['auto']['engine']}")
+    lines.extend(f"  {reason}" for reason in report["auto"]["reasons"] if report["auto"]["engine"] == "collective")
     return "\n".join(lines)
 
 
@@ -101,13 +106,6 @@ def _gpus() -> list[dict[str, Any]]:
             {"index": index, "name": p.name, "capability": capability, "memory_gib": memory, "sms": p.multi_processor_count}
         )
     return gpus
-
-
-def _peer_access() -> dict[str, Any]:
-    count = torch.cuda.device_count()
-    pairs = [(a, b) for a in range(count) for b in range(count) if a != b]
-    missing = [pair for pair in pairs if not torch.cuda.can_device_access_peer(*pair)]
-    return {"complete": not missing, "missing": missing}
 
 
 def _nvcc() -> str | None:

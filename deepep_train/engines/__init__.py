@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from deepep_train.engines.base import MAX_NVLINK_RANKS, Engine
+from deepep_train.engines.base import NoPeerAccess as NoPeerAccess
 from deepep_train.engines.collective import CollectiveEngine
 from deepep_train.engines.peers import Peers
 from deepep_train.errors import ArgumentError, DeepEPError
@@ -71,7 +72,17 @@ def _survey_nvlink() -> Surveyed:
         return Surveyed("nvlink", False, "torch sees no CUDA device")
     if torch.cuda.get_device_capability() < (8, 0):
         return Surveyed("nvlink", False, f"{torch.cuda.get_device_name()} is older than sm_80")
+    if why := _kernels_obstacle():
+        return Surveyed("nvlink", False, f"its kernels do not run on {torch.cuda.get_device_name()}: {why}")
     return Surveyed("nvlink", True, f"for up to {MAX_NVLINK_RANKS} ranks of one host whose GPUs reach each other's memory")
+
+
+def _kernels_obstacle() -> str:
+    try:
+        from deepep_train import _C  # type: ignore[attr-defined]
+    except ImportError as error:
+        return str(error)
+    return _C.Communicator.obstacle(torch.cuda.current_device())
 
 
 def choose(requested: str) -> Choice:
@@ -112,6 +123,13 @@ def obstacle(everyone: list[dict[str, str]]) -> str:
         if there != here and not torch.cuda.can_device_access_peer(here, there):
             return f"GPU {here} has no peer access to GPU {there} of rank {rank}"
     return ""
+
+
+def missing_peer_access() -> list[tuple[int, int]]:
+    """Pairs of this process's GPUs of which the first cannot reach the second's memory."""
+    count = torch.cuda.device_count()
+    pairs = [(a, b) for a in range(count) for b in range(count) if a != b]
+    return [pair for pair in pairs if not torch.cuda.can_device_access_peer(*pair)]
 
 
 def create(

@@ -21,6 +21,7 @@ STAGING_SHARE = 4
 
 T = TypeVar("T")
 Wanted = Sequence[tuple[Sequence[int], torch.dtype] | None]
+_ASK_AGAIN = 64  # requests that are answered from memory until torch is asked again
 _LARGE = 1 << 20  # bytes: tensors whose death makes room worth asking for
 
 
@@ -69,6 +70,7 @@ class Arena:
         self._captured: list[Any] = []  # what CUDA graphs use lives as long as the buffer
         self._deaths = 0
         self._full: tuple[int, int] | None = None  # a size that did not fit, and the deaths before
+        self._known_full = 0  # how often that was the answer
         self._staging = self._attempt(lambda: self._from_heap((comm.bytes // STAGING_SHARE,), torch.uint8))
         self._staged = 0
         self.num_staged = 0  # tensors that had to be copied
@@ -82,7 +84,7 @@ class Arena:
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A tensor out of the heap; raises `ArenaFull`."""
-        t = self._attempt(lambda: self._from_heap(shape, dtype))
+        t = self._attempt_anew(lambda: self._from_heap(shape, dtype))
         self._watch(t)
         return t
 
@@ -96,8 +98,7 @@ class Arena:
         try:
             landings = self._attempt(lambda: self._land(wanted, False))
         except ArenaFull:
-            with self._allocating():
-                landings = self._land(wanted, True)
+            landings = self._attempt_anew(lambda: self._land(wanted, True))
         # The copies' targets lie outside the arena, so they are made outside its pool.
         for i, landing in enumerate(landings):
             if landing is not None and landing.visible.numel() and self._is_staged(landing.visible):
@@ -166,6 +167,18 @@ class Arena:
             landings.append(Landing(tensor, tensor))
         return landings
 
+    def _attempt_anew(self, make: Callable[[], T]) -> T:
+        """The last attempt before a refusal, which ends the buffer: what is known to be full is asked once more, since memory
+        may have come back uncounted (`resize_`, small tensors)."""
+        staged = self._staged
+        try:
+            return self._attempt(make)
+        except ArenaFull as full:
+            if not full.is_known:
+                raise
+        self._full, self._staged = None, staged
+        return self._attempt(make)
+
     def _attempt(self, make: Callable[[], T]) -> T:
         """`make` in the pool; once more, where there was no room, after taking back what torch caches."""
         try:
@@ -206,7 +219,9 @@ class Arena:
     def _from_heap(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         size = torch.Size(shape).numel() * dtype.itemsize
         if self._full is not None and self._full[1] == self._deaths and size >= self._full[0]:
-            raise ArenaFull(size, is_known=True)  # asking torch again would make it flush its caches
+            self._known_full += 1
+            if self._known_full % _ASK_AGAIN:  # asking torch makes it flush its caches
+                raise ArenaFull(size, is_known=True)
         try:
             t = self._allocate(shape, dtype)
         except torch.OutOfMemoryError:

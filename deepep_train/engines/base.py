@@ -10,7 +10,7 @@ from typing import Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from deepep_train.errors import ArgumentError
+from deepep_train.errors import ArgumentError, DeepEPError
 from deepep_train.handle import Plan
 from deepep_train.routing import RankLayout
 
@@ -93,7 +93,7 @@ class CombineRequest:
     num_sms: int = 0
 
     def signature(self) -> dict[str, object]:
-        width = 0 if self.weights is None else self.plan.top_k
+        width = 0 if self.weights is None else self.weights.size(1) if self.weights.dim() == 2 else self.plan.top_k
         return Payload(self.rows).signature() | {"layout": self.plan.layout, "weights per token": width}
 
 
@@ -137,6 +137,10 @@ class Prepared(Generic[RequestT]):
             assert self.error is not None
             raise self.error
         return self.request
+
+
+class NoPeerAccess(DeepEPError):
+    """These ranks cannot reach each other's memory, though nothing told so before they tried; the same on every rank."""
 
 
 class Engine(ABC):

@@ -26,6 +26,7 @@ from deepep_train.engines.base import (
     CombineRequest,
     DispatchRequest,
     Engine,
+    NoPeerAccess,
     Payload,
     Prepared,
     Received,
@@ -92,7 +93,10 @@ class NvlinkEngine(Engine):
             )
         except RuntimeError as error:
             mine["error"] = str(error)
-        self._raise_any(self.peers.gather_objects(mine, "Buffer"))  # besides: nobody starts before all have mapped all
+        try:
+            self._raise_any(self.peers.gather_objects(mine, "Buffer"))  # besides: nobody starts before all have mapped all
+        except DeepEPError as error:
+            raise NoPeerAccess(str(error)) from None
         self._processes = [o["identity"] for o in everyone]
         self._arena = Arena(self._comm, self.device)
         sharing = sum(o["device"] == mine["device"] for o in everyone)
@@ -210,9 +214,9 @@ class NvlinkEngine(Engine):
         in_rank.deepep_train_layout = Known(per_rank, send_index, out_of_range, layout.versions)  # type: ignore[attr-defined]
         return layout
 
-    def _known(self, layout: RankLayout) -> NvlinkLayout:
-        """The layout with what its tensors alone do not say. Counts that are not those of `is_token_in_rank` are flagged, for
-        the exchange of counts to find: with them rows would land outside their tensors."""
+    def _known(self, layout: RankLayout, topk_idx: Tensor | None, num_experts: int) -> NvlinkLayout:
+        """The layout with what its tensors alone do not say. Indices out of range, and counts that are not those of
+        `is_token_in_rank`, are flagged for the exchange of counts to find: with these rows would land outside their tensors."""
         if isinstance(layout, NvlinkLayout) and layout.versions == versions(layout):
             return layout
         per_rank, in_rank = layout.num_tokens_per_rank.contiguous(), layout.is_token_in_rank
@@ -225,7 +229,10 @@ class NvlinkEngine(Engine):
             known = NvlinkLayout(per_rank, layout.num_tokens_per_rdma_rank, layout.num_tokens_per_expert.contiguous(), in_rank)
             position = in_rank.cumsum(0, dtype=torch.int32) - 1
             known.send_index = torch.where(in_rank, position, -1).to(torch.int32).view(-1)
-            known.out_of_range = (in_rank.sum(0, dtype=torch.int32) != per_rank).any().to(torch.int32).reshape(1)
+            wrong = (in_rank.sum(0, dtype=torch.int32) != per_rank).any()
+            if topk_idx is not None:
+                wrong = wrong | ((topk_idx < -1) | (topk_idx >= num_experts)).any()
+            known.out_of_range = wrong.to(torch.int32).reshape(1)
         known.versions = versions(known)
         return known
 
@@ -255,12 +262,15 @@ class NvlinkEngine(Engine):
                     f"num_experts={request.num_experts} and alignment={request.alignment}",
                     "num_experts" if request.num_experts > MAX_EXPERTS else "alignment",
                 )
+            if request.topk_idx is not None and request.topk_idx.size(1) > MAX_TOP_K:
+                shape = list(request.topk_idx.shape)
+                raise ArgumentError(f"the nvlink engine serves up to top-{MAX_TOP_K}, got topk_idx {shape}", "topk_idx")
             size, num_experts, is_expert = self.peers.size, request.num_experts, request.arrangement == "expert"
             table, send_base, received, expert_base = self._ints(size * size + size + 1 + num_experts).split_with_sizes(
                 [size * size, size, 1, num_experts]
             )
             counting = Counting(
-                layout=self._known(request.layout),
+                layout=self._known(request.layout, request.topk_idx, num_experts),
                 prefix_RR=table.view(size, size),
                 send_base=send_base,
                 received=received,
@@ -378,6 +388,7 @@ class NvlinkEngine(Engine):
         )
         received_rows, source = got[0], got[4]
         assert received_rows is not None and source is not None
+        source.deepep_train_ticket = ticket  # type: ignore[attr-defined] # for handles rebuilt from their tensors
         return Received(
             payload=Payload(received_rows, final_scales if is_expert else got[1]),
             topk_idx=plan.recv_topk_idx,
@@ -575,7 +586,7 @@ class NvlinkEngine(Engine):
     def plan_of(self, tensors: tuple[Tensor, ...]) -> Plan:
         prefix_RR, _, _, source, _, send_slot = tensors
         return NvlinkPlan(
-            number=0,
+            number=getattr(source, "deepep_train_ticket", 0),
             num_tokens=send_slot.size(0),
             num_received=source.size(0),
             num_rows=source.size(0),

@@ -19,8 +19,8 @@ def given() -> RankLayout:
     return layout
 
 
-def known(layout: RankLayout) -> NvlinkLayout:
-    return nvlink.NvlinkEngine._known(None, layout)
+def known(layout: RankLayout, topk_idx: torch.Tensor | None = None) -> NvlinkLayout:
+    return nvlink.NvlinkEngine._known(None, layout, topk_idx, 2)
 
 
 def test_an_untouched_layout_is_trusted() -> None:
@@ -42,3 +42,11 @@ def test_writes_in_inference_mode_cannot_be_seen_so_it_is_counted_again() -> Non
         assert known(layout).send_index.tolist() == [0, -1, -1, 0, -1, -1]
         layout.is_token_in_rank[2, 1] = True
         assert known(layout).out_of_range.item() == 1
+
+
+@pytest.mark.parametrize("wrong", [-2, 2])
+def test_a_recount_looks_at_the_indices_too(wrong: int) -> None:
+    with torch.inference_mode():
+        layout = given()
+        assert known(layout, torch.tensor([[0], [1], [-1]])).out_of_range.item() == 0
+        assert known(layout, torch.tensor([[0], [1], [wrong]])).out_of_range.item() == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 from draws import Exchange
 from harness import assert_same_bits, run_ranks
+from test_in_flight import SCHEDULES, interleaved, one_at_a_time
 from test_nvlink import check
 from test_nvlink_streams import LOCAL_EXPERTS, inputs
 from torch import Tensor
@@ -181,6 +183,68 @@ def without_autograd(rank: int, size: int, group: dist.ProcessGroup) -> None:
 
 def test_inference_mode_gives_what_no_grad_gives() -> None:
     run_ranks(2, without_autograd)
+
+
+def schedules(rank: int, size: int, group: dist.ProcessGroup, given: list[str]) -> None:
+    buffer = shared.buffer_of(group)
+    expected = one_at_a_time(rank, size, group, buffer)
+    for schedule in given:
+        got = interleaved(rank, size, group, schedule, buffer)
+        for a, b in zip(chain(*got), chain(*expected), strict=True):
+            assert_same_bits(a, b, schedule)
+
+
+def test_forward_and_backward_passes_interleave() -> None:
+    run_ranks(3, schedules, SCHEDULES, timeout=120)
+
+
+def bad_routing(rank: int, size: int, group: dist.ProcessGroup) -> None:
+    """Indices out of range are found also where the layout has lost the kernel's own check, and too wide a top-k is refused."""
+    buffer = shared.buffer_of(group)
+    x, idx, w = (t.cuda() for t in inputs(rank, size, 33))
+    names = ("num_tokens_per_rank", "num_tokens_per_rdma_rank", "num_tokens_per_expert", "is_token_in_rank")
+    wrong = idx.clone()
+    if rank == 1:
+        wrong[0, 0] = 999
+    for mode, copied in ((torch.inference_mode, False), (torch.no_grad, False), (torch.no_grad, True)):
+        with mode():
+            layout = dict(zip(names, buffer.get_dispatch_layout(wrong, size * LOCAL_EXPERTS)[:4], strict=True))
+            if copied:
+                layout["is_token_in_rank"] = layout["is_token_in_rank"].clone()
+            with pytest.raises(dt.ArgumentError, match=r"rank 1: topk_idx must lie in"):
+                buffer.dispatch(x, **layout, topk_idx=wrong, topk_weights=w)
+    layout = dict(zip(names, buffer.get_dispatch_layout(idx, size * LOCAL_EXPERTS)[:4], strict=True))
+    wide = torch.full((x.size(0), 40), -1, device="cuda")
+    with pytest.raises(dt.ArgumentError, match="top-32"):
+        buffer.dispatch(x, **layout, topk_idx=wide, topk_weights=torch.zeros(wide.shape, device="cuda"))
+    buffer.check()
+
+
+def test_bad_routing_is_refused_whatever_the_layout_knows() -> None:
+    run_ranks(2, bad_routing)
+
+
+def other_handles(rank: int, size: int, group: dist.ProcessGroup) -> None:
+    """Handles that were rebuilt from their tensors are still told apart."""
+    torch.cuda.set_device(0)
+    buffer = dt.Buffer(group, num_nvl_bytes=16 << 20, engine="nvlink", timeout=5)
+    handles = []
+    names = ("num_tokens_per_rank", "num_tokens_per_rdma_rank", "num_tokens_per_expert", "is_token_in_rank")
+    for seed in (34, 35):
+        x, idx, w = (t.cuda() for t in inputs(rank, size, seed))
+        layout = dict(zip(names, buffer.get_dispatch_layout(idx, size * LOCAL_EXPERTS)[:4], strict=True))
+        handles.append(buffer.dispatch(x, **layout, topk_idx=idx, topk_weights=w)[4])
+    got = buffer.dispatch(x, handle=tuple(handles[rank]))[0]
+    torch.cuda.synchronize()
+    assert got.isnan().all()
+    with pytest.raises(dt.DeepEPError, match="its handle or shapes differ"):
+        buffer.check()
+    with pytest.raises(dt.DeepEPError):
+        buffer.destroy()
+
+
+def test_rebuilt_handles_are_told_apart() -> None:
+    run_ranks(2, other_handles)
 
 
 def test_more_ranks_than_a_warp_has_lanes() -> None:

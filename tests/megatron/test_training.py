@@ -10,12 +10,12 @@ from harness import run_ranks
 small = pytest.importorskip("small", reason="megatron-core is not installed", exc_type=ImportError)
 
 
-def same_curves(setup: Any, steps: int, dispatchers: list[dict[str, Any]] | None = None) -> None:
+def same_curves(setup: Any, steps: int, dispatchers: list[dict[str, Any]] | None = None, rel: float = 1e-5) -> None:
     given = dispatchers or [small.OURS, small.STOCK["alltoall"]]
     results = run_ranks(setup.tp * setup.ep * setup.pp, small.trainings, setup, given, steps, timeout=150)
     for ours, theirs in results:
         for step, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-            assert a == pytest.approx(b, rel=1e-5), f"step {step}"
+            assert a == pytest.approx(b, rel=rel), f"step {step}"
     losses = [loss for loss, _ in results[-1][0]]
     if steps >= 20:
         assert losses[-1] < losses[0], "it does not learn"
@@ -53,9 +53,17 @@ def test_a_few_steps(how: dict[str, Any]) -> None:
 OVERLAP = {"overlap_moe_expert_parallel_comm": True}
 
 
-@pytest.mark.parametrize("how", [{"ep": 4}, {"ep": 2, "pp": 2, "vpp": 2}], ids=["PP 1, EP 4", "PP 2, VPP 2, EP 2"])
-def test_overlap_of_two_micro_batches_changes_nothing(how: dict[str, Any]) -> None:
+def overlapping(**how: Any) -> Any:
+    return small.Setup(micro_batches=4, in_bf16=True, config={"num_layers": 4}, **how)
+
+
+def test_overlap_of_two_micro_batches_changes_nothing() -> None:
     """The 1F1B schedule runs one micro-batch's communication beside another's computation, and frees tensors by its own
     rules."""
-    setup = small.Setup(micro_batches=4, in_bf16=True, config={"num_layers": 4}, **how)
-    same_curves(setup, 4, [small.OURS | OVERLAP, small.OURS])
+    same_curves(overlapping(ep=4), 4, [small.OURS | OVERLAP, small.OURS])
+
+
+def test_overlap_in_an_interleaved_pipeline() -> None:
+    """Against alltoall under the same schedule, to bf16's rounding: there Megatron's gradients with and without overlap differ
+    by some percent whatever the dispatcher (0.19.2, on CPUs)."""
+    same_curves(overlapping(ep=2, pp=2, vpp=2), 4, [small.OURS | OVERLAP, small.STOCK["alltoall"] | OVERLAP], rel=2e-3)
