@@ -81,15 +81,17 @@ class ExpertRows(NamedTuple):
         num_rows: M, rows of the arrangement.
         source_row: int64 [M], the received row each row copies; N for a padding row.
         source_pick: int64 [M], the same as an index into the flattened [N, K] picks; N * K for a padding row.
-        sums: for j = 0, 1, …: (received rows [n_j], expert rows [n_j]) of the j-th local expert, in ascending order, of every
-            received row that has so many. Adding j after j is the order of summation that the contract fixes.
+        by_token: int64 [P], the rows that are no padding, by received row and then by ascending expert: the order of
+            summation that the contract fixes.
+        offsets: int64 [N + 1], where each received row's begin in `by_token`.
     """
 
     tokens_per_expert: list[int]
     num_rows: int
     source_row: Tensor
     source_pick: Tensor
-    sums: list[tuple[Tensor, Tensor]]
+    by_token: Tensor
+    offsets: Tensor
 
 
 def expert_rows(local_topk_idx_NK: Tensor, num_local_experts: int, alignment: int) -> ExpertRows:
@@ -116,13 +118,7 @@ def expert_rows(local_topk_idx_NK: Tensor, num_local_experts: int, alignment: in
     source_row = torch.full((num_rows,), num_received, dtype=torch.int64, device=device)
     source_row[row] = pick // max(top_k, 1)
 
-    # The picks of one received row, in ascending order of expert, are numbered 0, 1, …
+    # `row` ascends by expert, and a stable sort keeps that within a received row.
     received, by_received = source_row[row].sort(stable=True)
-    row = row[by_received]
-    first = torch.searchsorted(received, received)
-    slot = torch.arange(received.numel(), device=device) - first
-    sums = []
-    for j in range(int(slot.max()) + 1 if slot.numel() else 0):
-        at = slot == j
-        sums.append((received[at], row[at]))
-    return ExpertRows(padded, num_rows, source_row, source_pick, sums)
+    offsets = torch.searchsorted(received, torch.arange(num_received + 1, device=device))
+    return ExpertRows(padded, num_rows, source_row, source_pick, row[by_received], offsets)

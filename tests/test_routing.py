@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pytest
 import torch
 from hypothesis import given
@@ -115,11 +116,9 @@ def test_expert_rows_group_pad_and_sum_in_order(drawn: tuple[torch.Tensor, int, 
     assert arrangement.num_rows == len(rows)
     assert arrangement.source_row.tolist() == rows
     assert arrangement.source_pick.tolist() == picks
-    summed: dict[int, list[int]] = {}
-    for n_j, row_j in arrangement.sums:
-        for n, row in zip(n_j.tolist(), row_j.tolist(), strict=True):
-            summed.setdefault(n, []).append(row)
-    assert summed == by_token
+    offsets = arrangement.offsets.tolist()
+    parts = [arrangement.by_token[a:b].tolist() for a, b in itertools.pairwise(offsets)]
+    assert parts == [by_token.get(n, []) for n in range(received)]
 
 
 @pytest.mark.parametrize("num_ranks", [1, 5, 64])

@@ -23,7 +23,7 @@ from deepep_train.engines.base import (
     Received,
     RedispatchRequest,
 )
-from deepep_train.engines.expert_layout import accumulator, extend, sum_by_token, weights_by_pick, weights_by_row
+from deepep_train.engines.expert_layout import accumulator, extend, ordered_sums, sum_by_token, weights_by_pick, weights_by_row
 from deepep_train.engines.peers import Peers
 from deepep_train.errors import ArgumentError
 from deepep_train.handle import Plan
@@ -194,6 +194,11 @@ class CollectiveEngine(Engine):
     def _sum_over_ranks(self, rows: Tensor, plan: CollectivePlan, bias: Sequence[Tensor] = ()) -> Tensor:
         """[num_received, n] -> [num_tokens, n]: from +0.0, the biases in order, then ascending ranks, rounded once."""
         back = self.peers.all_to_all_rows(rows, plan.recv_counts, plan.send_counts, "combine")
+        if not bias and rows.device.type == "cpu":
+            # Sorted by token and stable, what was sent stays in order of ranks.
+            token, index = plan.send_token.sort(stable=True)
+            offsets = torch.searchsorted(token, torch.arange(plan.num_tokens + 1, device=token.device))
+            return ordered_sums(back, index, offsets)
         total = torch.zeros(plan.num_tokens, rows.size(1), dtype=accumulator(rows.dtype), device=rows.device)
         for b in bias:
             total.add_(b)
