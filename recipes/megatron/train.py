@@ -1,0 +1,190 @@
+"""Trains a small GPT with Mixture-of-Experts layers on Megatron-Core, its tokens travelling through deepep_train.
+
+    torchrun --standalone --nproc-per-node 2 recipes/megatron/train.py --steps 60          # CPUs
+    torchrun --standalone --nproc-per-node 8 recipes/megatron/train.py --dispatcher alltoall  # to compare
+
+Bytes of text are the tokens. The optimizer, gradient reduction, schedules and checkpoints are Megatron's own; only two
+configuration fields say that tokens travel through this library. --help lists the options.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # compiling Megatron's small functions takes longer than this run
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from checkpoints import load, save
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.transformer_config import TransformerConfig
+from text import Text
+from torch import Tensor
+from tqdm import tqdm
+
+from deepep_train.megatron import cpu, install
+
+DISPATCHERS = {
+    "deepep_train": {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "deepep_train"},
+    "alltoall": {"moe_token_dispatcher_type": "alltoall"},
+}
+VOCABULARY = 256  # bytes
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="a file or folder of text; default: the standard library's sources")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--dispatcher", choices=DISPATCHERS, default="deepep_train")
+    for name, default in (("layers", 2), ("hidden", 128), ("heads", 4), ("experts", 8), ("top-k", 2), ("ffn", 128)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--sequence", type=int, default=128, help="bytes")
+    parser.add_argument("--micro-batch", type=int, default=4, help="sequences a rank and micro-batch")
+    parser.add_argument("--micro-batches", type=int, default=2, help="a step")
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path("runs/megatron"), help="for checkpoints, log.json and loss_curve.png")
+    parser.add_argument("--save-every", type=int, default=30, help="steps")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+    found = parser.parse_args()
+    for name, value in vars(found).items():
+        if isinstance(value, int) and not isinstance(value, bool) and name != "seed" and value < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if found.experts % size or found.top_k > found.experts:
+        parser.error(f"--experts {found.experts} must be divisible by the {size} ranks and at least --top-k {found.top_k}")
+    return found
+
+
+def build(given: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """The model with Megatron's data parallelism around it, its optimizer and its configuration."""
+    torch.manual_seed(given.seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(given.seed)
+    fields: dict[str, Any] = {
+        "num_layers": given.layers,
+        "hidden_size": given.hidden,
+        "num_attention_heads": given.heads,
+        "num_moe_experts": given.experts,
+        "moe_router_topk": given.top_k,
+        "moe_ffn_hidden_size": given.ffn,
+        "moe_router_load_balancing_type": "aux_loss",
+        "moe_aux_loss_coeff": 1e-2,
+        "moe_router_dtype": "fp32",
+        "expert_model_parallel_size": dist.get_world_size(),
+        "add_bias_linear": False,
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+    }
+    config = TransformerConfig(**(cpu.CONFIG | fields | DISPATCHERS[given.dispatcher]))
+    config.finalize_model_grads_func = finalize_model_grads
+    spec = get_gpt_layer_local_spec(num_experts=given.experts, moe_grouped_gemm=False)
+    model = GPTModel(config, spec, VOCABULARY, given.sequence, position_embedding_type="rope")
+    model = DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model.to(device()))
+    model.broadcast_params()
+    optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=given.lr, clip_grad=1.0), [model])
+    return model, optimizer, config
+
+
+def device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def forward_step(batches: Iterator[Tensor], model: Any) -> tuple[Tensor, Any]:
+    """What Megatron's schedules call for every micro-batch."""
+    tokens = next(batches).to(device())
+    positions = torch.arange(tokens.size(1) - 1, device=tokens.device).expand(tokens.size(0), -1)
+    losses = model(tokens[:, :-1].contiguous(), positions, None, labels=tokens[:, 1:].contiguous())
+    return losses, partial(mean_loss)
+
+
+def mean_loss(losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    loss = losses.float().mean()
+    return loss, {"loss": loss.detach().clone()}
+
+
+def train(given: argparse.Namespace) -> None:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    text = Text(given.data, given.sequence, given.seed)
+    model, optimizer, config = build(given)
+    history: list[dict[str, float]] = load(given.out, model, optimizer) if given.resume else []
+    run = get_forward_backward_func()
+    progress = tqdm(
+        range(len(history), given.steps), initial=len(history), total=given.steps, disable=rank != 0, file=sys.stderr
+    )
+    for step in progress:
+        began = time.perf_counter()
+        model.zero_grad_buffer()
+        optimizer.zero_grad()
+        results = run(
+            forward_step_func=forward_step,
+            data_iterator=text.batches(step, rank, given.micro_batches, given.micro_batch),
+            model=[model],
+            num_microbatches=given.micro_batches,
+            seq_length=given.sequence,
+            micro_batch_size=given.micro_batch,
+            forward_only=False,
+        )
+        _, norm, _ = optimizer.step()
+        loss = torch.stack([r["loss"] for r in results]).mean().cpu()
+        dist.all_reduce(loss)
+        entry = {"step": step, "loss": float(loss) / size, "grad_norm": float(norm), "seconds": time.perf_counter() - began}
+        history.append(entry)
+        progress.set_postfix(loss=f"{entry['loss']:.3f}")
+        if (step + 1) % given.save_every == 0 or step + 1 == given.steps:
+            save(given.out, model, optimizer, history)
+    if rank == 0 and history:
+        report(given, config, history)
+
+
+def report(given: argparse.Namespace, config: Any, history: list[dict[str, float]]) -> None:
+    """log.json and loss_curve.png."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    (given.out / "log.json").write_text(json.dumps({"dispatcher": given.dispatcher, "steps": history}, indent=1) + "\n")
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    axes.plot([e["step"] for e in history], [e["loss"] for e in history])
+    axes.set(title=f"GPT-MoE on Megatron-Core, {given.dispatcher}", xlabel="step", ylabel="loss (nats per byte)")
+    figure.savefig(given.out / "loss_curve.png", dpi=120)
+    plt.close(figure)
+    first, last = history[0]["loss"], history[-1]["loss"]
+    print(f"{given.dispatcher}: loss {first:.3f} -> {last:.3f} in {len(history)} steps; see {given.out}")
+
+
+def main() -> None:
+    given = options()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    else:
+        cpu.enable()
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    install()
+    # Ranks that share a GPU cannot use NCCL among themselves.
+    shares = not torch.cuda.is_available() or int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > torch.cuda.device_count()
+    dist.init_process_group("gloo" if shares else "cpu:gloo,cuda:nccl")
+    parallel_state.initialize_model_parallel(expert_model_parallel_size=dist.get_world_size())
+    train(given)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
