@@ -1,6 +1,7 @@
 # make train   trains an MoE language model on two expert-parallel ranks      make test   lints and tests
+# make train-megatron   the same on Megatron-Core
 # Both set up .venv first. ARGS is passed on: make train ARGS="--steps 50 --data ~/texts"
-.PHONY: train test lint format environment
+.PHONY: train train-megatron test lint format environment
 ARGS ?=
 NPROC ?= 2
 BIN := .venv/bin
@@ -12,6 +13,9 @@ environment:
 train: environment
 	@WORLD_SIZE=$(NPROC) $(BIN)/python recipes/moe_lm/train.py --dry-run $(ARGS)
 	$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) recipes/moe_lm/train.py $(ARGS)
+
+train-megatron: environment
+	$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) recipes/megatron/pretrain.py $(ARGS)
 
 test: environment lint
 	$(BIN)/python -m pytest $(ARGS)

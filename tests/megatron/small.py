@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 import megatron.core
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -81,6 +83,7 @@ class Setup:
         """Megatron's process groups, and the random state that every model starts from."""
         cpu.enable()
         install()
+        before = set(_groups())
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=self.tp,
             pipeline_model_parallel_size=self.pp,
@@ -94,10 +97,17 @@ class Setup:
             yield
         finally:
             parallel_state.destroy_model_parallel()
+            gc.collect()  # buffers hold groups, too
+            for made in [group for group in _groups() if group not in before]:
+                dist.destroy_process_group(made)  # gloo keeps several threads for each, and Megatron makes some thirty
 
     def seed(self) -> None:
         torch.manual_seed(3)
         tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+
+
+def _groups() -> list[Any]:
+    return list(dist.distributed_c10d._world.pg_map)
 
 
 def skip_what_this_release_refuses(config: dict[str, Any]) -> None:

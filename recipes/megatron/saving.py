@@ -31,11 +31,11 @@ def load(out: Path, model: Any, optimizer: Any) -> list[dict[str, float]]:
     if not whole:
         return []
     state = dist_checkpointing.load(_state(model, optimizer, is_loading=True), str(whole[-1]))
-    model.load_state_dict(state["model"])
+    model.module.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     return json.loads((whole[-1] / "history.json").read_text())
 
 
 def _state(model: Any, optimizer: Any, is_loading: bool) -> dict[str, Any]:
-    weights = model.sharded_state_dict()
+    weights = model.module.sharded_state_dict()  # without the wrapper, whose name would be in every key
     return {"model": weights, "optimizer": optimizer.sharded_state_dict(weights, is_loading=is_loading)}

@@ -1,7 +1,7 @@
 """Trains a small GPT with Mixture-of-Experts layers on Megatron-Core, its tokens travelling through deepep_train.
 
-    torchrun --standalone --nproc-per-node 2 recipes/megatron/train.py --steps 60          # CPUs
-    torchrun --standalone --nproc-per-node 8 recipes/megatron/train.py --dispatcher alltoall  # to compare
+    torchrun --standalone --nproc-per-node 2 recipes/megatron/pretrain.py --steps 60          # CPUs
+    torchrun --standalone --nproc-per-node 8 recipes/megatron/pretrain.py --dispatcher alltoall  # to compare
 
 Bytes of text are the tokens. The optimizer, gradient reduction, schedules and checkpoints are Megatron's own; only two
 configuration fields say that tokens travel through this library. --help lists the options.
@@ -24,7 +24,6 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # compiling Megatron's small 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from checkpoints import load, save
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
@@ -32,6 +31,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.transformer_config import TransformerConfig
+from saving import load, save
 from text import Text
 from torch import Tensor
 from tqdm import tqdm
