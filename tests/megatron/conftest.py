@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from pathlib import Path
 
 import pytest
-
-os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # inherited by the ranks: compiling Megatron's small functions takes longer
 
 
 def has_megatron() -> bool:

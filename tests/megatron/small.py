@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import gc
 import importlib.util
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
-
-os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 import megatron.core
 import pytest
@@ -94,7 +91,8 @@ class Setup:
         forget_metrics()
         moe_utils.MoEAuxLossAutoScaler.main_loss_backward_scale = None  # of shape [] after a lone layer, [1] in training
         try:
-            yield
+            with torch.compiler.set_stance("force_eager"):  # compiling Megatron's small functions takes longer than the tests
+                yield
         finally:
             parallel_state.destroy_model_parallel()
             gc.collect()  # buffers hold groups, too
