@@ -23,8 +23,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 # sm_90a for Hopper's own instructions; sm_80 takes the plain-load path; sm_100 runs the Hopper path without the "a" features.
-NAMES = {"Ampere": "8.0", "Ada": "8.9", "Hopper": "9.0", "Blackwell": "10.0"}  # that torch takes, too
 DEFAULT_ARCHITECTURES = ("80", "90a", "100")
+NAMES = {"Ampere": "8.0", "Ada": "8.9", "Hopper": "9.0", "Blackwell": "10.0"}  # that torch takes, too
 
 
 def find_nvcc() -> str | None:
@@ -41,7 +41,8 @@ def architectures(nvcc: str) -> list[str]:
     """As nvcc spells them: 80, 90a, …, with +PTX behind those whose PTX is to be kept for later GPUs."""
     wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip(" ;,")
     if wanted:
-        entries = [NAMES.get(entry.removesuffix("+PTX"), entry) for entry in re.split(r"[;,\s]+", wanted)]
+        split = [entry.partition("+") for entry in re.split(r"[;,\s]+", wanted)]
+        entries = [NAMES.get(name, name) + plus + ptx for name, plus, ptx in split]
         found = {entry: re.fullmatch(r"(\d+)\.(\d)(a?)(\+PTX)?", entry) for entry in entries}
         if unknown := [entry for entry, match in found.items() if match is None]:
             raise ValueError(f"TORCH_CUDA_ARCH_LIST={wanted!r}: {unknown} must look like 9.0, 9.0a or 9.0+PTX")

@@ -23,6 +23,7 @@ pick_python() { # 3.12 first (megatron-core needs it), then newer, then older; p
 }
 
 stamp=.venv/ready-$(cat pyproject.toml setup.py .ci/environment.sh | cksum | cut -d' ' -f1)
+kernels=.venv/kernels-$(cat csrc/*.* csrc/*/* | cksum | cut -d' ' -f1)
 if [ ! -e "$stamp" ]; then
   python=$(pick_python)
   echo "environment: $("$python" --version) at $python"
@@ -31,13 +32,10 @@ if [ ! -e "$stamp" ]; then
   .venv/bin/python -m pip install -q "$torch_pin"
   # Editable and without isolation: the build uses what is installed here, and edits take effect at once.
   .venv/bin/python -m pip install -q --no-build-isolation -e ".[recipes,dev]"
-  rm -f .venv/kernels-*
-  touch ".venv/kernels-$(cat csrc/*.* csrc/*/* | cksum | cut -d' ' -f1)"
-  rm -f .venv/ready-*
-  touch "$stamp"
+  rm -f .venv/kernels-* .venv/ready-*
+  touch "$kernels" "$stamp"
 fi
-kernels=.venv/kernels-$(cat csrc/*.* csrc/*/* | cksum | cut -d' ' -f1)
-if [ ! -e "$kernels" ]; then
+if [ ! -e "$kernels" ]; then # edits of Python take effect at once, those of the kernels do not
   .venv/bin/python -m pip install -q --no-build-isolation --no-deps -e .
   rm -f .venv/kernels-*
   touch "$kernels"

@@ -81,7 +81,7 @@ Communicator::Communicator(int device, int rank, int num_ranks, int64_t arena_by
         throw std::invalid_argument("rank " + std::to_string(rank) + " of " + std::to_string(num_ranks) + ": at most " +
                                     std::to_string(kMaxRanks) + " ranks");
     DT_CUDA(cudaSetDevice(device));
-    const bool has_bulk = has_bulk_copies();  // first: an old GPU for which there is no code says so here
+    const bool has_bulk_copies = code_here().has_bulk_copies;  // before memory is taken: a GPU without code is told here
     arena_ = Arena::make(device, static_cast<size_t>(arena_bytes), sizeof(Control));
     void* page = nullptr;
     DT_CUDA(cudaHostAlloc(&page, sizeof(HostPage), cudaHostAllocMapped | cudaHostAllocPortable));
@@ -97,7 +97,7 @@ Communicator::Communicator(int device, int rank, int num_ranks, int64_t arena_by
     domain.num_ranks = num_ranks;
     domain.timeout_ns = static_cast<uint64_t>(std::min(std::max(timeout_seconds, 1e-6), 1e9) * 1e9);  // 1e9 s: 31 years
     domain.tells_missing = mps == 0;
-    domain.has_bulk_copies = has_bulk;
+    domain.has_bulk_copies = has_bulk_copies;
     domain.peers = state_->peers;
     domain.host = static_cast<HostPage*>(device_page);
     DT_CUDA(cudaEventCreateWithFlags(&state_->eager, cudaEventDisableTiming));
@@ -297,7 +297,7 @@ std::string Communicator::obstacle(int device) {
         const OnDevice on(device);
         int shared = 0;
         DT_CUDA(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-        const int needed = most_shared_bytes();
+        const int needed = code_here().most_shared_bytes;
         if (shared < needed)
             return "a block may use " + std::to_string(shared) + " bytes of shared memory, the kernels use " +
                    std::to_string(needed);

@@ -99,16 +99,11 @@ __global__ void __launch_bounds__(32, 1) refuse_kernel(const __grid_constant__ D
 
 }  // namespace
 
-bool has_bulk_copies() {
+CodeHere code_here() {
     cudaFuncAttributes attributes;
     DT_CUDA(cudaFuncGetAttributes(&attributes, dispatch_kernel));
-    return attributes.ptxVersion >= 90;
-}
-
-int most_shared_bytes() {
-    cudaFuncAttributes attributes;
-    DT_CUDA(cudaFuncGetAttributes(&attributes, dispatch_kernel));
-    return static_cast<int>(attributes.sharedSizeBytes) + (attributes.ptxVersion >= 90 ? ScatterShape::kSharedBytes : 0);
+    const bool has_bulk_copies = attributes.ptxVersion >= 90;
+    return {has_bulk_copies, static_cast<int>(attributes.sharedSizeBytes) + (has_bulk_copies ? ScatterShape::kSharedBytes : 0)};
 }
 
 void launch_dispatch(const Domain& d, const DispatchParams& p, cudaStream_t stream) {

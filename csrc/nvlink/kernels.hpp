@@ -9,10 +9,12 @@ namespace deepep_train::nvlink {
 
 struct Domain;
 
-// Whether this GPU runs code that uses the bulk copy engine; before sm_90 there is none.
-bool has_bulk_copies();
-// Of a block of any kernel, on this GPU.
-int most_shared_bytes();
+// The code that the current device would run; throws if this build has none for it.
+struct CodeHere {
+    bool has_bulk_copies;   // before sm_90 there is no bulk copy engine
+    int most_shared_bytes;  // of a block, of whatever kernel
+};
+CodeHere code_here();
 
 void launch_layout(const LayoutParams& p, cudaStream_t stream);
 void launch_count(const Domain& d, const CountParams& p, cudaStream_t stream);

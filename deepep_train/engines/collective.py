@@ -23,7 +23,7 @@ from deepep_train.engines.base import (
     Received,
     RedispatchRequest,
 )
-from deepep_train.engines.expert_layout import accumulator, extend, ordered_sums, sum_by_token, weights_by_pick, weights_by_row
+from deepep_train.engines.expert_layout import accumulator, extend, ordered_sums, weights_by_pick, weights_by_row
 from deepep_train.engines.peers import Peers
 from deepep_train.errors import ArgumentError
 from deepep_train.handle import Plan
@@ -182,7 +182,7 @@ class CollectiveEngine(Engine):
         plan = _mine(request.plan)
         rows = request.rows[: plan.num_received]
         if plan.experts is not None:
-            rows = sum_by_token(request.rows, plan.experts, plan.num_received)
+            rows = ordered_sums(request.rows, plan.experts.by_token, plan.experts.offsets)
         z = self._sum_over_ranks(rows, plan, request.bias)
         weights = request.weights
         if weights is None:

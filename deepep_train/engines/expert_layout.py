@@ -36,11 +36,6 @@ def weights_by_pick(weights_M: Tensor, experts: ExpertRows, num_received: int, t
     return flat[:-1].view(num_received, top_k)
 
 
-def sum_by_token(rows: Tensor, experts: ExpertRows, num_received: int) -> Tensor:
-    """Expert rows -> received rows: from +0.0, ascending local expert, rounded to the payload's dtype."""
-    return ordered_sums(rows, experts.by_token, experts.offsets)
-
-
 def ordered_sums(rows: Tensor, index: Tensor, offsets: Tensor) -> Tensor:
     """[…, n] -> [N, n]: sum i adds rows[index[j]] for j from offsets[i] to offsets[i + 1] - 1, in this order, from +0.0, in
     float32 (float64 for float64), rounded once."""

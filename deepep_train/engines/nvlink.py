@@ -31,12 +31,12 @@ from deepep_train.engines.base import (
     Prepared,
     Received,
     RedispatchRequest,
-    wrong_counts,
 )
+from deepep_train.engines.nvlink_failures import cuda_failed, device_error, layout_error
 from deepep_train.engines.nvlink_tables import Counting, ExpertPlan, Known, NvlinkLayout, NvlinkPlan, versions
 from deepep_train.engines.peers import Peers
 from deepep_train.engines.sms import default_sms, most_sms
-from deepep_train.errors import ArgumentError, DeepEPError, PeerTimeoutError
+from deepep_train.errors import ArgumentError, DeepEPError
 from deepep_train.handle import Plan
 from deepep_train.routing import RankLayout, round_up
 
@@ -608,7 +608,7 @@ class NvlinkEngine(Engine):
         if prepared.error is None and out_of_range is not None and out_of_range.item():
             request = prepared.request
             assert request is not None
-            prepared.error = _layout_error(request)
+            prepared.error = layout_error(request)
         fields = {} if prepared.request is None else self._described(prepared.request)
         self.peers.raise_disagreement("dispatch", {"operation": "dispatch"} | fields, prepared.error)
         raise DeepEPError("dispatch: the ranks disagree, but not on anything that can be told")
@@ -616,48 +616,13 @@ class NvlinkEngine(Engine):
     def check(self) -> None:
         self.peers.check()
         if not self._comm.is_well():
-            raise self._failure(self._comm.failure())
+            raise device_error(self._comm.failure(), self.rank, self.peers.timeout, self._processes)
         self._check_cuda()
 
     def _check_cuda(self, error: BaseException | None = None) -> None:
-        """Raise if CUDA has failed for good. Under MPS one process that is killed may do that to all others of its GPU."""
+        """Raise if CUDA has failed for good."""
         if text := self._comm.cuda_error(self._stream()):
-            raise DeepEPError(f"CUDA has failed on rank {self.rank}: {text}{self._who_ended()}") from error
-
-    def _who_ended(self) -> str:
-        ended = [str(r) for r, process in enumerate(self._processes) if processes.has_ended(process)]
-        if not ended:
-            return ""
-        return f"; the process of rank {ended[0]} has ended" if len(ended) == 1 else f"; ended: ranks {', '.join(ended)}"
-
-    def _failure(self, failure: _C.Failure) -> DeepEPError:
-        where = f"{failure.operation} (number {failure.epoch}) on rank {self.rank}"
-        who = ", ".join(map(str, failure.ranks))
-        end = "this buffer can no longer be used"
-        if failure.cause == "missing":
-            waited = f"waited {self.peers.timeout:g} s in vain for {failure.meeting} of rank {who}"
-            text = f"{where}: {waited}{self._who_ended()}; {end}"
-            return PeerTimeoutError(text, failure.ranks, failure.operation)
-        if failure.cause == "blamed":
-            text = f"{where}: other ranks gave up on rank {who}{self._who_ended()}; {end}"
-            return PeerTimeoutError(text, failure.ranks, failure.operation)
-        if failure.cause == "mismatched":
-            return DeepEPError(f"{where}: rank {who} is in another call, or its handle or shapes differ; {end}")
-        if failure.cause == "overflow":
-            each = "; ".join(
-                f"rank {r}: num_worst_tokens={failure.bounds[r]} but {failure.rows[r]} rows" for r in failure.ranks
-            )
-            return ArgumentError(f"{where}: {each} arrive; {end}", "num_worst_tokens", failure.ranks)
-        if failure.cause == "refused":
-            why = (
-                f"an arena there has no room for {failure.bytes} bytes; pass a larger num_nvl_bytes to Buffer"
-                if failure.bytes
-                else "see the exception raised there"
-            )
-            return DeepEPError(f"{where}: rank {who} refused to take part: {why}; results are NaN; {end}")
-        return ArgumentError(
-            f"{where}: the arguments of rank {who} are wrong or differ from this rank's; {end}", "", failure.ranks
-        )
+            raise cuda_failed(text, self.rank, self._processes) from error
 
     def destroy(self) -> None:
         with self._lock:
@@ -668,20 +633,6 @@ class NvlinkEngine(Engine):
                 raise
             finally:
                 del self._arena
-
-
-def _layout_error(request: DispatchRequest) -> ArgumentError:
-    """What the flag `out_of_range` stands for."""
-    counted = request.layout.is_token_in_rank.sum(0, dtype=torch.int32)
-    if not torch.equal(counted, request.layout.num_tokens_per_rank):
-        return wrong_counts(request.layout.num_tokens_per_rank, counted)
-    assert request.topk_idx is not None
-    low, high = (int(v) for v in torch.aminmax(request.topk_idx))
-    return ArgumentError(
-        f"topk_idx must lie in [-1, {request.num_experts}) (num_experts={request.num_experts}), "
-        f"got values from {low} to {high}",
-        "topk_idx",
-    )
 
 
 def _address(t: Tensor | None) -> int:

@@ -1,0 +1,72 @@
+"""What the nvlink engine says when an operation has failed: the kernels' codes as exceptions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from deepep_train.engines import processes
+from deepep_train.engines.base import DispatchRequest, wrong_counts
+from deepep_train.errors import ArgumentError, DeepEPError, PeerTimeoutError
+
+_END = "this buffer can no longer be used"
+
+
+def device_error(failure: Any, rank: int, timeout: float, peers: Sequence[Sequence[str]]) -> DeepEPError:
+    """The exception for a failure that a kernel has found.
+
+    Args:
+        failure: `_C.Failure`.
+        timeout: seconds, the buffer's.
+        peers: every rank's `processes.identity()`.
+    """
+    where = f"{failure.operation} (number {failure.epoch}) on rank {rank}"
+    who = ", ".join(map(str, failure.ranks))
+    if failure.cause == "missing":
+        waited = f"waited {timeout:g} s in vain for {failure.meeting} of rank {who}"
+        return PeerTimeoutError(f"{where}: {waited}{who_ended(peers)}; {_END}", failure.ranks, failure.operation)
+    if failure.cause == "blamed":
+        text = f"{where}: other ranks gave up on rank {who}{who_ended(peers)}; {_END}"
+        return PeerTimeoutError(text, failure.ranks, failure.operation)
+    if failure.cause == "mismatched":
+        return DeepEPError(f"{where}: rank {who} is in another call, or its handle or shapes differ; {_END}")
+    if failure.cause == "overflow":
+        each = "; ".join(f"rank {r}: num_worst_tokens={failure.bounds[r]} but {failure.rows[r]} rows" for r in failure.ranks)
+        return ArgumentError(f"{where}: {each} arrive; {_END}", "num_worst_tokens", failure.ranks)
+    if failure.cause == "refused":
+        why = "see the exception raised there"
+        if failure.bytes:
+            why = f"an arena there has no room for {failure.bytes} bytes; pass a larger num_nvl_bytes to Buffer"
+        return DeepEPError(f"{where}: rank {who} refused to take part: {why}; results are NaN; {_END}")
+    return ArgumentError(
+        f"{where}: the arguments of rank {who} are wrong or differ from this rank's; {_END}", "", failure.ranks
+    )
+
+
+def cuda_failed(text: str, rank: int, peers: Sequence[Sequence[str]]) -> DeepEPError:
+    """Under MPS one process that is killed may break CUDA for all others of its GPU."""
+    return DeepEPError(f"CUDA has failed on rank {rank}: {text}{who_ended(peers)}")
+
+
+def who_ended(peers: Sequence[Sequence[str]]) -> str:
+    """For the end of a sentence: the ranks whose processes are known to have ended; "" if none is."""
+    ended = [str(r) for r, process in enumerate(peers) if processes.has_ended(process)]
+    if not ended:
+        return ""
+    return f"; the process of rank {ended[0]} has ended" if len(ended) == 1 else f"; ended: ranks {', '.join(ended)}"
+
+
+def layout_error(request: DispatchRequest) -> ArgumentError:
+    """What the flag `out_of_range` of a count exchange stands for."""
+    counted = request.layout.is_token_in_rank.sum(0, dtype=torch.int32)
+    if not torch.equal(counted, request.layout.num_tokens_per_rank):
+        return wrong_counts(request.layout.num_tokens_per_rank, counted)
+    assert request.topk_idx is not None
+    low, high = (int(v) for v in torch.aminmax(request.topk_idx))
+    return ArgumentError(
+        f"topk_idx must lie in [-1, {request.num_experts}) (num_experts={request.num_experts}), "
+        f"got values from {low} to {high}",
+        "topk_idx",
+    )
