@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.util
 import json
 import os
 import platform
@@ -131,6 +132,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run_megatron(args: argparse.Namespace) -> int:
+    if importlib.util.find_spec("megatron") is None:
+        raise ValueError("--megatron needs megatron-core: pip install megatron-core")
     names = ("num_tokens", "hidden", "num_experts", "num_topk")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     quick = bench_megatron.QUICK_ITERATIONS if args.quick else bench_megatron.ITERATIONS

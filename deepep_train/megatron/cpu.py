@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from deepep_train.errors import DeepEPError
+from deepep_train.megatron.replacements import Replacements
 
 # What a TransformerConfig must say besides: no kernels that only GPUs have.
 CONFIG: dict[str, Any] = {
@@ -31,7 +32,7 @@ CONFIG: dict[str, Any] = {
     "moe_permute_fusion": False,
 }
 
-_undo: list[Callable[[], None]] = []
+_replaced = Replacements()
 
 
 class _Stream:
@@ -127,7 +128,7 @@ def enable() -> None:
     Raises:
         DeepEPError: where there is a GPU, or no megatron-core.
     """
-    if _undo:
+    if _replaced:
         return
     if torch.cuda.is_available():
         raise DeepEPError("deepep_train.megatron.cpu is for machines without a GPU; hide it with CUDA_VISIBLE_DEVICES=")
@@ -150,34 +151,24 @@ def enable() -> None:
         "set_rng_state": lambda state, *_, **__: torch.set_rng_state(state),
         "manual_seed": torch.default_generator.manual_seed,
     }.items():
-        _replace(torch.cuda, name, stand_in)
-    _replace(random, "_get_cuda_rng_state", lambda *_, **__: torch.get_rng_state())
-    _replace(random, "_set_cuda_rng_state", lambda state, *_, **__: torch.set_rng_state(state))
+        _replaced.put(torch.cuda, name, stand_in)
+    _replaced.put(random, "_get_cuda_rng_state", lambda *_, **__: torch.get_rng_state())
+    _replaced.put(random, "_set_cuda_rng_state", lambda state, *_, **__: torch.set_rng_state(state))
     # As on a GPU, where it copies to the host and may give numpy arrays; there is nothing to copy.
-    _replace(token_dispatcher, "maybe_move_tensor_to_cpu", _on_the_host)
+    _replaced.put(token_dispatcher, "maybe_move_tensor_to_cpu", _on_the_host)
     for name in _FACTORIES:
-        _replace(torch, name, _on_cpu(getattr(torch, name)))
-    _replace(torch.Tensor, "to", _to(torch.Tensor.to))
-    _replace(torch.Tensor, "cuda", lambda self, *_, **__: self)
-    _replace(torch.Tensor, "record_stream", lambda *_: None)
-    _replace(torch.Tensor, "type", _type(torch.Tensor.type))
-    _replace(moe_utils, "te_general_gemm", None)  # Transformer Engine's runs on GPUs only; 0.16 does without the name
+        _replaced.put(torch, name, _on_cpu(getattr(torch, name)))
+    _replaced.put(torch.Tensor, "to", _to(torch.Tensor.to))
+    _replaced.put(torch.Tensor, "cuda", lambda self, *_, **__: self)
+    _replaced.put(torch.Tensor, "record_stream", lambda *_: None)
+    _replaced.put(torch.Tensor, "type", _type(torch.Tensor.type))
+    _replaced.put(moe_utils, "te_general_gemm", None)  # Transformer Engine's runs on GPUs only; 0.16 does without the name
 
 
 def disable() -> None:
     """Take the stand-ins back."""
-    while _undo:
-        _undo.pop()()
+    _replaced.take_back()
 
 
 def _on_the_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
     return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
-
-
-def _replace(module: Any, name: str, new: Any) -> None:
-    if hasattr(module, name):
-        old = getattr(module, name)
-        _undo.append(lambda: setattr(module, name, old))
-    else:
-        _undo.append(lambda: delattr(module, name))
-    setattr(module, name, new)

@@ -7,7 +7,6 @@ Shape letters: T tokens of this rank, E experts, K picks of a token, H hidden, M
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
@@ -124,7 +123,8 @@ class TokenDispatcher(MoETokenDispatcher):
         is_fused = getattr(self.config, "use_transformer_engine_op_fuser", False)
         if self.handle is None or not is_fused or self.buffer.engine == "collective":
             return None, None
-        return self.buffer.empty((self.handle.plan.num_rows, self.config.hidden_size), self.config.params_dtype, "cuda"), None
+        width = getattr(self.config, "moe_latent_size", None) or self.config.hidden_size
+        return self.buffer.empty((self.handle.plan.num_rows, width), self.config.params_dtype, "cuda"), None
 
 
 def picks_of(routing_map: Tensor, probs: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -158,8 +158,9 @@ def _on_every_tp_rank(idx: Tensor, num_local_experts: int, tp_size: int) -> Tens
 
 def _check(config: Any) -> None:
     """Refuse what needs shapes that no routing changes: this dispatcher's rows are as many as were routed here."""
-    scopes = {getattr(scope, "name", str(scope)) for scope in _cuda_graph_scopes(config)}
-    if "moe" in scopes:
+    # By release; Megatron makes lists of enumerators of what it is given.
+    scopes = getattr(config, "cuda_graph_modules", None) or getattr(config, "cuda_graph_scope", None) or []
+    if isinstance(scopes, list) and "moe" in [getattr(scope, "name", scope) for scope in scopes]:
         raise ArgumentError(
             'a CUDA graph of the whole MoE layer (scope "moe") needs shapes that no routing changes; the deepep_train backend '
             'serves the scopes "moe_router" and "moe_preprocess"',
@@ -167,11 +168,3 @@ def _check(config: Any) -> None:
         )
     if getattr(config, "cuda_graph_impl", "none") == "full_iteration":
         raise ArgumentError("the deepep_train backend cannot be captured in a graph of the full iteration", "cuda_graph_impl")
-
-
-def _cuda_graph_scopes(config: Any) -> list[Any]:
-    with contextlib.suppress(TypeError):
-        for name in ("cuda_graph_modules", "cuda_graph_scope"):  # by release
-            if getattr(config, name, None):
-                return list(getattr(config, name))
-    return []

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from deepep_train.errors import DeepEPError
+from deepep_train.megatron.replacements import Replacements
 
 BACKEND = "deepep_train"
 # Releases whose dispatcher interface this follows; the tests run the newest.
@@ -20,7 +21,7 @@ OLDEST, NEWEST = (0, 16), (0, 19)
 # Where the schedule's policy lives, by release.
 _POLICY_MODULES = ("megatron.core.models.common.utils", "megatron.core.models.gpt.fine_grained_callables")
 
-_undo: list[Callable[[], None]] = []
+_replaced = Replacements()
 
 
 def install() -> None:
@@ -30,25 +31,20 @@ def install() -> None:
     Raises:
         DeepEPError: without megatron-core, or with a release that this library does not know.
     """
-    if _undo:
+    if _replaced:
         return
     _check_version()
     moe_layer = importlib.import_module("megatron.core.transformer.moe.moe_layer")
-    _replace(moe_layer, "MoEFlexTokenDispatcher", _builder(moe_layer.MoEFlexTokenDispatcher))
+    _replaced.put(moe_layer, "MoEFlexTokenDispatcher", _builder(moe_layer.MoEFlexTokenDispatcher))
     for name in _POLICY_MODULES:
         module = _imported(name)
         if module is not None and "should_free_input" in vars(module):
-            _replace(module, "should_free_input", _policy(module.should_free_input))
+            _replaced.put(module, "should_free_input", _policy(module.should_free_input))
 
 
 def uninstall() -> None:
     """Put Megatron's own functions back; layers already made keep their dispatchers."""
-    while _undo:
-        _undo.pop()()
-
-
-def is_installed() -> bool:
-    return bool(_undo)
+    _replaced.take_back()
 
 
 def _check_version() -> None:
@@ -67,12 +63,6 @@ def _imported(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError:  # of another release
         return None
-
-
-def _replace(module: Any, name: str, new: Any) -> None:
-    old = getattr(module, name)
-    setattr(module, name, new)
-    _undo.append(lambda: setattr(module, name, old))
 
 
 def _builder(stock: Callable[..., Any]) -> Callable[..., Any]:

@@ -14,8 +14,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,12 +104,12 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def forward_step(batches: Iterator[Tensor], model: Any) -> tuple[Tensor, Any]:
+def forward_step(batches: Iterator[Tensor], model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
     """What Megatron's schedules call for every micro-batch."""
     tokens = next(batches).to(device())
     positions = torch.arange(tokens.size(1) - 1, device=tokens.device).expand(tokens.size(0), -1)
     losses = model(tokens[:, :-1].contiguous(), positions, None, labels=tokens[:, 1:].contiguous())
-    return losses, partial(mean_loss)
+    return losses, mean_loss
 
 
 def mean_loss(losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

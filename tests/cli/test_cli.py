@@ -75,3 +75,13 @@ def test_bad_arguments_end_in_one_line(args: tuple[str, ...], named: str) -> Non
     assert done.returncode == 2
     assert named in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
+
+
+def test_bench_of_a_megatron_layer(tmp_path: Path) -> None:
+    pytest.importorskip("megatron.core", reason="megatron-core is not installed (it needs Python 3.12)")
+    small = ("--tokens", "32", "--hidden", "32", "--experts", "4", "--top-k", "2", "--iterations", "1")
+    done = _run("bench", "--megatron", *small, "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "bench_megatron.json").read_text())
+    assert report["ratio"] == pytest.approx(report["step_ms"]["deepep_train"] / report["step_ms"]["alltoall"], rel=0.01)
+    assert f"{report['step_ms']['alltoall']:.1f} ms" in done.stdout

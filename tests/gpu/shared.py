@@ -28,6 +28,12 @@ def buffer_of(group: dist.ProcessGroup, engine: str = "nvlink") -> dt.Buffer:
     return _buffers[key]
 
 
+def layout_of(buffer: dt.Buffer, topk_idx: Tensor, num_experts: int) -> dict[str, Any]:
+    """What `get_dispatch_layout` counts, as V1's `dispatch` takes it."""
+    names = ("num_tokens_per_rank", "num_tokens_per_rdma_rank", "num_tokens_per_expert", "is_token_in_rank")
+    return dict(zip(names, buffer.get_dispatch_layout(topk_idx, num_experts)[:4], strict=True))
+
+
 def to(value: Any, device: str) -> Any:
     if isinstance(value, (tuple, list)):
         return type(value)(to(v, device) for v in value)

@@ -154,11 +154,10 @@ def dying_handles(rank: int, size: int, group: dist.ProcessGroup) -> None:
     buffer = shared.buffer_of(group)
     x, idx, w = (t.cuda() for t in inputs(rank, size, 20))
     experts = size * LOCAL_EXPERTS
-    names = ("num_tokens_per_rank", "num_tokens_per_rdma_rank", "num_tokens_per_expert", "is_token_in_rank")
     expected = None
     for _ in range(6):
-        layout = buffer.get_dispatch_layout(idx, experts)[:4]
-        got, *_, handle, event = buffer.dispatch(x, **dict(zip(names, layout, strict=True)), topk_idx=idx, topk_weights=w)
+        layout = shared.layout_of(buffer, idx, experts)
+        got, *_, handle, event = buffer.dispatch(x, **layout, topk_idx=idx, topk_weights=w)
         del layout, event  # made on this stream, where `trash` is made, and used on the other
         comm = buffer.get_comm_stream()
         comm.wait_stream(torch.cuda.current_stream())
@@ -226,12 +225,47 @@ def test_growing_sizes_do_not_fill_the_arena() -> None:
     run_ranks(2, growing, fresh=True, timeout=90)
 
 
+def uncounted(rank: int, size: int, group: dist.ProcessGroup) -> None:
+    """Memory that Megatron takes back with `resize_`, which no death of a tensor tells of, is found again before a refusal."""
+    engines.DEFAULT_ARENA_BYTES = 24 << 20
+    buffer = small_buffer(group, 24)
+    x = torch.randn(8000, 512, device="cuda").to(torch.bfloat16)
+    idx = torch.full((8000, 1), rank, device="cuda")
+    kept = []
+    for _ in range(6):  # 8 MB each: more than fits beside each other, staging included
+        out = dt.dispatch(x, idx, buffer=buffer, num_experts=size)
+        assert_same_bits(out.x, x)
+        kept.append(out.x)
+        torch.cuda.synchronize()
+        for t in kept[:-1]:
+            t.untyped_storage().resize_(0)
+    buffer.check()
+    buffer.destroy()
+
+
+def test_memory_given_back_by_resizing_is_found_again() -> None:
+    run_ranks(2, uncounted, fresh=True, timeout=90)
+
+
+def patient(rank: int, size: int, group: dist.ProcessGroup) -> None:
+    """A timeout beyond what a 64-bit count of nanoseconds holds is a long one, not none."""
+    torch.cuda.set_device(0)
+    buffer = dt.Buffer(group, num_nvl_bytes=16 << 20, engine="nvlink", timeout=1e11)
+    x, idx, w = (t.cuda() for t in inputs(rank, size, 23))
+    out = dt.dispatch(x, idx, w, buffer=buffer, num_experts=size * LOCAL_EXPERTS)
+    assert dt.combine(out.x, out.handle).shape == x.shape
+    buffer.destroy()
+
+
+def test_a_timeout_of_a_thousand_years() -> None:
+    run_ranks(2, patient)
+
+
 def lost_plan(rank: int, size: int, group: dist.ProcessGroup) -> None:
     """A handle rebuilt from its tensors after num_worst_tokens keeps the zero rows at the end."""
     buffer = shared.buffer_of(group)
     x, idx, w = (t.cuda() for t in inputs(rank, size, 22))
-    names = ("num_tokens_per_rank", "num_tokens_per_rdma_rank", "num_tokens_per_expert", "is_token_in_rank")
-    layout = dict(zip(names, buffer.get_dispatch_layout(idx, size * LOCAL_EXPERTS)[:4], strict=True))
+    layout = shared.layout_of(buffer, idx, size * LOCAL_EXPERTS)
     got, *_, handle, _ = buffer.dispatch(x, **layout, topk_idx=idx, topk_weights=w, num_worst_tokens=700)
     again = buffer.dispatch(x, handle=tuple(handle))[0]
     assert_same_bits(again, got)

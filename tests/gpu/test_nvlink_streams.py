@@ -141,15 +141,8 @@ def slow_reader(rank: int, size: int, group: dist.ProcessGroup) -> None:
     buffer = shared.buffer_of(group)
     x, idx, w = (t.cuda() for t in inputs(rank, size, 6))
     other = torch.full_like(x, 7.0)
-    layout = buffer.get_dispatch_layout(idx, size * LOCAL_EXPERTS)[:4]
+    how = shared.layout_of(buffer, idx, size * LOCAL_EXPERTS)
     early = dt.Buffer.capture()
-    how = dict(
-        zip(
-            ("num_tokens_per_rank", "num_tokens_per_rdma_rank", "num_tokens_per_expert", "is_token_in_rank"),
-            layout,
-            strict=True,
-        )
-    )
     kept = []
     for i in range(6):
         got, _, _, _, handle, event = buffer.dispatch(
@@ -201,14 +194,7 @@ def sms(rank: int, size: int, group: dist.ProcessGroup) -> None:
     """A handle does not depend on the number of SMs; a call may ask for its own."""
     buffer = shared.buffer_of(group)
     x, idx, w = (t.cuda() for t in inputs(rank, size, 8))
-    layout = buffer.get_dispatch_layout(idx, size * LOCAL_EXPERTS)[:4]
-    how = dict(
-        zip(
-            ("num_tokens_per_rank", "num_tokens_per_rdma_rank", "num_tokens_per_expert", "is_token_in_rank"),
-            layout,
-            strict=True,
-        )
-    )
+    how = shared.layout_of(buffer, idx, size * LOCAL_EXPERTS)
     got, _, _, counts, handle, _ = buffer.dispatch(x, **how, topk_idx=idx, topk_weights=w, config=dt.Config(2))
     assert counts is not None
     z = buffer.combine(got, handle, config=dt.Config(6))[0]

@@ -167,12 +167,11 @@ def without_autograd(rank: int, size: int, group: dist.ProcessGroup) -> None:
     """Fresh routing, both of V1's ways to pass it on, a second dispatch and a combine, under inference_mode and no_grad."""
     buffer = shared.buffer_of(group)
     x, idx, w = (t.cuda() for t in inputs(rank, size, 32))
-    names = ("num_tokens_per_rank", "num_tokens_per_rdma_rank", "num_tokens_per_expert", "is_token_in_rank")
     results = []
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
-            layout = buffer.get_dispatch_layout(idx, size * LOCAL_EXPERTS)[:4]
-            got, *_, handle, _ = buffer.dispatch(x, **dict(zip(names, layout, strict=True)), topk_idx=idx, topk_weights=w)
+            layout = shared.layout_of(buffer, idx, size * LOCAL_EXPERTS)
+            got, *_, handle, _ = buffer.dispatch(x, **layout, topk_idx=idx, topk_weights=w)
             again = buffer.dispatch(x, handle=handle)[0]
             out = dt.dispatch(x, idx, w, buffer=buffer, num_experts=size * LOCAL_EXPERTS, layout="expert", alignment=4)
             results.append([got, again, buffer.combine(got, handle)[0], out.x, dt.combine(out.x, out.handle)])
@@ -202,18 +201,17 @@ def bad_routing(rank: int, size: int, group: dist.ProcessGroup) -> None:
     """Indices out of range are found also where the layout has lost the kernel's own check, and too wide a top-k is refused."""
     buffer = shared.buffer_of(group)
     x, idx, w = (t.cuda() for t in inputs(rank, size, 33))
-    names = ("num_tokens_per_rank", "num_tokens_per_rdma_rank", "num_tokens_per_expert", "is_token_in_rank")
     wrong = idx.clone()
     if rank == 1:
         wrong[0, 0] = 999
     for mode, copied in ((torch.inference_mode, False), (torch.no_grad, False), (torch.no_grad, True)):
         with mode():
-            layout = dict(zip(names, buffer.get_dispatch_layout(wrong, size * LOCAL_EXPERTS)[:4], strict=True))
+            layout = shared.layout_of(buffer, wrong, size * LOCAL_EXPERTS)
             if copied:
                 layout["is_token_in_rank"] = layout["is_token_in_rank"].clone()
             with pytest.raises(dt.ArgumentError, match=r"rank 1: topk_idx must lie in"):
                 buffer.dispatch(x, **layout, topk_idx=wrong, topk_weights=w)
-    layout = dict(zip(names, buffer.get_dispatch_layout(idx, size * LOCAL_EXPERTS)[:4], strict=True))
+    layout = shared.layout_of(buffer, idx, size * LOCAL_EXPERTS)
     wide = torch.full((x.size(0), 40), -1, device="cuda")
     with pytest.raises(dt.ArgumentError, match="top-32"):
         buffer.dispatch(x, **layout, topk_idx=wide, topk_weights=torch.zeros(wide.shape, device="cuda"))
@@ -229,10 +227,9 @@ def other_handles(rank: int, size: int, group: dist.ProcessGroup) -> None:
     torch.cuda.set_device(0)
     buffer = dt.Buffer(group, num_nvl_bytes=16 << 20, engine="nvlink", timeout=5)
     handles = []
-    names = ("num_tokens_per_rank", "num_tokens_per_rdma_rank", "num_tokens_per_expert", "is_token_in_rank")
     for seed in (34, 35):
         x, idx, w = (t.cuda() for t in inputs(rank, size, seed))
-        layout = dict(zip(names, buffer.get_dispatch_layout(idx, size * LOCAL_EXPERTS)[:4], strict=True))
+        layout = shared.layout_of(buffer, idx, size * LOCAL_EXPERTS)
         handles.append(buffer.dispatch(x, **layout, topk_idx=idx, topk_weights=w)[4])
     got = buffer.dispatch(x, handle=tuple(handles[rank]))[0]
     torch.cuda.synchronize()

@@ -7,7 +7,6 @@ import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import megatron.core
@@ -179,8 +178,8 @@ def forward_step(data: Iterator[Tensor], model: Any, return_schedule_plan: bool 
     positions = torch.arange(SEQUENCE).expand(tokens.size(0), -1)
     given, labels = (tokens[:, :-1].contiguous(), positions, None), tokens[:, 1:].contiguous()
     if return_schedule_plan:  # what the overlapping schedule takes instead
-        return get_attr_wrapped_model(model, "build_schedule_plan")(*given, labels=labels), partial(_mean)
-    return model(*given, labels=labels), partial(_mean)
+        return get_attr_wrapped_model(model, "build_schedule_plan")(*given, labels=labels), _mean
+    return model(*given, labels=labels), _mean
 
 
 def _mean(losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -175,6 +176,25 @@ def alignments(rank: int, size: int, group: Any) -> list[int]:
 
 def test_alignment_comes_from_the_recipe() -> None:
     assert run_ranks(2, alignments, timeout=60) == [[1, 16, 32]] * 2
+
+
+@pytest.mark.parametrize(
+    ("fused", "engine", "latent", "width"),
+    [(True, "nvlink", None, 32), (True, "nvlink", 8, 8), (True, "collective", None, 0), (False, "nvlink", None, 0)],
+)
+def test_fused_experts_get_memory_that_peers_reach(fused: bool, engine: str, latent: int | None, width: int) -> None:
+    """Their kernels need a GPU; here only what is asked of the buffer is looked at."""
+    from deepep_train.megatron import TokenDispatcher
+
+    asked: list[Any] = []
+    buffer = SimpleNamespace(engine=engine, empty=lambda *given: asked.append(given) or "memory")
+    config = SimpleNamespace(
+        use_transformer_engine_op_fuser=fused, moe_latent_size=latent, hidden_size=32, params_dtype=torch.bfloat16
+    )
+    dispatcher = SimpleNamespace(config=config, buffer=buffer, handle=SimpleNamespace(plan=SimpleNamespace(num_rows=48)))
+    found = TokenDispatcher.get_expert_zero_copy_buffers(dispatcher)
+    assert found == (("memory", None) if width else (None, None))
+    assert asked == ([((48, width), torch.bfloat16, "cuda")] if width else [])
 
 
 def one_buffer(rank: int, size: int, group: Any) -> None:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import slurm_stand_ins
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes" / "megatron"
@@ -53,32 +54,18 @@ def test_wrong_options_are_named(wrong: tuple[str, ...], text: str) -> None:
 
 # The batch file -----------------------------------------------------------------------------------------------------------
 
-SRUN = f"""#!{sys.executable}
-import os, subprocess, sys
-command = sys.argv[1:]
-while command[0].startswith("-"):
-    command.pop(0)
-nodes = int(os.environ["SLURM_JOB_NUM_NODES"])
-sys.exit(max(subprocess.run(command, env={{**os.environ, "SLURM_NODEID": str(n)}}).returncode for n in range(nodes)))
-"""
-SCONTROL = """#!/bin/sh
-echo "$@" >>"$SCONTROL_LOG"
-if [ "$1" = show ]; then printf 'localhost\\n'; fi
-"""
-# In Megatron-LM's place: takes its arguments with Megatron's own parser, if there is one, and pretends to have trained.
-PRETRAIN = """import os, sys
+# In the place of Megatron-LM's script: reads its arguments with Megatron's own parser, which refuses flags that it does not
+# know, and pretends to have trained.
+PRETRAIN = """import argparse, os, sys
 from pathlib import Path
-sys.argv += ["--micro-batch-size", "1"]
-import argparse
-parser = argparse.ArgumentParser()
-parser.add_argument("--moe-flex-dispatcher-backend", choices=["deepep", "hybridep"])
-parser.add_argument("--save", type=Path)
-given, rest = parser.parse_known_args()
-assert given.moe_flex_dispatcher_backend == "deepep_train", given
+from megatron.training.arguments import add_megatron_arguments
+given = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)).parse_args()
 assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
-given.save.mkdir(parents=True, exist_ok=True)
-(given.save / "arguments.txt").write_text("\\n".join(rest))
-(given.save / "latest_checkpointed_iteration.txt").write_text(os.environ["REACHED"])
+names = ("moe_token_dispatcher_type", "moe_flex_dispatcher_backend", "num_experts", "seq_length", "exit_duration_in_mins")
+save = Path(given.save)
+save.mkdir(parents=True, exist_ok=True)
+(save / "arguments.txt").write_text(" ".join(str(getattr(given, name)) for name in names))
+(save / "latest_checkpointed_iteration.txt").write_text(os.environ["REACHED"])
 sys.exit(int(os.environ["STATUS"]))
 """
 
@@ -86,28 +73,11 @@ sys.exit(int(os.environ["STATUS"]))
 @pytest.fixture
 def job(tmp_path: Path) -> dict[str, str]:
     """The environment of a job on one node of one rank, on this machine."""
-    stubs, megatron = tmp_path / "bin", tmp_path / "Megatron-LM"
-    stubs.mkdir()
+    megatron = tmp_path / "Megatron-LM"
     megatron.mkdir()
     (megatron / "pretrain_gpt.py").write_text(PRETRAIN)
-    for name, text in {"srun": SRUN, "scontrol": SCONTROL}.items():
-        (stubs / name).write_text(text)
-        (stubs / name).chmod(0o755)
-    return {
-        "PATH": f"{stubs}:{os.environ['PATH']}",
-        "SCONTROL_LOG": str(tmp_path / "scontrol.log"),
-        "SLURM_SUBMIT_DIR": str(ROOT),
-        "SLURM_JOB_ID": str(os.getpid()),
-        "SLURM_JOB_NUM_NODES": "1",
-        "SLURM_JOB_NODELIST": "node1",
-        "PYTHON": sys.executable,
-        "GPUS_PER_NODE": "1",
-        "MEGATRON": str(megatron),
-        "DATA": "/data/prefix",
-        "TOKENIZER": "/data/tokenizer",
-        "OUT": str(tmp_path / "out"),
-        "STEPS": "100",
-    }
+    wanted = {"MEGATRON": str(megatron), "DATA": "/data/prefix", "TOKENIZER": "/data/tokenizer", "STEPS": "100"}
+    return slurm_stand_ins.job(tmp_path, 1) | wanted
 
 
 def submit(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -129,8 +99,8 @@ def test_a_job_ends_or_goes_back_into_the_queue(
     done = submit(job | more, "--seq-length", "8192")
     assert done.returncode == code, done.stdout + done.stderr
     assert (f"requeue {job['SLURM_JOB_ID']}" in (tmp_path / "scontrol.log").read_text()) == requeued
-    passed = (tmp_path / "out" / "arguments.txt").read_text().splitlines()
-    assert passed[-4:-2] == ["--seq-length", "8192"]  # the user's come last
+    passed = (tmp_path / "out" / "arguments.txt").read_text().split()
+    assert passed == ["flex", "deepep_train", "256", "8192", "225"]  # the user's sequence length wins
 
 
 def test_a_node_that_fails_doctor_ends_the_job(job: dict[str, str], tmp_path: Path) -> None:

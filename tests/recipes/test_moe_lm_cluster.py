@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import slurm_stand_ins
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
@@ -74,45 +75,13 @@ def test_check_sees_a_wrong_gradient(tmp_path: Path) -> None:
     assert "losses and gradients DISAGREE" in done.stdout, done.stdout + done.stderr
 
 
-# SLURM: srun starts the command once per node and passes SIGUSR1 on, scontrol writes down what it was asked.
-SRUN = f"""#!{sys.executable}
-import os, signal, subprocess, sys
-command = sys.argv[1:]
-while command[0].startswith("-"):
-    command.pop(0)
-nodes = []
-signal.signal(signal.SIGUSR1, lambda number, frame: [node.send_signal(number) for node in nodes])
-for number in range(int(os.environ["SLURM_JOB_NUM_NODES"])):
-    nodes.append(subprocess.Popen(command, env={{**os.environ, "SLURM_NODEID": str(number)}}))
-sys.exit(max(node.wait() for node in nodes))
-"""
-SCONTROL = """#!/bin/sh
-echo "$@" >>"$SCONTROL_LOG"
-if [ "$1" = show ]; then printf 'localhost\\nlocalhost\\n'; fi
-"""
 SBATCH = ["bash", str(RECIPE / "slurm.sbatch"), *TINY]
 
 
 @pytest.fixture
 def two_nodes(tmp_path: Path) -> dict[str, str]:
     """The environment of a job on two nodes of one rank each, all on this machine."""
-    stubs = tmp_path / "bin"
-    stubs.mkdir()
-    for name, text in {"srun": SRUN, "scontrol": SCONTROL}.items():
-        (stubs / name).write_text(text)
-        (stubs / name).chmod(0o755)
-    return {
-        "PATH": f"{stubs}:{os.environ['PATH']}",
-        "SCONTROL_LOG": str(tmp_path / "scontrol.log"),
-        "SLURM_SUBMIT_DIR": str(ROOT),
-        "SLURM_JOB_ID": str(os.getpid()),
-        "SLURM_JOB_NUM_NODES": "2",
-        "SLURM_JOB_NODELIST": "node[1-2]",
-        "PYTHON": sys.executable,
-        "GPUS_PER_NODE": "1",
-        "DEVICE": "cpu",
-        "OUT": str(tmp_path / "out"),
-    }
+    return slurm_stand_ins.job(tmp_path, 2) | {"DEVICE": "cpu"}
 
 
 def test_two_nodes_are_preempted_and_one_process_reads_the_same_bits(two_nodes: dict[str, str], tmp_path: Path) -> None:
