@@ -47,7 +47,7 @@ VOCABULARY = 256  # bytes
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="a file or folder of text; default: the standard library's sources")
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--dispatcher", choices=DISPATCHERS, default="deepep_train")
     for name, default in (("layers", 2), ("hidden", 128), ("heads", 4), ("experts", 8), ("top-k", 2), ("ffn", 128)):
         parser.add_argument(f"--{name}", type=int, default=default)
@@ -57,7 +57,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/megatron"), help="for checkpoints, log.json and loss_curve.png")
-    parser.add_argument("--save-every", type=int, default=30, help="steps")
+    parser.add_argument("--save-every", type=int, default=200, help="steps")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     found = parser.parse_args()
     for name, value in vars(found).items():
