@@ -71,7 +71,8 @@ void bind_params(py::module_& m) {
     {
         using P = ArrangeParams;
         ParamsBinding<P>(m, "ArrangeParams") DT_FIELD(rows_of) DT_FIELD(row_slot) DT_FIELD(several) DT_FIELD(num_several)
-            DT_FIELD(num_received) DT_FIELD(top_k) DT_FIELD(num_sms);
+            DT_FIELD(summed) DT_FIELD(num_summed) DT_FIELD(num_received) DT_FIELD(own_first) DT_FIELD(num_own) DT_FIELD(top_k)
+                DT_FIELD(num_sms);
     }
     {
         using P = ExpandParams;
@@ -82,13 +83,13 @@ void bind_params(py::module_& m) {
     }
     {
         using P = ReduceParams;
-        ParamsBinding<P>(m, "ReduceParams") DT_FIELD(y) DT_FIELD(partials) DT_FIELD(rows_of) DT_FIELD(several)
-            DT_FIELD(num_several) DT_FIELD(row_bytes) DT_FIELD(top_k) DT_FIELD(dtype) DT_FIELD(num_sms);
+        ParamsBinding<P>(m, "ReduceParams") DT_FIELD(y) DT_FIELD(partials) DT_FIELD(rows_of) DT_FIELD(tokens)
+            DT_FIELD(num_tokens) DT_FIELD(row_bytes) DT_FIELD(top_k) DT_FIELD(dtype) DT_FIELD(num_sms);
     }
     {
         using P = CombineParams;
         ParamsBinding<P>(m, "CombineParams")
-            .array("offsets", &P::offsets) DT_FIELD(out) DT_FIELD(out_weights) DT_FIELD(bias_0) DT_FIELD(bias_1)
+            .array("offsets", &P::offsets) DT_FIELD(y) DT_FIELD(out) DT_FIELD(out_weights) DT_FIELD(bias_0) DT_FIELD(bias_1)
                 DT_FIELD(pull_row) DT_FIELD(send_slot) DT_FIELD(pick_row) DT_FIELD(pick_rank) DT_FIELD(signature)
                     DT_FIELD(row_bytes) DT_FIELD(num_tokens) DT_FIELD(top_k) DT_FIELD(dtype) DT_FIELD(num_sms);
     }

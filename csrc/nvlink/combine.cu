@@ -15,9 +15,7 @@ struct Local {
     static constexpr int kRounds = 1;
     const ReduceParams& p;
 
-    DT_DEVICE int64_t token(int64_t row) const {
-        return p.several != 0 ? reinterpret_cast<const int32_t*>(p.several)[row] : row;
-    }
+    DT_DEVICE int64_t token(int64_t row) const { return reinterpret_cast<const int32_t*>(p.tokens)[row]; }
     DT_DEVICE int32_t look(int64_t row, int i) const {
         return i < p.top_k ? reinterpret_cast<const int32_t*>(p.rows_of)[token(row) * p.top_k + i] : -1;
     }
@@ -37,14 +35,15 @@ struct Pull {
 
     DT_DEVICE int32_t look(int64_t t, int rank) const {
         if (rank >= d.num_ranks) return -1;
-        if (offsets[rank * kOffsets + kAllSummed] == 0)
+        if (rank == d.rank || offsets[rank * kOffsets + kAllSummed] == 0)
             return reinterpret_cast<const int32_t*>(p.pull_row)[t * d.num_ranks + rank];
         const int slot = reinterpret_cast<const int32_t*>(p.send_slot)[t * d.num_ranks + rank];
         return slot < 0 ? -1 : -2 - slot;
     }
     DT_DEVICE const char* at(int rank, int what) const { return d.peers[rank] + offsets[rank * kOffsets + what]; }
     DT_DEVICE const char* from(int rank, int32_t word) const {
-        return word >= 0 ? at(rank, 0) + word * p.row_bytes : at(rank, 1) + (-2 - static_cast<int64_t>(word)) * p.row_bytes;
+        if (word < 0) return at(rank, 1) + (-2 - static_cast<int64_t>(word)) * p.row_bytes;
+        return (rank == d.rank ? reinterpret_cast<const char*>(p.y) : at(rank, 0)) + word * p.row_bytes;
     }
     DT_DEVICE const char* bias(int64_t t, int which) const {
         const uint64_t all = which == 0 ? p.bias_0 : p.bias_1;
@@ -79,7 +78,7 @@ __global__ void __launch_bounds__(GatherShape::kWarps * 32, 1)
     reduce_kernel(const __grid_constant__ Domain d, const __grid_constant__ ReduceParams p) {
     extern __shared__ __align__(128) char shared[];
     if (d.control(d.rank)->failed != 0) return;
-    gather_rows<T>(Local{p}, *reinterpret_cast<const int32_t*>(p.num_several), p.row_bytes, shared);
+    gather_rows<T>(Local{p}, *reinterpret_cast<const int32_t*>(p.num_tokens), p.row_bytes, shared);
 }
 
 template <typename T>

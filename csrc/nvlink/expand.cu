@@ -12,12 +12,17 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// The rows of every token in ascending order, whose row each is, and the tokens that have several. A warp takes a token.
+// The rows of every token in ascending order, whose row each is, and the lists of tokens to sum. A warp takes a token.
 __global__ void __launch_bounds__(kThreads)
     arrange_kernel(const __grid_constant__ Domain d, const __grid_constant__ ArrangeParams p) {
     if (d.control(d.rank)->failed != 0) return;  // rows_of is not what it should be, nor need num_received fit
     const int lane = threadIdx.x % 32;
     const int num_received = *reinterpret_cast<const int32_t*>(p.num_received);
+    const int64_t own_first = *reinterpret_cast<const int32_t*>(p.own_first);
+    const int64_t own_end = own_first + *reinterpret_cast<const int32_t*>(p.num_own);
+    const auto append = [](uint64_t list, uint64_t length, int64_t n) {
+        reinterpret_cast<int32_t*>(list)[atomicAdd(reinterpret_cast<int32_t*>(length), 1)] = static_cast<int32_t>(n);
+    };
     for (int64_t n = (blockIdx.x * kThreads + threadIdx.x) / 32; n < num_received; n += gridDim.x * kThreads / 32) {
         auto* rows = reinterpret_cast<int32_t*>(p.rows_of) + n * p.top_k;
         const int row = lane < p.top_k ? rows[lane] : -1;
@@ -30,9 +35,9 @@ __global__ void __launch_bounds__(kThreads)
         }
         if (lane < p.top_k) rows[place] = row;
         if (row >= 0) reinterpret_cast<int32_t*>(p.row_slot)[row] = static_cast<int32_t>(n);
-        if (lane == 0 && count > 1)
-            reinterpret_cast<int32_t*>(p.several)[atomicAdd(reinterpret_cast<int32_t*>(p.num_several), 1)] =
-                static_cast<int32_t>(n);
+        if (lane != 0) continue;
+        if (count > 1) append(p.several, p.num_several, n);
+        if (count > 1 || n < own_first || n >= own_end) append(p.summed, p.num_summed, n);
     }
 }
 

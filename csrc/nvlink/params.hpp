@@ -13,6 +13,7 @@
 //   rows_of    [N, K]  the rows of a received token, ascending; -1 after the last
 //   row_slot   [M]     the received token that a row holds; -1: padding
 //   several    [N]     the tokens that have more than one row, num_several of them, in no order
+//   summed     [N]     those, and all that came from other ranks: num_summed of them, in no order
 #pragma once
 
 #include <cstdint>
@@ -104,7 +105,11 @@ struct ArrangeParams {
     uint64_t row_slot = 0;      // int32 [M], out, filled with -1 before
     uint64_t several = 0;       // int32 [N], out
     uint64_t num_several = 0;   // int32 [1], out, 0 before
+    uint64_t summed = 0;        // int32 [N], out
+    uint64_t num_summed = 0;    // int32 [1], out, 0 before
     uint64_t num_received = 0;  // int32 [1]
+    uint64_t own_first = 0;     // int32 [1], of the received tokens the first that is this rank's own
+    uint64_t num_own = 0;       // int32 [1]
     int top_k = 0;
     int num_sms = 0;
 };
@@ -135,8 +140,8 @@ struct ReduceParams {
     uint64_t y = 0;         // [M, row_bytes]
     uint64_t partials = 0;  // [N, row_bytes], out
     uint64_t rows_of = 0;
-    uint64_t several = 0;      // 0: every received token
-    uint64_t num_several = 0;  // int32 [1], or num_received
+    uint64_t tokens = 0;      // several, or summed where peers cannot reach y
+    uint64_t num_tokens = 0;  // int32 [1]
     int64_t row_bytes = 0;
     int top_k = 0;
     int dtype = 0;
@@ -144,6 +149,7 @@ struct ReduceParams {
 };
 
 struct CombineParams {
+    uint64_t y = 0;            // [M, row_bytes], this rank's, wherever it lies
     uint64_t out = 0;          // [T, row_bytes]
     uint64_t out_weights = 0;  // float32 [T, K]; 0: none
     uint64_t bias_0 = 0;       // [T, row_bytes]; 0: none
@@ -152,8 +158,8 @@ struct CombineParams {
     uint64_t send_slot = 0;
     uint64_t pick_row = 0;  // for weights [M]; 0: they are [N, K]
     uint64_t pick_rank = 0;
-    // Of the tensors that peers read from this rank: y [M], partial sums [N], 1 if the sum of every token is among those (else
-    // of those with several rows), weights, nothing.
+    // Of the tensors that peers read from this rank: y [M], partial sums [N], 1 if all that they pull is among those (else the
+    // sums of tokens with several rows), weights, nothing.
     int64_t offsets[5] = {0, 0, 0, 0, 0};
     uint64_t signature = 0;
     int64_t row_bytes = 0;

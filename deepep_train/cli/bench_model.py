@@ -61,6 +61,7 @@ class Traffic:
         received: rows that arrive, in rank layout.
         expert_rows: rows of the expert layout without its padding.
         several, grouped: of the received tokens those with more than one expert here, and these tokens' expert rows.
+        own_single: of the received tokens the rank's own with one expert here.
     """
 
     sent: Tensor
@@ -69,13 +70,14 @@ class Traffic:
     expert_rows: Tensor
     several: Tensor
     grouped: Tensor
+    own_single: Tensor
 
 
 def traffic(topk_idx: Sequence[Tensor], num_experts: int) -> Traffic:
     """Count the rows of a routing; `topk_idx[r]` is rank r's, -1 where a pick goes nowhere."""
     size = len(topk_idx)
     from_to = torch.zeros(size, size, dtype=torch.int64)
-    expert_rows, several, grouped = (torch.zeros(size, dtype=torch.int64) for _ in range(3))
+    expert_rows, several, grouped, own_single = (torch.zeros(size, dtype=torch.int64) for _ in range(4))
     for source, idx in enumerate(topk_idx):
         owner = torch.where(idx >= 0, idx // (num_experts // size), size)
         picks = torch.zeros(idx.size(0), size + 1, dtype=torch.int64)
@@ -84,8 +86,9 @@ def traffic(topk_idx: Sequence[Tensor], num_experts: int) -> Traffic:
         expert_rows += picks.sum(0)
         several += (picks > 1).sum(0)
         grouped += (picks * (picks > 1)).sum(0)
+        own_single[source] = (picks[:, source] == 1).sum()
     sent = torch.tensor([idx.size(0) for idx in topk_idx])
-    return Traffic(sent, from_to, from_to.sum(0), expert_rows, several, grouped)
+    return Traffic(sent, from_to, from_to.sum(0), expert_rows, several, grouped, own_single)
 
 
 def rows_moved(t: Traffic) -> dict[str, Tensor]:
@@ -103,7 +106,8 @@ def rows_moved(t: Traffic) -> dict[str, Tensor]:
         "expert dispatch": once + 2 * copies,  # a row crosses once; each further one is a copy of it
         # Tokens with several rows are summed first, to one row each; the others are pulled from where they are.
         "expert combine": once + t.grouped + t.several,
-        "expert combine any": once + t.expert_rows + t.received,
+        # A single row is copied to where peers can read it, if peers do.
+        "expert combine any": once + t.expert_rows + t.received - 2 * t.own_single,
     }
 
 

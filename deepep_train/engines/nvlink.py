@@ -356,8 +356,10 @@ class NvlinkEngine(Engine):
                 row_slot=torch.full((num_rows,), -1, dtype=torch.int32, device=self.device),
                 several=self._ints(num_received),
                 num_several=torch.zeros(1, dtype=torch.int32, device=self.device),
+                summed=self._ints(num_received),
+                num_summed=torch.zeros(1, dtype=torch.int32, device=self.device),
             )
-            self._arrange(experts, received, top_k, request.num_sms, stream)
+            self._arrange(experts, counting, top_k, request.num_sms, stream)
         final_scales = self._expand(
             visible, scales, experts, received, num_rows, top_k, request.num_sms, bool(request.num_worst_tokens), stream
         )
@@ -443,11 +445,13 @@ class NvlinkEngine(Engine):
         d.offsets = [self._arena.offset(t) for t in visible]
         d.sizes = [0 if t is None else t.nbytes for t in visible]
 
-    def _arrange(self, experts: ExpertPlan, received: Tensor, top_k: int, num_sms: int, stream: int) -> None:
+    def _arrange(self, experts: ExpertPlan, counting: Counting, top_k: int, num_sms: int, stream: int) -> None:
         p = _C.ArrangeParams()
-        p.rows_of, p.row_slot = experts.rows_of.data_ptr(), experts.row_slot.data_ptr()
-        p.several, p.num_several = experts.several.data_ptr(), experts.num_several.data_ptr()
-        p.num_received, p.top_k, p.num_sms = received.data_ptr(), top_k, self._sms(num_sms)
+        for table in ("rows_of", "row_slot", "several", "num_several", "summed", "num_summed"):
+            setattr(p, table, getattr(experts, table).data_ptr())
+        p.own_first = counting.send_base[self.rank :].data_ptr()
+        p.num_own = counting.layout.num_tokens_per_rank[self.rank :].data_ptr()
+        p.num_received, p.top_k, p.num_sms = counting.received.data_ptr(), top_k, self._sms(num_sms)
         self._comm.arrange(p, stream)
 
     def _expand(
@@ -538,10 +542,10 @@ class NvlinkEngine(Engine):
                 partials = self._arena.temporary((plan.num_received, rows.size(1)), rows.dtype)
                 r = _C.ReduceParams()
                 r.y, r.partials, r.rows_of = rows.data_ptr(), partials.data_ptr(), experts.rows_of.data_ptr()
-                if is_visible:  # peers pull single rows from where they are
-                    r.several, r.num_several = experts.several.data_ptr(), experts.num_several.data_ptr()
-                else:
-                    r.num_several = plan.received.data_ptr()
+                if is_visible:  # single rows are pulled from where they are
+                    r.tokens, r.num_tokens = experts.several.data_ptr(), experts.num_several.data_ptr()
+                else:  # this rank's own alone are
+                    r.tokens, r.num_tokens = experts.summed.data_ptr(), experts.num_summed.data_ptr()
                 r.row_bytes, r.top_k, r.dtype = row_bytes, plan.top_k, _DTYPES[rows.dtype]
                 r.num_sms = self._sms(request.num_sms)
                 self._comm.reduce(r, stream)
@@ -562,7 +566,7 @@ class NvlinkEngine(Engine):
                 p.out_weights, p.top_k = out_weights.data_ptr(), width
                 if experts is not None:
                     p.pick_row, p.pick_rank = experts.pick_row.data_ptr(), experts.pick_rank.data_ptr()
-            p.out, p.row_bytes, p.num_tokens = out.data_ptr(), row_bytes, plan.num_tokens
+            p.y, p.out, p.row_bytes, p.num_tokens = rows.data_ptr(), out.data_ptr(), row_bytes, plan.num_tokens
             p.bias_0 = bias[0].data_ptr() if bias else 0
             p.bias_1 = bias[1].data_ptr() if len(bias) > 1 else 0
             p.send_slot = plan.send_slot.data_ptr()

@@ -26,6 +26,8 @@ class ExpertPlan:
     row_slot: Tensor
     several: Tensor
     num_several: Tensor
+    summed: Tensor
+    num_summed: Tensor
 
 
 @dataclass(frozen=True)

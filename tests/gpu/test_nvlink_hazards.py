@@ -227,18 +227,20 @@ def test_growing_sizes_do_not_fill_the_arena() -> None:
 
 def uncounted(rank: int, size: int, group: dist.ProcessGroup) -> None:
     """Memory that Megatron takes back with `resize_`, which no death of a tensor tells of, is found again before a refusal."""
-    engines.DEFAULT_ARENA_BYTES = 24 << 20
-    buffer = small_buffer(group, 24)
-    x = torch.randn(8000, 512, device="cuda").to(torch.bfloat16)
-    idx = torch.full((8000, 1), rank, device="cuda")
+    engines.DEFAULT_ARENA_BYTES = 48 << 20  # a quarter is staging
+    buffer = small_buffer(group, 48)
     kept = []
-    for _ in range(6):  # 8 MB each: more than fits beside each other, staging included
+    for mib in (14, 14, 11, 14):  # two fit, the third finds the arena full and is staged, the fourth is too large for staging
+        x = torch.randn(mib << 10, 512, device="cuda").to(torch.bfloat16)
+        idx = torch.full((mib << 10, 1), rank, device="cuda")
         out = dt.dispatch(x, idx, buffer=buffer, num_experts=size)
         assert_same_bits(out.x, x)
         kept.append(out.x)
         torch.cuda.synchronize()
-        for t in kept[:-1]:
-            t.untyped_storage().resize_(0)
+        if mib == 11:
+            assert buffer.memory_stats()["tensors staged"] == 1
+            for t in kept:
+                t.untyped_storage().resize_(0)
     buffer.check()
     buffer.destroy()
 
