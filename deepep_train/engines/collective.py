@@ -25,6 +25,7 @@ from deepep_train.engines.base import (
 )
 from deepep_train.engines.expert_layout import accumulator, extend, ordered_sums, weights_by_pick, weights_by_row
 from deepep_train.engines.peers import Peers
+from deepep_train.engines.scratch import Scratch
 from deepep_train.errors import ArgumentError
 from deepep_train.handle import Plan
 from deepep_train.routing import ExpertRows, RankLayout, expert_rows, local_topk_idx, rank_layout, send_order
@@ -36,12 +37,14 @@ class CollectivePlan(Plan):
     send_token: int64 [S], the token of every row sent, by destination and then by token.
     send_counts, recv_counts: rows sent to and received from each rank.
     experts: the expert-major arrangement, None in rank layout.
+    source_row: int64 [M], the row that each of its rows copies, of: this rank's own, then what other ranks sent, then zeros.
     """
 
     send_token: Tensor
     send_counts: list[int]
     recv_counts: list[int]
     experts: ExpertRows | None
+    source_row: Tensor | None = None
 
 
 class CollectiveEngine(Engine):
@@ -60,6 +63,7 @@ class CollectiveEngine(Engine):
         self.peers = Peers(group, timeout, number)
         self.rank = self.peers.rank
         self.num_nodes = self.peers.size // num_local_ranks
+        self._scratch = Scratch()
 
     def layout(self, topk_idx: Tensor, num_experts: int) -> RankLayout:
         return rank_layout(topk_idx, num_experts, self.peers.size, self.num_nodes)
@@ -116,6 +120,7 @@ class CollectiveEngine(Engine):
             send_counts=send_counts,
             recv_counts=recv_counts,
             experts=experts,
+            source_row=None if experts is None else _own_first(experts.source_row, recv_counts, rank),
         )
         if weights is not None:
             weights = extend(weights if experts is None else weights_by_row(weights, experts), num_rows, 0.0)
@@ -137,18 +142,31 @@ class CollectiveEngine(Engine):
 
     def _move_rows(self, rows: Tensor, plan: CollectivePlan) -> Tensor:
         """[num_tokens, n] -> [num_rows, n], bit for bit; rows that stand for nothing are zero."""
-        dtype = rows.dtype
+        rows, dtype = rows.detach(), rows.dtype
         if dtype.itemsize == 1:
             rows = rows.view(torch.uint8)  # FP8: copied as bytes, which every backend and every index kernel knows
-        experts = plan.experts
-        # Padding rows of the expert layout copy one spare row of zeros.
-        spare = plan.num_rows - plan.num_received if experts is None else 1
-        got = self.peers.all_to_all_rows(
-            rows.index_select(0, plan.send_token), plan.send_counts, plan.recv_counts, "dispatch", spare
-        )
-        if experts is not None:
-            got = extend(got.index_select(0, experts.source_row), plan.num_rows, 0)
-        return got.view(dtype)
+        if plan.source_row is not None:
+            gathered = self._gather(rows, plan).index_select(0, plan.source_row)
+            return extend(gathered, plan.num_rows, 0).view(dtype)
+        is_alone = self.peers.size == 1  # then these very rows may be the result
+        sent = None if is_alone else self._scratch.empty("sent", (plan.send_token.numel(), *rows.shape[1:]), rows)
+        sent = torch.index_select(rows, 0, plan.send_token, out=sent)
+        spare = plan.num_rows - plan.num_received
+        return self.peers.all_to_all_rows(sent, plan.send_counts, plan.recv_counts, "dispatch", spare).view(dtype)
+
+    def _gather(self, rows: Tensor, plan: CollectivePlan) -> Tensor:
+        """What `plan.source_row` numbers; this rank's own rows go straight to their place."""
+        give, take, own = list(plan.send_counts), list(plan.recv_counts), plan.recv_counts[self.rank]
+        first = sum(give[: self.rank])
+        before, mine, behind = plan.send_token.tensor_split([first, first + own])
+        give[self.rank] = take[self.rank] = 0
+        got = self._scratch.empty("received", (plan.num_received + 1, *rows.shape[1:]), rows)
+        torch.index_select(rows, 0, mine, out=got[:own])
+        sent = self._scratch.empty("sent", (sum(give), *rows.shape[1:]), rows)
+        torch.index_select(rows, 0, before, out=sent[:first])
+        torch.index_select(rows, 0, behind, out=sent[first:])
+        self.peers.all_to_all_rows(sent, give, take, "dispatch", 1, got[own:])
+        return got
 
     def _check_bounds(self, request: DispatchRequest, bounds: list[int], counts_RR: list[list[int]], rows: list[int]) -> None:
         """Every rank sees every rank's bound and need, so all of them raise."""
@@ -193,7 +211,8 @@ class CollectiveEngine(Engine):
 
     def _sum_over_ranks(self, rows: Tensor, plan: CollectivePlan, bias: Sequence[Tensor] = ()) -> Tensor:
         """[num_received, n] -> [num_tokens, n]: from +0.0, the biases in order, then ascending ranks, rounded once."""
-        back = self.peers.all_to_all_rows(rows, plan.recv_counts, plan.send_counts, "combine")
+        back = self._scratch.empty("received", (plan.send_token.numel(), *rows.shape[1:]), rows)
+        back = self.peers.all_to_all_rows(rows, plan.recv_counts, plan.send_counts, "combine", out=back)
         if not bias and rows.device.type == "cpu":
             # Sorted by token and stable, what was sent stays in order of ranks.
             token, index = plan.send_token.sort(stable=True)
@@ -275,7 +294,15 @@ class CollectiveEngine(Engine):
         self.peers.check()
 
     def destroy(self) -> None:
-        """Nothing is held: the group is the caller's."""
+        """The group is the caller's."""
+        self._scratch.clear()
+
+
+def _own_first(source_row: Tensor, recv_counts: list[int], rank: int) -> Tensor:
+    """Numbers of received rows as numbers among: those from `rank`, then the others, then one behind them all."""
+    first, own = sum(recv_counts[:rank]), recv_counts[rank]
+    is_own = (source_row >= first) & (source_row < first + own)
+    return torch.where(is_own, source_row - first, torch.where(source_row < first, source_row + own, source_row))
 
 
 def _mine(plan: Plan) -> CollectivePlan:

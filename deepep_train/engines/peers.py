@@ -65,16 +65,26 @@ class Peers:
         self._wait(lambda: dist.all_gather_into_tensor(out, mine.reshape(-1), group=self.group, async_op=True), operation)
         return out.view(self.size, *mine.shape)
 
-    def all_to_all_rows(self, rows: Tensor, give: Sequence[int], take: Sequence[int], operation: str, spare: int = 0) -> Tensor:
+    def all_to_all_rows(
+        self,
+        rows: Tensor,
+        give: Sequence[int],
+        take: Sequence[int],
+        operation: str,
+        spare: int = 0,
+        out: Tensor | None = None,
+    ) -> Tensor:
         """Send `rows` [sum(give), …], ordered by destination; get [sum(take) + spare, …], ordered by source, zeros at the end.
 
-        Bits travel as bytes, so every dtype works on every backend.
+        Bits travel as bytes, so every dtype works on every backend. The result is `out` if that is given, unless there is but
+        one rank, whose rows may come back as they are.
         """
         rows = rows.contiguous()
         if self.size == 1 and not spare:
             return rows
         received = sum(take)
-        out = torch.empty(received + spare, *rows.shape[1:], dtype=rows.dtype, device=rows.device)
+        if out is None:
+            out = torch.empty(received + spare, *rows.shape[1:], dtype=rows.dtype, device=rows.device)
         out[received:] = 0
         if self.size == 1:
             out[:received] = rows
