@@ -15,7 +15,6 @@ from torch import Tensor
 from deepep_train import fp8
 
 RANKS = (2, 4, 8)
-NAME = "DeepEP V1"
 
 
 def load(folder: Path) -> Any:
@@ -39,7 +38,7 @@ class Peer:
     def __init__(self, folder: Path, hidden: int, sms: Sequence[int]) -> None:
         size = dist.get_world_size()
         if size not in RANKS:
-            raise ValueError(f"--peer: {NAME} serves {', '.join(map(str, RANKS))} ranks of a node, not {size}")
+            raise ValueError(f"--peer: DeepEP V1 serves {', '.join(map(str, RANKS))} ranks of a node, not {size}")
         self._module = load(folder)
         configs = [config for n in sms for config in self._configs(n)]
         num_bytes = max(config.get_nvl_buffer_size_hint(2 * hidden, size) for config in configs)

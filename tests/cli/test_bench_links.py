@@ -15,6 +15,7 @@ import torch
 from deepep_train import compat
 from deepep_train.cli import bench, bench_peer
 from deepep_train.cli import bench_links as b
+from deepep_train.cli import bench_links_report as r
 from deepep_train.cli.bench_model import Shape, traffic, traffic_of
 from deepep_train.cli.bench_report import Machine
 
@@ -46,27 +47,27 @@ def test_the_arena_holds_what_graphs_keep() -> None:
 
 
 ROWS = [
-    b.Row(b.NCCL, "dispatch bf16, cached", 4096, 7168, 0, 0.25, None, 58.5, 58.4, 0.17),
-    b.Row(b.OURS, "dispatch bf16, cached", 4096, 7168, 4, 0.30, 0.29, 58.5, 58.4, 0.17),
-    b.Row(b.OURS, "dispatch bf16, cached", 4096, 7168, 8, 0.21, 0.181, 58.5, 58.4, 0.17),
-    b.Row(b.OURS, "dispatch bf16, cached", 4096, 7168, 16, 0.19, 0.18, 58.5, 58.4, 0.17),
-    b.Row(bench_peer.NAME, "dispatch bf16, cached", 4096, 7168, 16, 0.39, None, 58.5, 58.4, 0.17),
-    b.Row(b.OURS, "dispatch bf16, fresh", 4096, 7168, 16, 0.39, None, 58.5, 58.4, 0.17),
+    r.Row(r.NCCL, "dispatch bf16, cached", 4096, 7168, 0, 0.25, None, 58.5, 58.4, 0.17),
+    r.Row(r.OURS, "dispatch bf16, cached", 4096, 7168, 4, 0.30, 0.29, 58.5, 58.4, 0.17),
+    r.Row(r.OURS, "dispatch bf16, cached", 4096, 7168, 8, 0.21, 0.181, 58.5, 58.4, 0.17),
+    r.Row(r.OURS, "dispatch bf16, cached", 4096, 7168, 16, 0.19, 0.18, 58.5, 58.4, 0.17),
+    r.Row(r.PEER, "dispatch bf16, cached", 4096, 7168, 16, 0.39, None, 58.5, 58.4, 0.17),
+    r.Row(r.OURS, "dispatch bf16, fresh", 4096, 7168, 16, 0.39, None, 58.5, 58.4, 0.17),
 ]
 
 
 def test_lines_and_summary() -> None:
-    words = b.line(ROWS[3], RATE).split()
+    words = r.line(ROWS[3], RATE).split()
     assert words[-8:] == ["16", "0.190", "0.180", "0.170", "58.5", "58.4", "325", "93%"]
-    assert len({len(text) for text in [b.HEADER, *(b.line(row, RATE) for row in ROWS)]}) == 1
-    first, second = b.summary(ROWS, RATE)
+    assert len({len(text) for text in [r.HEADER, *(r.line(row, RATE) for row in ROWS)]}) == 1
+    first, second = r.summary(ROWS, RATE)
     assert "NCCL all_to_all 234, deepep_train 325 (16 SMs), DeepEP V1 150 (16 SMs); 95% of it with 8 SMs" in first
     assert "fresh" in second
 
 
 def test_json_and_plot(tmp_path: Path) -> None:
     rows = ROWS + [replace(row, hidden=2048, link_mb=16.7) for row in ROWS]
-    b.write(TWO, RATE, 5, rows, tmp_path)
+    r.write(TWO, RATE, 5, rows, tmp_path)
     result = json.loads((tmp_path / "bench_links.json").read_text())
     assert result["machine"]["num_devices"] == 2
     assert result["rows"][3]["link_gb_s"] == pytest.approx(325.0)
