@@ -1,4 +1,4 @@
-"""The nvlink engine among streams, graphs, gradients and full arenas: several processes share one GPU."""
+"""The nvlink engine among streams, graphs, gradients and full arenas; the ranks are processes."""
 
 from __future__ import annotations
 
