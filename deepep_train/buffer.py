@@ -140,7 +140,7 @@ class Buffer:
             self._engine = engines.create(choice.name, *how)
         self.engine = choice.name
         self.engine_reasons = choice.reasons
-        self._comm = CommStream(self._engine.check)
+        self._comm = CommStream(self._engine.check, self._engine.device)
         self._local_bytes: dict[bool, Tensor] = {}
         self._destroyed = False
 

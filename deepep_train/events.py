@@ -22,9 +22,13 @@ class EventHandle:
             self._event.record(torch.cuda.current_stream())
 
     def current_stream_wait(self) -> None:
-        """Make the current CUDA stream wait for the event; the CPU does not wait."""
+        """Make the current CUDA stream wait for the event; the CPU does not wait.
+
+        So does the current stream of the device it was recorded on, if that is another: what is used next lies there.
+        """
         if self._event is not None:
-            torch.cuda.current_stream().wait_event(self._event)
+            for device in {self._event.device.index, torch.cuda.current_device()}:
+                torch.cuda.current_stream(device).wait_event(self._event)
 
 
 class EventOverlap:

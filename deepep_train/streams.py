@@ -17,21 +17,28 @@ T = TypeVar("T")
 class CommStream:
     """The communication stream of one buffer; does nothing for CPU tensors.
 
+    "Current" means, as for all of torch's work, the current stream of the tensors' device, whichever device is current.
+
     Args:
         check: raises what has failed so far; called when somebody waits for an event of this stream.
+        device: the engine's; None if it takes tensors of any.
     """
 
-    def __init__(self, check: Callable[[], None]) -> None:
+    def __init__(self, check: Callable[[], None], device: torch.device | None = None) -> None:
         self._check = check
-        self._stream: torch.cuda.Stream | None = None
+        self._device = device
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     @property
     def stream(self) -> torch.cuda.Stream:
-        if self._stream is None:
-            if not torch.cuda.is_available():
-                raise DeepEPError("this machine has no CUDA device, so there is no communication stream")
-            self._stream = torch.cuda.Stream(priority=-1)
-        return self._stream
+        if not torch.cuda.is_available():
+            raise DeepEPError("this machine has no CUDA device, so there is no communication stream")
+        return self._on(self._device or torch.device("cuda", torch.cuda.current_device()))
+
+    def _on(self, device: torch.device) -> torch.cuda.Stream:
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device, priority=-1)
+        return self._streams[device]
 
     def run(
         self,
@@ -49,7 +56,8 @@ class CommStream:
         if not isinstance(previous_event, EventOverlap):
             previous_event = None
         tensors = [t for t in inputs if isinstance(t, Tensor)]
-        if not any(t.is_cuda for t in tensors):
+        device = next((t.device for t in tensors if t.is_cuda), None)
+        if device is None:
             if previous_event is not None:
                 previous_event.current_stream_wait()
             result = work()
@@ -57,7 +65,7 @@ class CommStream:
         if previous_event is None and not async_finish:
             # The caller's stream would wait for the communication stream in both directions: the same order at less cost.
             return work(), EventOverlap(None, check=self._check)
-        current, comm = torch.cuda.current_stream(), self.stream
+        current, comm = torch.cuda.current_stream(device), self._on(device)
         if previous_event is not None and previous_event.event is not None:
             with torch.cuda.stream(comm):
                 previous_event.event.current_stream_wait()

@@ -54,10 +54,9 @@ unsigned long long id_of(cudaStream_t stream) {
 // Launches on a stream want its device to be current, whatever the caller's is.
 class OnDevice {
 public:
+    // Throws nothing, since destructors use it: if this fails, so does what follows.
     explicit OnDevice(int device) {
-        DT_CUDA(cudaGetDevice(&before_));
-        if (before_ != device) DT_CUDA(cudaSetDevice(device));
-        changed_ = before_ != device;
+        if (cudaGetDevice(&before_) == cudaSuccess && before_ != device) changed_ = cudaSetDevice(device) == cudaSuccess;
     }
     ~OnDevice() {
         if (changed_) cudaSetDevice(before_);
@@ -113,6 +112,7 @@ Communicator::Communicator(int device, int rank, int num_ranks, double timeout_s
 
 Communicator::~Communicator() {
     // No collective, no exception, no waiting: a process may be on its way out. What a kernel may still use is kept.
+    const OnDevice on(device_);
     if (!closed_ && state_->any_eager && cudaEventQuery(state_->eager) != cudaSuccess) {
         cudaGetLastError();
         state_->kept = true;

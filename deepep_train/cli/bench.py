@@ -1,5 +1,6 @@
 """`bench`: times dispatch and combine. With a GPU and the nvlink engine: every call beside the least time that its bytes
-need. Elsewhere: forward and backward, beside a plain all-to-all of one row per (token, expert)."""
+need, or, with one rank on each of several GPUs, GB/s over their links. Elsewhere: forward and backward, beside a plain
+all-to-all of one row per (token, expert)."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deepep_train.buffer import Buffer
-from deepep_train.cli import bench_gpu, bench_megatron, bench_report, plain
+from deepep_train.cli import bench_gpu, bench_links, bench_megatron, bench_report, plain
 from deepep_train.cli.bench_model import Shape
 from deepep_train.cli.launch import run_ranks
 from deepep_train.ops import combine, dispatch
@@ -31,6 +32,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 STEPS = ("dispatch", "combine", "backward")
 COMPARISON_DEFAULTS = {"num_processes": 2, "num_tokens": 2048, "hidden": 1024, "num_experts": 16, "num_topk": 4}
 GPU_DEFAULTS = {"num_processes": 8, "num_tokens": 4096, "hidden": 7168, "num_experts": 256, "num_topk": 8}
+GPU_SMS = (16, 4)
 ITERATIONS, QUICK_ITERATIONS = 20, 3
 
 
@@ -81,7 +83,17 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--engine", default="auto", help="of the comparison; all but auto and nvlink ask for it on GPUs, too")
     parser.add_argument(
-        "--sms", type=_sms, default=(16, 4), help="of the GPU table: SMs of a rank, the largest for most lines (default 16,4)"
+        "--sms",
+        type=_sms,
+        help="of a rank: of the links (default 2,4,8,16,24), or of the GPU table, its largest for most lines (default 16,4)",
+    )
+    parser.add_argument(
+        "--table",
+        choices=("links", "gpu"),
+        help="links: GB/s between GPUs, by default where every rank has one; gpu: all calls, by default where ranks share one",
+    )
+    parser.add_argument(
+        "--peer", type=Path, metavar="FOLDER", help="on GPUs: measure the DeepEP V1 built there (deep_ep/) beside"
     )
     parser.add_argument(
         "--megatron", action="store_true", help="a Megatron MoE layer's step instead, on CPUs, beside alltoall's"
@@ -107,6 +119,12 @@ def run(args: argparse.Namespace) -> int:
     if args.megatron:
         return _run_megatron(args)
     on_gpus = _takes_gpus(args)
+    table = _table(args) if on_gpus else ""
+    if args.peer is not None and not on_gpus:
+        raise ValueError("--peer is measured on GPUs only")
+    if table == "links" and args.num_processes is None:
+        args.num_processes = torch.cuda.device_count()
+    shapes = [(n, h) for n in _one_or(args.num_tokens, bench_links.TOKENS) for h in _one_or(args.hidden, bench_links.HIDDEN)]
     for name, value in (GPU_DEFAULTS if on_gpus else COMPARISON_DEFAULTS).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -122,9 +140,13 @@ def run(args: argparse.Namespace) -> int:
             f"and at least --num-topk {work.num_topk}"
         )
     args.out.mkdir(parents=True, exist_ok=True)
-    if on_gpus:
+    if table == "links":
+        all_shapes = tuple(Shape(n, h, work.num_experts, work.num_topk) for n, h in (shapes[:1] if args.quick else shapes))
+        links = bench_links.Plan(all_shapes, args.sms or bench_links.SMS, args.quick, args.out, args.peer)
+        run_ranks(args.num_processes, bench_links.measure, links, deadline=args.deadline)
+    elif on_gpus:
         shape = Shape(work.num_tokens, work.hidden, work.num_experts, work.num_topk)
-        plan = bench_gpu.Plan(shape, args.sms, args.quick, args.out)
+        plan = bench_gpu.Plan(shape, args.sms or GPU_SMS, args.quick, args.out, args.peer)
         run_ranks(args.num_processes, bench_gpu.measure, plan, deadline=args.deadline)
     else:
         run_ranks(args.num_processes, measure, work, args.out)
@@ -153,6 +175,17 @@ def _takes_gpus(args: argparse.Namespace) -> bool:
             print(f"no GPU table: {obstacle}; comparing with a plain all-to-all instead", file=sys.stderr)
         return False
     return True
+
+
+def _table(args: argparse.Namespace) -> str:
+    """ "links" where every rank has a GPU to itself, unless asked otherwise."""
+    gpus = torch.cuda.device_count()
+    ranks = int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else args.num_processes or gpus
+    return args.table or ("links" if 1 < ranks <= gpus else "gpu")
+
+
+def _one_or(given: int | None, default: tuple[int, ...]) -> tuple[int, ...]:
+    return default if given is None else (given,)
 
 
 def measure(work: Work, out: Path) -> None:

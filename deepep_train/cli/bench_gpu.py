@@ -21,6 +21,7 @@ from torch import Tensor
 
 from deepep_train import engines, fp8
 from deepep_train.buffer import Buffer
+from deepep_train.cli import bench_peer
 from deepep_train.cli.bench_model import (
     ALIGNMENT,
     GRAPH_CALLS,
@@ -54,6 +55,7 @@ class Plan:
     sms: tuple[int, ...]
     quick: bool
     out: Path
+    peer: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class Case:
         key: names the limit.
         call: what is timed, `calls` times; it stands for `inner` operations.
         moved, crossing: bytes for `floor_ms`; None where moving bytes is not the point.
+        peer: DeepEP V1's call for the same work, if it is measured beside and has one.
     """
 
     key: str
@@ -75,6 +78,7 @@ class Case:
     crossing: Tensor | None
     calls: int = CALLS
     inner: int = 1
+    peer: Callable[[], Any] | None = None
 
 
 def obstacle() -> str:
@@ -96,10 +100,11 @@ def measure(plan: Plan) -> None:
     if buffer.engine != "nvlink":
         raise DeepEPError(f"no GPU table, these ranks cannot use nvlink: {'; '.join(buffer.engine_reasons)}")
     sms = resident_sms(plan.sms, machine.sms, -(-num_ranks // machine.num_devices))
+    peer = None if plan.peer is None else bench_peer.Peer(plan.peer, plan.shape.hidden, sms)
     rounds = QUICK_ROUNDS if plan.quick else ROUNDS
     rows = []
     with torch.no_grad():
-        for case in _cases(buffer, plan, sms, is_first):
+        for case in _cases(buffer, plan, sms, peer, is_first):
             rows.append(_timed(case, machine, rounds))
             del case  # and with it its tensors, before the next group's are made
             if is_first:
@@ -112,6 +117,8 @@ def measure(plan: Plan) -> None:
             print(turns_warning(machine))
         write(machine, plan.shape, rounds, rows, plan.out)
     dist.barrier()
+    if peer is not None:
+        peer.destroy()
     buffer.destroy()
 
 
@@ -126,18 +133,18 @@ def _say(text: str) -> None:
     print(text, flush=True)
 
 
-def _cases(buffer: Buffer, plan: Plan, sms: list[int], is_first: bool) -> Iterable[Case]:
+def _cases(buffer: Buffer, plan: Plan, sms: list[int], peer: bench_peer.Peer | None, is_first: bool) -> Iterable[Case]:
     """All lines, a group at a time: a group's tensors go before the next group's are made."""
     shape, most = plan.shape, sms[0]
     groups: list[Callable[[], list[Case]]] = [
-        lambda: _rank_cases(buffer, shape, sms),
+        lambda: _rank_cases(buffer, shape, sms, peer),
         lambda: _expert_cases(buffer, shape, most),
-        lambda: _layout_cases(buffer, shape),
+        lambda: _layout_cases(buffer, shape, peer, most),
     ]
     small = Shape(shape.num_tokens, SMALL.hidden, SMALL.num_experts, shape.num_topk)
     fits = small.hidden < shape.hidden and small.num_experts % dist.get_world_size() == 0
     if fits and small.num_topk <= small.num_experts and not plan.quick:
-        groups.append(lambda: _small_cases(buffer, small, most))
+        groups.append(lambda: _small_cases(buffer, small, most, peer))
     groups.append(lambda: _graph_cases(buffer, shape, most))
     for group in _progress(groups, is_first):
         yield from group()
@@ -162,7 +169,8 @@ def _timed(case: Case, machine: Machine, rounds: int) -> Row:
         floor = floor_ms(case.moved, case.crossing, machine.num_devices, machine.copy_rate, machine.link_rate)
     sent = 0.0 if case.crossing is None else bytes_to_others(case.crossing)
     limit = limit_ms(case.key, case.sms, case.shape, machine.ranks) if machine.has_limits else None
-    return Row(case.name, case.sms, ms, floor, limit, sent / 1e6)
+    peer_ms = None if case.peer is None else slowest_ms(case.peer, case.calls, rounds)
+    return Row(case.name, case.sms, ms, floor, limit, sent / 1e6, peer_ms)
 
 
 def slowest_ms(call: Callable[[], Any], calls: int, rounds: int) -> float:
@@ -188,7 +196,7 @@ def slowest_ms(call: Callable[[], Any], calls: int, rounds: int) -> float:
 # The cases --------------------------------------------------------------------------------------------------------------
 
 
-def _inputs(shape: Shape) -> tuple[Tensor, Tensor, Tensor, Traffic]:
+def inputs(shape: Shape) -> tuple[Tensor, Tensor, Tensor, Traffic]:
     rank = dist.get_rank()
     idx, weights = routing(shape, rank)
     generator = torch.Generator("cuda").manual_seed(rank)
@@ -196,18 +204,19 @@ def _inputs(shape: Shape) -> tuple[Tensor, Tensor, Tensor, Traffic]:
     return x, idx.cuda(), weights.cuda(), traffic_of(shape, dist.get_world_size())
 
 
-def _visible(buffer: Buffer, rows: Tensor) -> Tensor:
+def visible_copy(buffer: Buffer, rows: Tensor) -> Tensor:
     """A copy that peers can read in place, as an expert's last GEMM would leave it."""
     return buffer.empty_like(rows).copy_(rows)
 
 
-def _rank_cases(buffer: Buffer, shape: Shape, sms: list[int]) -> list[Case]:
-    x, idx, weights, t = _inputs(shape)
+def _rank_cases(buffer: Buffer, shape: Shape, sms: list[int], peer: bench_peer.Peer | None = None) -> list[Case]:
+    x, idx, weights, t = inputs(shape)
     most, row, rows = sms[0], 2 * shape.hidden, rows_moved(t)
     Buffer.set_num_sms(most)
     got = dispatch(x, idx, weights, buffer=buffer, num_experts=shape.num_experts)
-    handle, visible, anywhere = got.handle, _visible(buffer, got.x), got.x.clone()
+    handle, visible, anywhere = got.handle, visible_copy(buffer, got.x), got.x.clone()
     del got
+    theirs = {n: {} if peer is None else peer.calls(x, idx, weights, shape.num_experts, n) for n in sms}
 
     def again() -> Any:
         return dispatch(x, buffer=buffer, handle=handle)
@@ -217,7 +226,8 @@ def _rank_cases(buffer: Buffer, shape: Shape, sms: list[int]) -> list[Case]:
 
     def case(key: str, name: str, n: int, call: Callable[[], Any], width: int, moved: str) -> Case:
         back = t.from_to.t() if moved.startswith("combine") else t.from_to
-        return Case(key, name, shape, n, call, rows[moved] * width, back * width)
+        beside = theirs[n].get(key.removesuffix(" any"))  # V1 combines from any input
+        return Case(key, name, shape, n, call, rows[moved] * width, back * width, peer=beside)
 
     cases = [case("dispatch", "dispatch bf16, cached", n, again, row, "dispatch") for n in sms]
     row_and_picks = row + shape.num_topk * (8 + 4)
@@ -239,7 +249,7 @@ def _rank_cases(buffer: Buffer, shape: Shape, sms: list[int]) -> list[Case]:
 
 
 def _expert_cases(buffer: Buffer, shape: Shape, most: int) -> list[Case]:
-    x, idx, weights, t = _inputs(shape)
+    x, idx, weights, t = inputs(shape)
     row, rows = 2 * shape.hidden, rows_moved(t)
     Buffer.set_num_sms(most)
 
@@ -248,7 +258,7 @@ def _expert_cases(buffer: Buffer, shape: Shape, most: int) -> list[Case]:
         return dispatch(x, idx, weights, buffer=buffer, **how)
 
     got = fresh()
-    handle, visible, anywhere = got.handle, _visible(buffer, got.x), got.x.clone()
+    handle, visible, anywhere = got.handle, visible_copy(buffer, got.x), got.x.clone()
     del got
 
     def case(key: str, name: str, call: Callable[[], Any], moved: str) -> Case:
@@ -266,19 +276,20 @@ def _expert_cases(buffer: Buffer, shape: Shape, most: int) -> list[Case]:
     ]
 
 
-def _layout_cases(buffer: Buffer, shape: Shape) -> list[Case]:
-    _, idx, _, _ = _inputs(shape)
+def _layout_cases(buffer: Buffer, shape: Shape, peer: bench_peer.Peer | None, most: int) -> list[Case]:
+    x, idx, weights, _ = inputs(shape)
+    theirs = {} if peer is None else peer.calls(x, idx, weights, shape.num_experts, most)
 
     def call() -> Any:
         return buffer.get_dispatch_layout(idx, shape.num_experts)
 
-    return [Case("layout", "get_dispatch_layout", shape, 0, call, None, None, calls=LAYOUT_CALLS)]
+    return [Case("layout", "get_dispatch_layout", shape, 0, call, None, None, calls=LAYOUT_CALLS, peer=theirs.get("layout"))]
 
 
-def _small_cases(buffer: Buffer, shape: Shape, most: int) -> list[Case]:
+def _small_cases(buffer: Buffer, shape: Shape, most: int, peer: bench_peer.Peer | None) -> list[Case]:
     """Short rows and few experts, where fixed costs show."""
     what = f", hidden {shape.hidden}, {shape.num_experts} experts"
-    cases = [c for c in _rank_cases(buffer, shape, [most]) if c.key in ("dispatch", "combine")]
+    cases = [c for c in _rank_cases(buffer, shape, [most], peer) if c.key in ("dispatch", "combine")]
     return [replace(c, name=c.name.removesuffix(", peer-visible input") + what) for c in cases]
 
 
@@ -297,7 +308,7 @@ def captured(call: Callable[[], Any], times: int) -> Callable[[], None]:
     call()  # loads every kernel
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's watchdog asks CUDA things meanwhile
         for _ in range(times):
             call()
     return partial(_replay, graph, call)

@@ -26,6 +26,7 @@ class Row:
     floor_ms: float | None
     limit_ms: float | None
     mb_to_others: float
+    peer_ms: float | None = None  # DeepEP V1's on the same work in the same run
 
     @property
     def ratio(self) -> float | None:
@@ -69,7 +70,7 @@ class Machine:
         return self.num_devices == 1 and LIMIT_GPU in self.device and not self.takes_turns
 
 
-HEADER = f"{'':46s}{'SMs':>4s}{'ms':>9s}{'floor':>8s}{'ratio':>7s}{'limit':>8s}{'':8s}{'MB sent':>9s}"
+HEADER = f"{'':46s}{'SMs':>4s}{'ms':>9s}{'floor':>8s}{'ratio':>7s}{'limit':>8s}{'':8s}{'MB sent':>9s}{'DeepEP V1':>11s}"
 
 
 def line(row: Row) -> str:
@@ -77,7 +78,8 @@ def line(row: Row) -> str:
     sms = f"{row.sms or '':>4}"
     floor = f"{'':15s}" if row.floor_ms is None else f"{row.floor_ms:8.3f} {row.ratio:6.2f}"
     limit = f"{'':16s}" if row.limit_ms is None else f"{row.limit_ms:8.3f}  {'met' if row.is_met else 'MISSED':6s}"
-    return f"{row.name:46s}{sms}{row.ms:9.3f}{floor}{limit}{row.mb_to_others:9.1f}"
+    peer = "" if row.peer_ms is None else f"{row.peer_ms:.3f}"
+    return f"{row.name:46s}{sms}{row.ms:9.3f}{floor}{limit}{row.mb_to_others:9.1f}{peer:>11s}"
 
 
 def title(machine: Machine, shape: Shape) -> str:

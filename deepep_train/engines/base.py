@@ -151,6 +151,7 @@ class Engine(ABC):
 
     name: str
     rank: int
+    device: torch.device | None = None  # the only one it serves; None: any
     checks_layout: bool = (
         False  # whether dispatch itself finds wrong indices and counts, so that no check need wait for the GPU
     )

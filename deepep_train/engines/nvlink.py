@@ -62,7 +62,7 @@ class NvlinkEngine(Engine):
     def __init__(self, peers: Peers, arena_bytes: int, num_sms: Callable[[], int]) -> None:
         self.peers = peers
         self.rank = self.peers.rank
-        self.device = torch.device("cuda", torch.cuda.current_device())
+        self.device: torch.device = torch.device("cuda", torch.cuda.current_device())
         self._num_sms = num_sms
         self._lock = threading.RLock()
         self._owes_rows = False
@@ -112,7 +112,7 @@ class NvlinkEngine(Engine):
     # Memory ------------------------------------------------------------------------------------------------------------
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        with self._lock:
+        with self._lock, torch.cuda.device(self.device):
             try:
                 return self._arena.empty(shape, dtype)
             except ArenaFull as full:
@@ -132,9 +132,10 @@ class NvlinkEngine(Engine):
     def _operation(self) -> Iterator[int]:
         """One operation: gives the stream; operations of all streams follow each other.
 
-        If it raises while peers wait for this rank's rows (`_owes_rows`), they are told that there will be none.
+        If it raises while peers wait for this rank's rows (`_owes_rows`), they are told that there will be none. Whatever the
+        caller's current device is, here it is the engine's: torch's questions about "the current stream" are about that one's.
         """
-        with self._lock:
+        with self._lock, torch.cuda.device(self.device):
             stream = self._stream()
             self._comm.enter(stream)
             self._arena.begin_operation()

@@ -62,7 +62,9 @@ class Peers:
         if self.size == 1:
             return mine.unsqueeze(0)
         out = mine.new_empty(self.size * mine.numel())
-        self._wait(lambda: dist.all_gather_into_tensor(out, mine.reshape(-1), group=self.group, async_op=True), operation)
+        self._wait(
+            lambda: dist.all_gather_into_tensor(out, mine.reshape(-1), group=self.group, async_op=True), operation, mine.device
+        )
         return out.view(self.size, *mine.shape)
 
     def all_to_all_rows(
@@ -92,7 +94,11 @@ class Peers:
         width = rows[0].nbytes if rows.size(0) else out[:1].nbytes
         flat_out, flat_in = _as_bytes(out[:received]), _as_bytes(rows)
         take, give = [n * width for n in take], [n * width for n in give]
-        self._wait(lambda: dist.all_to_all_single(flat_out, flat_in, take, give, group=self.group, async_op=True), operation)
+        self._wait(
+            lambda: dist.all_to_all_single(flat_out, flat_in, take, give, group=self.group, async_op=True),
+            operation,
+            rows.device,
+        )
         return out
 
     def gather_objects(self, mine: Any, operation: str) -> list[Any]:
@@ -146,11 +152,11 @@ class Peers:
         if self.failure is not None:
             raise self.failure
 
-    def _wait(self, start: Any, operation: str) -> None:
+    def _wait(self, start: Any, operation: str, device: torch.device) -> None:
         self.check()
         try:
             work = start()
-            if self._waits_on_cpu():
+            if self.backends.get(device.type) != "nccl":
                 work.wait(timedelta(seconds=self.timeout))
             else:
                 work.wait()  # only the stream waits; NCCL's own watchdog holds the deadline
@@ -164,9 +170,6 @@ class Peers:
                 operation,
             )
             raise self.failure from error
-
-    def _waits_on_cpu(self) -> bool:
-        return "nccl" not in self.backends.values()
 
     def _roll_call(self) -> list[int]:
         """Ranks that do not say within two seconds that they, too, saw the failure."""

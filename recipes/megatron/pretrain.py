@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -158,14 +159,18 @@ def report(given: argparse.Namespace, config: Any, history: list[dict[str, float
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    (given.out / "log.json").write_text(json.dumps({"dispatcher": given.dispatcher, "steps": history}, indent=1) + "\n")
+    tokens = given.micro_batches * given.micro_batch * given.sequence * dist.get_world_size()
+    speed = tokens / statistics.median(e["seconds"] for e in history)
+    log = {"dispatcher": given.dispatcher, "tokens_per_second": speed, "steps": history}
+    (given.out / "log.json").write_text(json.dumps(log, indent=1) + "\n")
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     axes.plot([e["step"] for e in history], [e["loss"] for e in history])
     axes.set(title=f"GPT-MoE on Megatron-Core, {given.dispatcher}", xlabel="step", ylabel="loss (nats per byte)")
     figure.savefig(given.out / "loss_curve.png", dpi=120)
     plt.close(figure)
     first, last = history[0]["loss"], history[-1]["loss"]
-    print(f"{given.dispatcher}: loss {first:.3f} -> {last:.3f} in {len(history)} steps; see {given.out}")
+    what = f"{given.dispatcher}: loss {first:.3f} -> {last:.3f} in {len(history)} steps"
+    print(f"{what}, median {speed:,.0f} tokens/s; see {given.out}")
 
 
 def main() -> None:

@@ -122,6 +122,9 @@ def _parser() -> argparse.ArgumentParser:
     add(machine, "--expert-parallel", _count, None, "ranks that share one set of experts; without it all ranks of one node")
     machine.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes GPUs if there are any")
     machine.add_argument(
+        "--engine", choices=("auto", "nvlink", "collective"), default="auto", help="what tokens travel by on GPUs, as in Buffer"
+    )
+    machine.add_argument(
         "--check",
         action="store_true",
         help="only compare the losses of 20 steps with those of one process; exit code 1 if not alike",

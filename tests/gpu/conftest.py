@@ -2,7 +2,8 @@
 
     python -m pytest tests/gpu
 
-Several ranks share GPU 0 as processes, with MPS or without it (then they take turns, which is slow and just as correct).
+Ranks are processes, rank r on GPU r modulo their number. Those that share a GPU do so with MPS or without it (then they take
+turns, which is slow and just as correct). CUDA_VISIBLE_DEVICES=0 puts all of them on one.
 """
 
 from __future__ import annotations

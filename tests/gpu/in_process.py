@@ -1,4 +1,4 @@
-"""N ranks as threads and streams of one process on one GPU: what sanitizers and debuggers can look at.
+"""N ranks as threads and streams of one process, spread over its GPUs: what sanitizers and debuggers can look at.
 
     CUDA_MODULE_LOADING=EAGER CUDA_DEVICE_MAX_CONNECTIONS=32 PYTHONPATH=tests python tests/gpu/in_process.py [ranks] [cases]
 
@@ -20,6 +20,7 @@ import torch
 from draws import STYLES, Exchange, row_values, values
 from harness import assert_same_bits
 from reference import Arrived, Picture, Rows
+from shared import device_of
 from torch import Tensor
 
 from deepep_train.engines.base import CombineRequest, DispatchRequest, Payload, Prepared, RedispatchRequest
@@ -144,6 +145,7 @@ def in_threads(size: int, live: Callable[[int, threading.Barrier, list[Any]], No
 
     def guarded(rank: int) -> None:
         try:
+            torch.cuda.set_device(device_of(rank))
             with torch.cuda.stream(torch.cuda.Stream()):
                 live(rank, meeting, table)
         except BaseException as error:
@@ -170,8 +172,9 @@ def use_every_kernel(count: int) -> None:
 
 def main(size: int, count: int) -> None:
     cases = cases_of(size, count)
-    torch.cuda.set_device(0)
-    use_every_kernel(count)
+    for device in {device_of(rank) for rank in range(size)}:
+        with torch.cuda.device(device):
+            use_every_kernel(count)
 
     def live(rank: int, meeting: threading.Barrier, table: list[Any]) -> None:
         engine = NvlinkEngine(Threads(rank, size, meeting, table), 48 << 20, lambda: 4)

@@ -20,7 +20,7 @@ CALLS, ROUNDS, IN_GRAPH = 50, 5, 10
 
 def main() -> None:
     dist.init_process_group("gloo")
-    torch.cuda.set_device(0)
+    torch.cuda.set_device(dist.get_rank() % torch.cuda.device_count())
     engines.DEFAULT_ARENA_BYTES = 64 << 20
     ranks = dist.get_world_size()
     buffer = dt.Buffer(dist.group.WORLD, engine="nvlink")

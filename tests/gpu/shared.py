@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import harness
 import torch
 import torch.distributed as dist
 from draws import Exchange
@@ -19,11 +21,25 @@ engines.DEFAULT_ARENA_BYTES = 64 << 20
 _buffers: dict[tuple[str, int], dt.Buffer] = {}
 
 
+def device_of(rank: int) -> torch.device:
+    """Ranks are spread over the GPUs there are; CUDA_VISIBLE_DEVICES=0 puts all of them on one."""
+    return torch.device("cuda", rank % torch.cuda.device_count())
+
+
+def run_ranks(size: int, fn: Callable[..., Any], *args: Any, **how: Any) -> list[Any]:
+    """`harness.run_ranks` with every rank's GPU as its current device."""
+    return harness.run_ranks(size, _on_its_gpu, fn, *args, **how)
+
+
+def _on_its_gpu(rank: int, size: int, group: dist.ProcessGroup, fn: Callable[..., Any], *args: Any) -> Any:
+    torch.cuda.set_device(device_of(rank))
+    return fn(rank, size, group, *args)
+
+
 def buffer_of(group: dist.ProcessGroup, engine: str = "nvlink") -> dt.Buffer:
     """One per process and engine: making an arena takes longer than most tests."""
     key = (engine, group.size())
     if key not in _buffers:
-        torch.cuda.set_device(0)
         _buffers[key] = dt.Buffer(group, engine=engine, timeout=30)
     return _buffers[key]
 

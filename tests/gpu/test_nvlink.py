@@ -1,4 +1,4 @@
-"""The nvlink engine, bit for bit against the picture of all ranks at once; several processes share one GPU."""
+"""The nvlink engine, bit for bit against the picture of all ranks at once; the ranks are processes, spread over the GPUs there are."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import pytest
 import shared
 import torch
 from draws import STYLES, Exchange, row_values, spread, values
-from harness import assert_same_bits, run_ranks
+from harness import assert_same_bits
 from reference import Picture, Rows
+from shared import run_ranks
 
 SIZES = (1, 2, 3, 4, 8)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -18,7 +18,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from harness import assert_same_bits, run_ranks
+from harness import assert_same_bits
+from shared import run_ranks
 
 import deepep_train as dt
 
@@ -46,7 +47,6 @@ def work(buffer: dt.Buffer, rank: int, size: int) -> None:
 
 
 def survive(rank: int, size: int, group: dist.ProcessGroup, victim: int, after: float, how: str) -> dict:
-    torch.cuda.set_device(0)
     buffer = dt.Buffer(group, engine="nvlink", timeout=TIMEOUT)
     work(buffer, rank, size)
     if rank == victim:

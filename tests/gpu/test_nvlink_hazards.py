@@ -8,7 +8,8 @@ import pytest
 import shared
 import torch
 import torch.distributed as dist
-from harness import assert_same_bits, run_ranks
+from harness import assert_same_bits
+from shared import run_ranks
 from test_nvlink_streams import LOCAL_EXPERTS, inputs, spin, two_buffers
 
 import deepep_train as dt
@@ -16,7 +17,6 @@ from deepep_train import engines
 
 
 def small_buffer(group: dist.ProcessGroup, mib: int = 16, timeout: float = 10) -> dt.Buffer:
-    torch.cuda.set_device(0)
     return dt.Buffer(group, num_nvl_bytes=mib << 20, engine="nvlink", timeout=timeout)
 
 
@@ -251,7 +251,6 @@ def test_memory_given_back_by_resizing_is_found_again() -> None:
 
 def patient(rank: int, size: int, group: dist.ProcessGroup) -> None:
     """A timeout beyond what a 64-bit count of nanoseconds holds is a long one, not none."""
-    torch.cuda.set_device(0)
     buffer = dt.Buffer(group, num_nvl_bytes=16 << 20, engine="nvlink", timeout=1e11)
     x, idx, w = (t.cuda() for t in inputs(rank, size, 23))
     out = dt.dispatch(x, idx, w, buffer=buffer, num_experts=size * LOCAL_EXPERTS)

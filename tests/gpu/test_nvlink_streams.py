@@ -1,4 +1,4 @@
-"""The nvlink engine among streams, graphs, gradients and full arenas: several processes share one GPU."""
+"""The nvlink engine among streams, graphs, gradients and full arenas; the ranks are processes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import pytest
 import shared
 import torch
 import torch.distributed as dist
-from harness import assert_same_bits, run_ranks
+from harness import assert_same_bits
+from shared import run_ranks
 from torch import Tensor
 
 import deepep_train as dt
@@ -166,7 +167,6 @@ def test_freed_memory_is_not_written_before_its_readers_are_done() -> None:
 
 def two_buffers(rank: int, size: int, group: dist.ProcessGroup, opposite: bool = True) -> None:
     """Two buffers on two streams, in opposite order on odd ranks, or all in one order."""
-    torch.cuda.set_device(0)
     buffers = [dt.Buffer(group, num_nvl_bytes=16 << 20, engine="nvlink", timeout=20) for _ in range(2)]
     streams = [torch.cuda.Stream() for _ in buffers]
     x, idx, w = (t.cuda() for t in inputs(rank, size, 7))
@@ -212,7 +212,6 @@ def test_sms_per_call() -> None:
 
 
 def graphs(rank: int, size: int, group: dist.ProcessGroup, layout: str, fresh: bool) -> None:
-    torch.cuda.set_device(0)
     buffer = dt.Buffer(group, num_nvl_bytes=32 << 20, engine="nvlink", timeout=20)
     x, idx, w = (t.cuda() for t in inputs(rank, size, 9))
     how: dict[str, Any] = {"buffer": buffer, "num_experts": size * LOCAL_EXPERTS, "layout": layout, "alignment": 4}
@@ -260,7 +259,6 @@ def test_graphs_capture_and_replay(layout: str, fresh: bool) -> None:
 
 def small_arena(rank: int, size: int, group: dist.ProcessGroup) -> dict[str, int]:
     """More received tensors alive than the arena holds: staging takes over, with the same bits."""
-    torch.cuda.set_device(0)
     from deepep_train import engines
 
     engines.DEFAULT_ARENA_BYTES = 48 << 20
@@ -330,7 +328,6 @@ def test_wrong_arguments_raise_on_every_rank() -> None:
 
 def device_failures(rank: int, size: int, group: dist.ProcessGroup) -> None:
     """Ranks in different calls, and too few worst tokens: the kernels end, results are NaN, the buffer says why."""
-    torch.cuda.set_device(0)
     x, idx, w = (t.cuda() for t in inputs(rank, size, 15))
     experts = size * LOCAL_EXPERTS
     buffer = dt.Buffer(group, num_nvl_bytes=16 << 20, engine="nvlink", timeout=5)
@@ -377,7 +374,6 @@ def test_moe_layer_with_activation_checkpointing() -> None:
 
 
 def auto(rank: int, size: int, group: dist.ProcessGroup) -> str:
-    torch.cuda.set_device(0)
     buffer = dt.Buffer(group, num_nvl_bytes=1 << 20)
     name = buffer.engine
     buffer.destroy()

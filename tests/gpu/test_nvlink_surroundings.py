@@ -11,7 +11,8 @@ import shared
 import torch
 import torch.distributed as dist
 from draws import Exchange
-from harness import assert_same_bits, run_ranks
+from harness import assert_same_bits
+from shared import run_ranks
 from test_in_flight import SCHEDULES, interleaved, one_at_a_time
 from test_nvlink import check
 from test_nvlink_streams import LOCAL_EXPERTS, inputs
@@ -98,7 +99,6 @@ def test_two_threads_on_one_buffer() -> None:
 
 def a_buffer_each(rank: int, size: int, group: dist.ProcessGroup) -> None:
     """Two threads with a buffer and a stream each, in no common order at all."""
-    torch.cuda.set_device(0)
     buffers = [dt.Buffer(group, num_nvl_bytes=16 << 20, engine="nvlink", timeout=20) for _ in range(2)]
     dt.Buffer.set_num_sms(4)  # both buffers' kernels must fit on the GPU together
     expected = [pair(buffers[0], rank, size, seed) for seed in range(4)]
@@ -224,7 +224,6 @@ def test_bad_routing_is_refused_whatever_the_layout_knows() -> None:
 
 def other_handles(rank: int, size: int, group: dist.ProcessGroup) -> None:
     """Handles that were rebuilt from their tensors are still told apart."""
-    torch.cuda.set_device(0)
     buffer = dt.Buffer(group, num_nvl_bytes=16 << 20, engine="nvlink", timeout=5)
     handles = []
     for seed in (34, 35):

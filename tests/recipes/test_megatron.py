@@ -34,6 +34,7 @@ def test_it_learns_and_resumes_where_it_was(tmp_path: Path) -> None:
     done = train("--steps", "8", "--save-every", "4", "--out", str(whole))
     assert done.returncode == 0, done.stderr[-3000:]
     assert losses(whole)[-1][0] < losses(whole)[0][0] - 0.5
+    assert "tokens/s" in done.stdout
     assert (whole / "loss_curve.png").read_bytes()[:4] == b"\x89PNG"
     assert train("--steps", "4", "--save-every", "4", "--out", str(halves)).returncode == 0
     again = train("--steps", "8", "--save-every", "4", "--resume", "--out", str(halves))

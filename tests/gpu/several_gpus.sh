@@ -1,0 +1,84 @@
+#!/usr/bin/env bash
+# Everything that needs several GPUs of one host, in one command and 8 minutes: one process a GPU, any number of GPUs.
+#
+#   tests/gpu/several_gpus.sh [FOLDER]        default runs/several_gpus; needs nvcc, torch, pytest and, for its part, megatron-core
+#
+# Each part has a time limit of its own and a log in FOLDER; what fails or finds no time left loses nothing of the others. After
+# every part all of FOLDER is packed into $PACK (default FOLDER.tar.gz). A summary ends the output.
+#
+#   PARTS="build bench"    only these; all: build doctor bench checks new moe_lm megatron tests
+#   LIMIT=470              seconds for everything
+#   PEER=path              a folder with DeepEP V1 (deep_ep/ and what it was built to), measured beside
+set -uo pipefail
+cd "$(dirname "$0")/../.." || exit
+out=${1:-runs/several_gpus}
+pack=${PACK:-$out.tar.gz}
+limit=${LIMIT:-470}
+parts=${PARTS:-build doctor bench checks new moe_lm megatron tests}
+mkdir -p "$out"
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 OMP_NUM_THREADS=4
+# A program that uses NVLink multicast can put GPUs of a shared host out of service.
+export NCCL_NVLS_ENABLE=0 TORCH_SYMM_MEM_DISABLE_MULTICAST=1 NVSHMEM_DISABLE_NVLS=1
+gpus=$(python3 -c 'import torch; print(torch.cuda.device_count())')
+summary=()
+
+# part NAME SECONDS COMMAND...: runs it within its limit and what is left of the whole.
+part() {
+  local name=$1 seconds=$2 left=$((limit - SECONDS)) began=$SECONDS status=0
+  shift 2
+  [[ " $parts " == *" ${name%%-*} "* ]] || return 0
+  if ((left < 15)); then
+    summary+=("$name: NOT RUN, no time left")
+    return 0
+  fi
+  ((seconds > left)) && seconds=$left
+  timeout -s INT -k 10 "$seconds" "$@" >"$out/$name.log" 2>&1 || status=$?
+  case $status in
+  0) summary+=("$name: done in $((SECONDS - began)) s") ;;
+  124 | 137) summary+=("$name: STOPPED at its limit of $seconds s") ;;
+  *) summary+=("$name: FAILED with status $status after $((SECONDS - began)) s") ;;
+  esac
+  echo "== ${summary[-1]}"
+  tar -czf "$pack" -C "$(dirname "$out")" "$(basename "$out")"
+}
+
+torchrun() { echo python3 -m torch.distributed.run --standalone --nproc-per-node "$gpus" "$@"; }
+
+if ((gpus < 2)); then
+  echo "several GPUs are needed, torch sees $gpus" >&2
+  exit 2
+fi
+peer=()
+[[ -n ${PEER:-} ]] && peer=(--peer "$PEER")
+tests=(python3 -m pytest -v -p no:cacheprovider --tb=short)
+# Large enough for the GPUs to be busy, small enough for 200 steps in a few seconds.
+read -ra moe_lm <<<"$(torchrun recipes/moe_lm/train.py --steps 200 --layers 4 --dim 512 --heads 8 --ffn 512 --experts $((8 * gpus)) \
+  --top-k 4 --seq 512 --batch 16 --eval-every 200 --eval-sequences 16 --save-every 1000 --sample-bytes 0)"
+read -ra megatron <<<"$(torchrun recipes/megatron/pretrain.py --steps 200 --layers 2 --hidden 1024 --heads 16 --ffn 512 \
+  --experts $((8 * gpus)) --top-k 4 --sequence 1024 --micro-batch 4 --micro-batches 1 --save-every 1000)"
+
+part build 120 python3 setup.py build_ext --inplace
+part doctor 40 bash -c "nvidia-smi; nvidia-smi topo -m; nvidia-smi nvlink --status; python3 -m deepep_train doctor"
+part bench 150 python3 -m deepep_train bench --table links --out "$out" --deadline 145 "${peer[@]}"
+part checks 60 python3 tests/test_intranode.py --num-processes "$gpus" --no-tuning --deadline 55
+part new 90 "${tests[@]}" tests/gpu/test_several_gpus.py
+for engine in nvlink collective; do
+  part "moe_lm-$engine" 60 "${moe_lm[@]}" --engine "$engine" --out "$out/moe_lm-$engine"
+  rm -rf "$out/moe_lm-$engine/checkpoints"
+done
+for dispatcher in deepep_train alltoall; do
+  part "megatron-$dispatcher" 60 "${megatron[@]}" --dispatcher "$dispatcher" --out "$out/megatron-$dispatcher"
+  rm -rf "$out/megatron-$dispatcher"/step-*
+done
+# As far as the time goes. Ranks that share a GPU, where a test has more than there are GPUs, take turns, which is slow.
+part tests-streams 60 "${tests[@]}" tests/gpu/test_in_process.py -k "not sanitizers"
+part tests-processes 400 "${tests[@]}" tests/gpu --ignore tests/gpu/test_several_gpus.py --ignore tests/gpu/test_in_process.py
+
+echo "================ $gpus GPUs"
+grep -hE "peer copies|best GB/s|the arena was too small" "$out/bench.log" 2>/dev/null
+grep -HE "tokens/s" "$out"/moe_lm-*.log "$out"/megatron-*.log 2>/dev/null | grep -E "median" | sed "s|^$out/||"
+grep -HE "FAILED|ERROR |^=+ .* in [0-9.]+" "$out"/new.log "$out"/tests-*.log 2>/dev/null | sed "s|^$out/||"
+tail -n 3 "$out"/checks.log 2>/dev/null
+printf '%s\n' "${summary[@]}" "$SECONDS s in all; everything is in $out and $pack"
+printf '%s\n' "${summary[@]}" | grep -qE "FAILED|STOPPED|NOT RUN" && exit 1
+exit 0
