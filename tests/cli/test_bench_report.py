@@ -35,6 +35,14 @@ ROWS = [
 ]
 
 
+def test_the_peer_has_a_column() -> None:
+    row = replace(ROWS[0], peer_ms=3.27)
+    assert b.line(row).split()[-2:] == ["271.9", "3.270"]
+    assert row.as_json()["peer_ms"] == 3.27
+    assert b.HEADER.endswith("DeepEP V1")
+    assert len(b.line(row)) == len(b.HEADER)
+
+
 def test_lines_of_the_table() -> None:
     lines = [b.line(row) for row in ROWS]
     assert lines[0].split() == ["dispatch", "bf16,", "cached", "16", "1.131", "0.980", "1.15", "1.250", "met", "271.9"]

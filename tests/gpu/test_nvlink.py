@@ -1,4 +1,4 @@
-"""The nvlink engine, bit for bit against the picture of all ranks at once; the ranks are processes, spread over the GPUs there are."""
+"""The nvlink engine, bit for bit against the picture of all ranks at once; the ranks are processes."""
 
 from __future__ import annotations
 
