@@ -56,7 +56,7 @@ def _seed(seed_: int, **_: Any) -> None:
 
 def container(rank: int, size: int, group: Any, name: str, tp: int, ep: int) -> None:
     """One of `CONTAINERS`."""
-    with small.megatron():
+    with small.set_up():
         module = _module("transformer.moe.test_token_dispatcher")
         if small.DEVICE == "cpu":
             module._set_random_seed = _seed
@@ -70,7 +70,7 @@ def container(rank: int, size: int, group: Any, name: str, tp: int, ep: int) -> 
 
 def overlap(rank: int, size: int, group: Any, file: str, of: str, name: str, given: dict[str, Any]) -> None:
     """Test `name` of class `of` in a2a_overlap/`file`."""
-    with small.megatron():
+    with small.set_up():
         for key, value in (("RANK", rank), ("LOCAL_RANK", 0), ("WORLD_SIZE", size)):
             os.environ[key] = str(value)  # Megatron's arguments look for them
         _module("a2a_overlap.utils").get_valid_flex_dispatcher_backend = lambda: BACKEND

@@ -91,7 +91,7 @@ class Setup:
     @contextmanager
     def parallel(self) -> Iterator[None]:
         """Megatron's process groups, and the random state that every model starts from."""
-        with megatron():
+        with set_up():
             parallel_state.initialize_model_parallel(
                 tensor_model_parallel_size=self.tp,
                 pipeline_model_parallel_size=self.pp,
@@ -108,7 +108,7 @@ class Setup:
 
 
 @contextmanager
-def megatron() -> Iterator[None]:
+def set_up() -> Iterator[None]:
     """Where Megatron's own groups and models may be made; they are taken down at the end."""
     if DEVICE == "cuda":
         torch.cuda.set_device(0)
