@@ -63,7 +63,10 @@ def test_overlap_of_two_micro_batches_changes_nothing() -> None:
     same_curves(overlapping(ep=4), 4, [small.OURS | OVERLAP, small.OURS])
 
 
-def test_overlap_in_an_interleaved_pipeline() -> None:
-    """Against alltoall under the same schedule, to bf16's rounding: there Megatron's gradients with and without overlap differ
-    by some percent whatever the dispatcher (0.19.2, on CPUs)."""
-    same_curves(overlapping(ep=2, pp=2, vpp=2), 4, [small.OURS | OVERLAP, small.STOCK["alltoall"] | OVERLAP], rel=2e-3)
+def test_overlap_in_an_interleaved_pipeline_changes_nothing() -> None:
+    same_curves(overlapping(ep=2, pp=2, vpp=2), 4, [small.OURS | OVERLAP, small.OURS])
+
+
+def test_an_interleaved_pipeline() -> None:
+    """To bf16's rounding: alltoall adds up the rows of a token in another order."""
+    same_curves(overlapping(ep=2, pp=2, vpp=2), 4, rel=2e-3)

@@ -1,4 +1,5 @@
-"""Small Megatron models, and what their ranks do with them."""
+"""Small Megatron models, and what their ranks do with them: on a GPU where there is one (all ranks share the first), else on
+the CPU through `deepep_train.megatron.cpu`."""
 
 from __future__ import annotations
 
@@ -17,7 +18,11 @@ import torch.nn.functional as F
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_mtp_block_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+    get_gpt_mtp_block_spec,
+)
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
@@ -30,6 +35,8 @@ from deepep_train.megatron import cpu, install
 
 OURS = {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "deepep_train"}
 STOCK = {name: {"moe_token_dispatcher_type": name} for name in ("alltoall", "allgather")}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+STEPS_BEFORE_CAPTURE = 2  # of CUDA graphs, when a configuration asks for them
 HIDDEN, HEADS, FFN, VOCABULARY, SEQUENCE = 32, 4, 48, 64, 16
 
 
@@ -46,6 +53,8 @@ class Setup:
     micro_batch_size: int = 2
     vpp: int | None = None  # model chunks of a pipeline stage
     in_bf16: bool = False
+    learning_rate: float = 3e-3
+    with_te: bool = False  # Transformer Engine's layers, experts in one grouped GEMM; they compute on GPUs only
 
     def transformer_config(self, dispatcher: dict[str, Any]) -> TransformerConfig:
         given = {
@@ -71,36 +80,52 @@ class Setup:
             "params_dtype": torch.bfloat16 if self.in_bf16 else torch.float32,
             "pipeline_dtype": torch.bfloat16 if self.in_bf16 else torch.float32,
             "sequence_parallel": self.tp > 1,
+            "moe_grouped_gemm": self.with_te,
         }
+        if self.vpp:
+            # As Megatron's command line insists for two stages: they are each other's next and previous, and in a batch of
+            # sends and receives between the same two ranks an activation would be taken for a gradient.
+            given |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
         return TransformerConfig(**(cpu.CONFIG | given | self.config | dispatcher))
 
     @contextmanager
     def parallel(self) -> Iterator[None]:
         """Megatron's process groups, and the random state that every model starts from."""
-        cpu.enable()
-        install()
-        before = set(_groups())
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=self.tp,
-            pipeline_model_parallel_size=self.pp,
-            virtual_pipeline_model_parallel_size=self.vpp,
-            expert_model_parallel_size=self.ep,
-            expert_tensor_parallel_size=self.tp,
-        )
-        forget_metrics()
-        moe_utils.MoEAuxLossAutoScaler.main_loss_backward_scale = None  # of shape [] after a lone layer, [1] in training
-        try:
-            with torch.compiler.set_stance("force_eager"):  # compiling Megatron's small functions takes longer than the tests
-                yield
-        finally:
-            parallel_state.destroy_model_parallel()
-            gc.collect()  # buffers hold groups, too
-            for made in [group for group in _groups() if group not in before]:
-                dist.destroy_process_group(made)  # gloo keeps several threads for each, and Megatron makes some thirty
+        with set_up():
+            parallel_state.initialize_model_parallel(
+                tensor_model_parallel_size=self.tp,
+                pipeline_model_parallel_size=self.pp,
+                virtual_pipeline_model_parallel_size=self.vpp,
+                expert_model_parallel_size=self.ep,
+                expert_tensor_parallel_size=self.tp,
+            )
+            yield
 
-    def seed(self) -> None:
+    def seed(self, into_graphs: bool = False) -> None:
+        """`into_graphs`: with random states that CUDA graphs can hold."""
         torch.manual_seed(3)
-        tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+        tensor_parallel.model_parallel_cuda_manual_seed(1, te_rng_tracker=into_graphs, force_reset_rng=True)
+
+
+@contextmanager
+def set_up() -> Iterator[None]:
+    """Where Megatron's own groups and models may be made; they are taken down at the end."""
+    if DEVICE == "cuda":
+        torch.cuda.set_device(0)
+    else:
+        cpu.enable()
+    install()
+    before = set(_groups())
+    forget_metrics()
+    moe_utils.MoEAuxLossAutoScaler.main_loss_backward_scale = None  # of shape [] after a lone layer, [1] in training
+    try:
+        with torch.compiler.set_stance("force_eager"):  # compiling Megatron's small functions takes longer than the tests
+            yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        gc.collect()  # buffers hold groups, too
+        for made in [group for group in _groups() if group not in before]:
+            dist.destroy_process_group(made)  # gloo keeps several threads for each, and Megatron makes some thirty
 
 
 def _groups() -> list[Any]:
@@ -170,12 +195,12 @@ def batches(step: int, setup: Setup) -> Iterator[Tensor]:
         g = torch.Generator().manual_seed(10_000 * rank + 100 * step + i)
         start = torch.randint(VOCABULARY, (setup.micro_batch_size, 1), generator=g)
         stride = torch.randint(1, 4, (setup.micro_batch_size, 1), generator=g)
-        yield (start + stride * torch.arange(SEQUENCE + 1)) % VOCABULARY
+        yield ((start + stride * torch.arange(SEQUENCE + 1)) % VOCABULARY).to(DEVICE)
 
 
 def forward_step(data: Iterator[Tensor], model: Any, return_schedule_plan: bool = False) -> tuple[Any, Any]:
     tokens = next(data)
-    positions = torch.arange(SEQUENCE).expand(tokens.size(0), -1)
+    positions = torch.arange(SEQUENCE, device=DEVICE).expand(tokens.size(0), -1)
     given, labels = (tokens[:, :-1].contiguous(), positions, None), tokens[:, 1:].contiguous()
     if return_schedule_plan:  # what the overlapping schedule takes instead
         return get_attr_wrapped_model(model, "build_schedule_plan")(*given, labels=labels), _mean
@@ -188,20 +213,23 @@ def _mean(losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def gpt(config: TransformerConfig, chunk: int | None = None) -> GPTModel:
-    spec = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, moe_grouped_gemm=False)
-    mtp = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False) if config.mtp_num_layers else None
+    with_te = config.moe_grouped_gemm
+    make = get_gpt_layer_with_transformer_engine_spec if with_te else get_gpt_layer_local_spec
+    spec = make(num_experts=config.num_moe_experts, moe_grouped_gemm=with_te)
+    mtp = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=with_te) if config.mtp_num_layers else None
     how: dict[str, Any] = {} if chunk is None else {"ignore_virtual": False, "vp_stage": chunk}
     first, last = parallel_state.is_pipeline_first_stage(**how), parallel_state.is_pipeline_last_stage(**how)
     return GPTModel(
         config, spec, VOCABULARY, SEQUENCE, pre_process=first, post_process=last, mtp_block_spec=mtp,
         share_embeddings_and_output_weights=False, vp_stage=chunk,
-    )  # fmt: skip
+    ).to(DEVICE)  # fmt: skip
 
 
 def train(setup: Setup, dispatcher: dict[str, Any], steps: int) -> list[list[float]]:
     """Per step: the mean loss of this rank's micro-batches (on the last pipeline stage) and the gradient's norm."""
-    setup.seed()
     config = setup.transformer_config(dispatcher)
+    has_graphs = config.cuda_graph_impl == "transformer_engine"
+    setup.seed(into_graphs=has_graphs)
     chunks: list[Any] = [gpt(config, chunk) for chunk in (range(setup.vpp) if setup.vpp else [None])]
     if setup.in_bf16:
         chunks = [Float16Module(config, chunk) for chunk in chunks]
@@ -213,7 +241,7 @@ def train(setup: Setup, dispatcher: dict[str, Any], steps: int) -> list[list[flo
         chunk.broadcast_params()
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
-            optimizer="adam", lr=3e-3, clip_grad=1.0, use_distributed_optimizer=setup.use_distributed_optimizer,
+            optimizer="adam", lr=setup.learning_rate, clip_grad=1.0, use_distributed_optimizer=setup.use_distributed_optimizer,
             bf16=setup.in_bf16, params_dtype=config.params_dtype,
         ),
         chunks,
@@ -222,6 +250,10 @@ def train(setup: Setup, dispatcher: dict[str, Any], steps: int) -> list[list[flo
     run = get_forward_backward_func()
     found = []
     for step in range(steps):
+        if has_graphs and step == STEPS_BEFORE_CAPTURE:
+            from megatron.core.transformer.cuda_graphs import TECudaGraphHelper
+
+            TECudaGraphHelper(chunks, config, SEQUENCE, setup.micro_batch_size, [optimizer]).create_cudagraphs()
         for chunk in chunks:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()

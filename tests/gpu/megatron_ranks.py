@@ -1,0 +1,101 @@
+"""What the ranks of the GPU's Megatron tests do.
+
+Megatron looks for `deep_ep` when it is imported, so that these processes have its own DeepEP backend, too.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from deepep_train import Buffer, compat, engines
+
+compat.install()
+
+import gloo_on_cuda  # noqa: E402
+import megatrons_own  # noqa: E402
+import small  # noqa: E402
+
+from deepep_train.megatron import TokenDispatcher  # noqa: E402
+from deepep_train.megatron.replacements import Replacements  # noqa: E402
+
+compat.uninstall()  # Megatron keeps what it found
+
+DEEPEP = {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "deepep", "moe_router_dtype": "fp32"}
+
+# Buffers take 2 GiB unless told to take more, and every training makes one.
+engines.DEFAULT_ARENA_BYTES = 128 << 20
+
+
+@contextmanager
+def on_gloo() -> Iterator[list[str]]:
+    """Megatron over gloo on a GPU; gives the engines of the buffers made meanwhile."""
+    made: list[str] = []
+    spy = Replacements()
+    stock = Buffer.__init__
+
+    def init(self: Buffer, *args: Any, **kwargs: Any) -> None:
+        stock(self, *args, **kwargs)
+        made.append(self.engine)
+
+    spy.put(Buffer, "__init__", init)
+    gloo_on_cuda.enable()
+    try:
+        yield made
+    finally:
+        gloo_on_cuda.disable()
+        spy.take_back()
+
+
+def trainings(
+    rank: int, size: int, group: Any, setup: small.Setup, dispatchers: list[dict[str, Any]], steps: int
+) -> tuple[list[list[list[float]]], list[str]]:
+    """As `small.trainings`, and the engines."""
+    with on_gloo() as made:
+        return small.trainings(rank, size, group, setup, dispatchers, steps), made
+
+
+def container(rank: int, size: int, group: Any, *case: Any) -> None:
+    """`megatrons_own.container` over nvlink."""
+    with on_gloo() as made:
+        megatrons_own.container(rank, size, group, *case)
+    assert set(made) == {"nvlink"}, made
+
+
+def overlap(rank: int, size: int, group: Any, *case: Any) -> None:
+    """`megatrons_own.overlap` over nvlink."""
+    with on_gloo() as made:
+        megatrons_own.overlap(rank, size, group, *case)
+    assert set(made) == {"nvlink"}, made
+
+
+def fused_trainings(
+    rank: int, size: int, group: Any, setup: small.Setup, dispatchers: list[dict[str, Any]], steps: int
+) -> tuple[list[list[list[float]]], list[str], list[bool]]:
+    """With what Megatron wants to see before it fuses experts; and whether combine was given the memory that was handed out."""
+    places: list[int] = []
+    in_place: list[bool] = []
+    spy = Replacements()
+    hand_out, combine = TokenDispatcher.get_expert_zero_copy_buffers, TokenDispatcher.token_combine
+
+    def get_expert_zero_copy_buffers(self: TokenDispatcher) -> Any:
+        buffers = hand_out(self)
+        if buffers[0] is not None:
+            places.append(buffers[0].data_ptr())
+        return buffers
+
+    def token_combine(self: TokenDispatcher, hidden_states: Any) -> Any:
+        if places:
+            in_place.append(hidden_states.data_ptr() == places.pop())
+        return combine(self, hidden_states)
+
+    spy.put(TokenDispatcher, "get_expert_zero_copy_buffers", get_expert_zero_copy_buffers)
+    spy.put(TokenDispatcher, "token_combine", token_combine)
+    os.environ["NVTE_CUTEDSL_FUSED_GROUPED_MLP"] = "1"
+    try:
+        return *trainings(rank, size, group, setup, dispatchers, steps), in_place
+    finally:
+        del os.environ["NVTE_CUTEDSL_FUSED_GROUPED_MLP"]
+        spy.take_back()
