@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import num_microbatches_calculator, parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
@@ -234,8 +234,9 @@ def train(setup: Setup, dispatcher: dict[str, Any], steps: int) -> list[list[flo
     if setup.in_bf16:
         chunks = [Float16Module(config, chunk) for chunk in chunks]
     how = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=setup.use_distributed_optimizer, overlap_grad_reduce=False
-    )
+        grad_reduce_in_fp32=True, use_distributed_optimizer=setup.use_distributed_optimizer, overlap_grad_reduce=False,
+        delay_wgrad_compute=config.delay_wgrad_compute,
+    )  # fmt: skip
     chunks = [DistributedDataParallel(config, how, chunk) for chunk in chunks]
     for chunk in chunks:
         chunk.broadcast_params()
@@ -247,6 +248,13 @@ def train(setup: Setup, dispatcher: dict[str, Any], steps: int) -> list[list[flo
         chunks,
     )  # fmt: skip
     config.finalize_model_grads_func = finalize_model_grads
+    if has_graphs:  # the helper asks for the number of micro-batches
+        ranks = parallel_state.get_data_parallel_world_size()
+        num_microbatches_calculator.destroy_num_microbatches_calculator()
+        num_microbatches_calculator.init_num_microbatches_calculator(
+            rank=dist.get_rank(), rampup_batch_size=None, micro_batch_size=setup.micro_batch_size,
+            global_batch_size=setup.micro_batch_size * setup.micro_batches * ranks, data_parallel_size=ranks,
+        )  # fmt: skip
     run = get_forward_backward_func()
     found = []
     for step in range(steps):

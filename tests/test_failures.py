@@ -108,8 +108,8 @@ def test_a_rank_that_never_comes() -> None:
                 assert again["seconds"] < 0.5
 
 
-def one_is_late(rank: int, size: int, group: dist.ProcessGroup) -> bool:
-    buffer = dt.Buffer(group, timeout=20)
+def one_is_late(rank: int, size: int, group: dist.ProcessGroup, timeout: float) -> bool:
+    buffer = dt.Buffer(group, timeout=timeout)
     time.sleep(0.7 if rank == 0 else 0)
     out, x = call(buffer, rank)
     time.sleep(0.7 if rank == 1 else 0)
@@ -119,8 +119,10 @@ def one_is_late(rank: int, size: int, group: dist.ProcessGroup) -> bool:
     return x.grad is not None
 
 
-def test_being_late_is_fine() -> None:
-    assert run_ranks(2, one_is_late) == [True, True]
+@pytest.mark.parametrize("timeout", [20, 1e10, 1e11])
+def test_being_late_is_fine(timeout: float) -> None:
+    """Also with timeouts that do not fit into 64 bits as nanoseconds."""
+    assert run_ranks(2, one_is_late, timeout) == [True, True]
 
 
 # A rank that dies -------------------------------------------------------------------------------------------------------

@@ -65,6 +65,8 @@ class Arena:
         self._base, self._end = comm.base, comm.base + comm.bytes
         self._device = device
         self._pool = _new_pool(device)
+        self._pools = 1  # so far
+        self._has_orphans = False  # whether tensors of earlier pools have died since these were given up
         self._aside: torch.cuda.Stream | None = None
         self._capturing = False
         self._captured: list[Any] = []  # what CUDA graphs use lives as long as the buffer
@@ -173,10 +175,8 @@ class Arena:
         staged = self._staged
         try:
             return self._attempt(make)
-        except ArenaFull as full:
-            if not full.is_known:
-                raise
-        self._full, self._staged = None, staged
+        except ArenaFull:
+            self._full, self._staged, self._has_orphans = None, staged, True
         return self._attempt(make)
 
     def _attempt(self, make: Callable[[], T]) -> T:
@@ -260,20 +260,26 @@ class Arena:
     def _rotate(self) -> None:
         """Take back what torch caches of this memory: it gives nothing back of a pool that is in use, so another pool follows.
 
-        What tensors still use stays theirs. The synchronization is why this is done only when there is no room: the memory
-        may next be used on another stream than before.
+        What tensors still use stays theirs until they die; then it is torch's cache of a pool that nobody has, which only
+        `empty_cache` gives back. The synchronization is why this is done only when there is no room: the memory may next be
+        used on another stream than before.
         """
         self._pool = _new_pool(self._device)
+        self._pools += 1
+        if self._has_orphans:
+            self._has_orphans = False
+            torch.cuda.empty_cache()
         torch.cuda.synchronize(self._device)
         self._comm.settle()
 
     def _watch(self, t: Tensor) -> None:
         """Large tensors' deaths are counted; it is the storage that counts, which views keep alive."""
         if t.nbytes >= _LARGE and not self._is_staged(t):
-            weakref.finalize(t.untyped_storage(), self._count_death).atexit = False
+            weakref.finalize(t.untyped_storage(), self._count_death, self._pools).atexit = False
 
-    def _count_death(self) -> None:
+    def _count_death(self, pool: int) -> None:
         self._deaths += 1
+        self._has_orphans |= pool != self._pools
 
     def _from_staging(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
         size = torch.Size(shape).numel() * dtype.itemsize

@@ -18,6 +18,8 @@ from deepep_train.engines.base import Prepared
 from deepep_train.errors import ArgumentError, DeepEPError, PeerTimeoutError
 
 _TEXT_BYTES = 4096
+# 31 years: gloo counts nanoseconds in 64 bits, and beyond them waits for ever or not at all.
+_LONGEST_SECONDS = 1e9
 # How long survivors of a failure wait for each other's sign of life before they name who gave none.
 _ROLL_CALL_SECONDS = 2.0
 
@@ -40,7 +42,7 @@ class Peers:
     def __init__(self, group: dist.ProcessGroup | None, timeout: float, number: int = 0) -> None:
         self.group = group
         self.number = number
-        self.timeout = timeout
+        self.timeout = min(timeout, _LONGEST_SECONDS)
         self.rank = 0 if group is None else group.rank()
         self.size = 1 if group is None else group.size()
         self.backends = {"cpu": "local", "cuda": "local"} if group is None else backends_of(group)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +33,7 @@ def setup_of(config: dict[str, Any] | None = None, **how: Any) -> Any:
 
 def apart(a: list[list[float]], b: list[list[float]]) -> float:
     """The largest relative difference of losses; all of them are 0 on a rank of an earlier pipeline stage."""
+    assert all(math.isfinite(number) for step in a + b for number in step), (a, b)
     return max(abs(x - y) / abs(y) if x != y else 0.0 for (x, _), (y, _) in zip(a, b, strict=True))
 
 
