@@ -1,0 +1,96 @@
+"""How rows travel between ranks: hops, each one exchange, and the route that strings them together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deepep_train.engines.expert_layout import accumulator, ordered_sums
+from deepep_train.engines.peers import Peers
+from deepep_train.routing import send_order
+
+
+@dataclass(frozen=True)
+class Hop:
+    """One exchange of rows, there and back.
+
+    Attributes:
+        num_rows: rows that this rank holds before the hop.
+        send_row: int64 [S], which of them each row sent is, by destination and then ascending.
+        send_counts, recv_counts: rows sent to and received from each rank of the group.
+    """
+
+    peers: Peers
+    num_rows: int
+    send_row: Tensor
+    send_counts: list[int]
+    recv_counts: list[int]
+
+    def send(self, rows: Tensor, spare: int = 0) -> Tensor:
+        """[num_rows, n] -> [sum(recv_counts) + spare, n], by source and then as the source holds them; zeros at the end."""
+        sent = rows.index_select(0, self.send_row)
+        return self.peers.all_to_all_rows(sent, self.send_counts, self.recv_counts, "dispatch", spare)
+
+    def sum_back(self, rows: Tensor, bias: Sequence[Tensor] = ()) -> Tensor:
+        """[sum(recv_counts), n] -> [num_rows, n]: from +0.0, the biases in order, then ascending ranks, rounded once."""
+        back = self.peers.all_to_all_rows(rows, self.recv_counts, self.send_counts, "combine")
+        if not bias and rows.device.type == "cpu":
+            # Sorted by row and stable, what was sent stays in order of ranks.
+            row, index = self.send_row.sort(stable=True)
+            offsets = torch.searchsorted(row, torch.arange(self.num_rows + 1, device=row.device))
+            return ordered_sums(back, index, offsets)
+        total = torch.zeros(self.num_rows, rows.size(1), dtype=accumulator(rows.dtype), device=rows.device)
+        for b in bias:
+            total.add_(b)
+        start = 0
+        for count in self.send_counts:
+            here = slice(start, start + count)
+            # A row is sent to a rank once, so no two additions meet and the order is the loop's.
+            total.index_add_(0, self.send_row[here], back[here].to(total.dtype))
+            start += count
+        return total.to(rows.dtype)
+
+
+@dataclass(frozen=True)
+class Route:
+    """The way of one dispatch's rows, and back.
+
+    Attributes:
+        hops: in the order in which a dispatch makes them.
+        order: int64 [N], where among the rows that the last hop brings each row stands in the contract's order, by (source
+            rank, token); None if they come in it.
+    """
+
+    hops: tuple[Hop, ...]
+    order: Tensor | None = None
+
+    def send(self, rows: Tensor, spare: int = 0) -> Tensor:
+        """[T, n] -> [N + spare, n] in the order of arrival, zeros at the end."""
+        *first, last = self.hops
+        for hop in first:
+            rows = hop.send(rows)
+        return last.send(rows, spare)
+
+    def deliver(self, rows: Tensor) -> Tensor:
+        """[T, n] -> [N, n] by (source rank, token)."""
+        arrived = self.send(rows)
+        return arrived if self.order is None else arrived.index_select(0, self.order)
+
+    def sum_back(self, rows: Tensor, bias: Sequence[Tensor] = ()) -> Tensor:
+        """[N, n] by (source rank, token) -> [T, n]: every hop sums what comes back to it, rounded to the rows' dtype; the
+        biases are the start of the last of these sums."""
+        if self.order is not None:
+            rows = rows.index_select(0, self.order.argsort())
+        first, *later = self.hops
+        for hop in reversed(later):
+            rows = hop.sum_back(rows)
+        return first.sum_back(rows, bias)
+
+
+def direct(peers: Peers, is_token_in_rank: Tensor, recv_counts: list[int]) -> Route:
+    """Every row goes straight to each of its ranks; `is_token_in_rank` bool [T, R], `recv_counts` by source."""
+    send_counts = is_token_in_rank.sum(0).tolist()
+    return Route((Hop(peers, is_token_in_rank.size(0), send_order(is_token_in_rank)[1], send_counts, recv_counts),))
