@@ -7,7 +7,7 @@ seconds; everything is per GPU and one way, and by symmetry a GPU receives what 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from math import ceil, comb
+from math import ceil
 
 from deepep_train.engines.sms import BYTES_PER_SM
 from deepep_train.routing import round_up
@@ -33,8 +33,8 @@ class Work:
 
     Attributes:
         nodes, gpus_per_node: R = nodes * gpus_per_node ranks in the group.
-        num_groups, num_topk_groups: a token's experts lie in `num_topk_groups` of `num_groups` equal groups of consecutive
-            experts, as DeepSeek-V3's router limits them; 0 and 0 without a limit.
+        num_groups, num_topk_groups: a token's experts lie in the best `num_topk_groups` of `num_groups` equal groups of
+            consecutive experts, as DeepSeek-V3's router limits them; 0 and 0 without a limit.
         dispatch_dtype: of the rows sent by dispatch; combine's are bf16.
     """
 
@@ -90,28 +90,38 @@ class Hardware:
 def units_reached(work: Work, units: int) -> float:
     """Of `units` equal, consecutive shares of the experts, how many a token's picks are expected to lie on.
 
-    The token's groups are drawn uniformly, then its experts uniformly without replacement from those groups; a share that
-    holds m of n such experts is missed by all k picks with probability C(n - m, k) / C(n, k).
+    Scores are taken as independent and alike; the groups are those with the best experts. In descending order of scores the
+    first picks then come from all experts, and once the last group that may be chosen has appeared, from the chosen groups
+    alone. So the picks are drawn one after another without replacement, and all that matters of those before is how many
+    groups and how many shares they lie on.
     """
     groups, chosen = work.groups
     share, group = work.num_experts // units, work.num_experts // groups
     if share % group and group % share:
         raise ValueError(f"{share} experts a node or GPU and {group} a group must divide one another")
-    candidates = chosen * group
-
-    def hit(held: int) -> float:
-        return 1 - comb(candidates - held, work.num_topk) / comb(candidates, work.num_topk)
-
-    if share <= group:
-        return units * chosen / groups * hit(share)
-    of_unit = share // group  # groups on one unit; how many of them are chosen is hypergeometric
-    ways = comb(groups, chosen)
-    parts = (
-        comb(of_unit, h) * comb(groups - of_unit, chosen - h) / ways * hit(h * group)
-        for h in range(1, of_unit + 1)
-        if h <= chosen
-    )
-    return units * sum(parts)
+    states = {(0, 0): 1.0}  # probability of (groups, shares) reached so far
+    for drawn in range(work.num_topk):
+        later: dict[tuple[int, int], float] = {}
+        for (g, u), probability in states.items():
+            new_groups = groups - g if g < chosen else 0
+            # Experts that the next pick may be, by whether their group or their share is new.
+            if share <= group:
+                old_group_new_share = g * group - u * share
+                new_group_old_share = 0
+            else:
+                old_group_new_share = 0
+                new_group_old_share = min(new_groups, u * (share // group) - g) * group
+            ways = {
+                (g, u): g * group - drawn - old_group_new_share,
+                (g, u + 1): old_group_new_share,
+                (g + 1, u): new_group_old_share,
+                (g + 1, u + 1): new_groups * group - new_group_old_share,
+            }
+            for state, count in ways.items():
+                if count:
+                    later[state] = later.get(state, 0.0) + probability * count / sum(ways.values())
+        states = later
+    return sum(u * probability for (_, u), probability in states.items())
 
 
 def row_bytes(work: Work, operation: str) -> int:

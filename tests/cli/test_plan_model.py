@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from math import comb
 
 import pytest
 import torch
 
+from deepep_train.cli import main
 from deepep_train.cli import plan_model as m
 
 V3 = m.Work(8, num_groups=8, num_topk_groups=4)
 
 
 def drawn(work: m.Work, units: int, tokens: int = 20000) -> float:
-    """Units that a token reaches, the mean over random tokens: groups first, then experts of those groups."""
+    """Units that a token reaches, the mean over random tokens: the groups with the best expert, then the best experts there."""
     g = torch.Generator().manual_seed(1)
     groups, chosen = work.groups
     score = torch.rand(tokens, work.num_experts, generator=g)
-    picked = torch.rand(tokens, groups, generator=g).topk(chosen, 1).indices
+    picked = score.view(tokens, groups, -1).amax(2).topk(chosen, 1).indices
     allowed = torch.zeros(tokens, groups, dtype=torch.bool).scatter_(1, picked, True)
     score[~allowed.repeat_interleave(work.num_experts // groups, 1)] = -1
     experts = score.topk(work.num_topk, 1).indices
@@ -100,7 +99,7 @@ def test_thousands_of_gpus() -> None:
 def test_limiting_groups_saves_the_network() -> None:
     unlimited = replace(V3, num_groups=0, num_topk_groups=0)
     limited, free = (m.predict(w, m.Hardware(), "combine") for w in (V3, unlimited))
-    assert limited.rdma_bytes < 0.7 * free.rdma_bytes
+    assert limited.rdma_bytes < 0.8 * free.rdma_bytes
     assert limited.seconds < free.seconds
 
 
@@ -131,32 +130,28 @@ def test_work_that_cannot_be(changes: dict, named: str) -> None:
         m.Work(**({"nodes": 2} | changes))
 
 
-def _run(*args: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "deepep_train", "plan", *args]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    def run(*args: str) -> str:
+        assert main(["plan", *args]) == 0
+        return capsys.readouterr().out
 
-
-def test_the_command() -> None:
     args = ("--nodes", "8", "--num-groups", "8", "--num-topk-groups", "4", "--gpu", "h200")
-    done, as_json = _run(*args), _run(*args, "--json")
-    assert done.returncode == 0, done.stderr
-    report = json.loads(as_json.stdout)
+    text, report = run(*args), json.loads(run(*args, "--json"))
     assert report["dispatch"]["bound"] == "rdma"
     for operation in ("dispatch", "combine"):
-        assert f"{1e3 * report[operation]['seconds']:.2f}" in done.stdout
-    assert f"{report['buffers']['staging'] / 2**20:.0f} MiB" in done.stdout
-    assert "not built yet" in done.stdout
-    slower = json.loads(_run(*args, "--json", "--rdma-gbs", "20").stdout)
+        assert f"{1e3 * report[operation]['seconds']:.2f}" in text
+    assert f"{report['buffers']['staging'] / 2**20:.0f} MiB" in text
+    assert "not built yet" in text
+    slower = json.loads(run(*args, "--json", "--rdma-gbs", "20"))
     assert slower["dispatch"]["seconds"] > 2 * report["dispatch"]["seconds"]
-    validation = _run("--validate")
-    assert [line.split()[0] for line in validation.stdout.splitlines()[1:]] == [
-        f"EP{n}" for n in (8, 8, 16, 16, 32, 32, 64, 64)
-    ]
+    names = [line.split()[0] for line in run("--validate").splitlines()[1:]]
+    assert names == [f"EP{n}" for n in (8, 8, 16, 16, 32, 32, 64, 64)]
+    assert len(json.loads(run("--validate", "--json"))) == 8
 
 
-@pytest.mark.parametrize("args,named", [(("--nodes", "3"), "--num-experts 256"), (("--rdma-gbs", "-1"), "-1")])
-def test_bad_arguments_end_in_one_line(args: tuple[str, ...], named: str) -> None:
-    done = _run(*args)
-    assert done.returncode == 2
-    assert named in done.stderr.splitlines()[-1]
-    assert "Traceback" not in done.stderr
+def test_bad_arguments_end_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--nodes", "3"]) == 2
+    assert "--num-experts 256" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["plan", "--rdma-gbs", "-1"])
+    assert "-1 must be" in capsys.readouterr().err
