@@ -213,7 +213,7 @@ def buffers(work: Work, hardware: Hardware) -> Buffers:
 
 @dataclass(frozen=True)
 class Published:
-    """GB/s that DeepEP V1's README gives for H800s with 400 Gb/s cards (facts: 4096 tokens, hidden 7168, top-8 of 256
+    """GB/s that DeepEP V1's README gives for H800s with 400 Gb/s cards (4096 tokens, hidden 7168, top-8 of 256
     experts in at most 4 nodes, FP8 dispatch, bf16 combine), by V1's counting: the rows of all nodes (of all ranks on one
     node) over the time, those that cross no link included."""
 
