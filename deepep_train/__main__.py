@@ -1,4 +1,4 @@
-"""`python -m deepep_train doctor | bench`."""
+"""`python -m deepep_train doctor | bench | plan`."""
 
 import sys
 

@@ -46,6 +46,9 @@ class Buffer:
             `buffer.engine_reasons` says why.
         timeout: seconds that a peer may be late before `PeerTimeoutError` is raised.
         num_local_ranks: ranks per node; None finds it from the host names.
+        two_level: whether a token crosses the network once for each node, to be forwarded there, with combines that first
+            sum within each node (docs/architecture.md, "Across nodes"), on the collective engine. None: with at least two
+            nodes of at least two ranks. True needs at least two nodes.
 
     The other arguments are DeepEP V1's and tune hardware that the chosen engine may not use. V1 wants
     `explicitly_destroy=True` before `destroy()`; here `destroy()` always works and is never needed to exit cleanly.
@@ -57,6 +60,7 @@ class Buffer:
         num_sms: class attribute, see `set_num_sms`.
         rank, group_size, group: this rank's number, the number of ranks, and the group.
         num_nodes: groups of ranks that V1 calls RDMA ranks; with more than one, handles take V1's internode form.
+        two_level: whether rows are forwarded, and sums are therefore by node.
     """
 
     num_sms: int = 20
@@ -80,6 +84,7 @@ class Buffer:
         engine: str = "auto",
         timeout: float = 100.0,
         num_local_ranks: int | None = None,
+        two_level: bool | None = None,
     ) -> None:
         self._destroyed = True  # until the end of this constructor
         if comm is not None:
@@ -110,11 +115,14 @@ class Buffer:
                 checks.integer(num_local_ranks, "num_local_ranks", 1)
                 even = self.group_size % num_local_ranks == 0
                 checks.need(even, "num_local_ranks", f"a divisor of the group's {self.group_size} ranks", num_local_ranks)
+            if two_level is not None:
+                checks.flag(two_level, "two_level")
             choice = engines.choose(engine)
         except DeepEPError as caught:
             error = caught
         # Of the arguments only what has passed its check can be compared, and sent.
         agreed = {"engine": engine, "low_latency_mode": low_latency_mode, "num_local_ranks": num_local_ranks}
+        agreed["two_level"] = two_level
         mine = {"error": str(error or ""), "argument": getattr(error, "argument", "")} | engines.whereabouts()
         mine |= {"agreed": agreed if error is None else {}, "made": next(Buffer._made)}
         everyone = Peers(group, timeout if error is None else 100.0).gather_objects(mine, "Buffer")
@@ -130,7 +138,7 @@ class Buffer:
         self.num_nodes = self.group_size // local
         if engine == "auto":
             choice = self._agree_on_engine(choice, everyone, timeout)
-        how = (group, timeout, local, num_nvl_bytes, Buffer._chosen_sms, everyone[0]["made"])
+        how = (group, timeout, local, two_level, num_nvl_bytes, Buffer._chosen_sms, everyone[0]["made"])
         try:
             self._engine = engines.create(choice.name, *how)
         except engines.NoPeerAccess as obstacle:
@@ -139,6 +147,7 @@ class Buffer:
             choice = engines.Choice("collective", [f"nvlink: {obstacle}"])
             self._engine = engines.create(choice.name, *how)
         self.engine = choice.name
+        self.two_level = self._engine.forwards
         self.engine_reasons = choice.reasons
         self._comm = CommStream(self._engine.check, self._engine.device)
         self._local_bytes: dict[bool, Tensor] = {}
@@ -387,12 +396,13 @@ class Buffer:
         Args:
             x: [rows of the dispatch, hidden], bfloat16, float16, float32 or float64.
             handle: what the dispatch returned.
-            topk_weights: float32 [rows, K]; summed alongside, in float32.
+            topk_weights: float32 [rows, K]; summed alongside, in float32 and the same order.
             bias: one or two tensors [T, hidden] that the sum starts from.
 
         Returns:
             combined_x [T, hidden], combined_topk_weights float32 [T, K] or None, event. Additions are in float32 (float64
-            for float64), the bias first, then by ascending rank, rounded once.
+            for float64), the bias first, then by ascending rank, rounded once; with `two_level` each node's ranks are added
+            first, rounded once, and then, after the bias, the nodes.
         """
         self.check()
         inputs = [x, topk_weights, *(bias if isinstance(bias, (tuple, list)) else (bias,))]
@@ -647,7 +657,7 @@ class Buffer:
         size = 6 if self.num_nodes == 1 else 10
         fits = isinstance(handle, (tuple, list)) and len(handle) == size and all(isinstance(t, Tensor) for t in handle)
         checks.need(fits, "handle", f"what dispatch returned ({size} tensors)", handle)
-        checks.v1_handle(handle, self.group_size)
+        checks.v1_handle(handle, self.group_size, self.num_nodes)
         return self._engine.plan_of(tuple(handle))
 
     def _check_topk_idx(self, topk_idx: Any, num_tokens: int | None, num_experts: int, device: torch.device | None) -> Tensor:
@@ -667,9 +677,12 @@ class Buffer:
         checks.experts(per_expert.numel(), self.group_size)
         checks.tensor(in_rank, "is_token_in_rank", [payload.data.size(0), self.group_size], (torch.bool,), device)
         if self.num_nodes > 1:
+            counted_nodes = tokens_per_node(in_rank, self.num_nodes)
             if per_node is None:
-                per_node = tokens_per_node(in_rank, self.num_nodes)
+                per_node = counted_nodes
             checks.tensor(per_node, "num_tokens_per_rdma_rank", [self.num_nodes], (torch.int32,), device)
+            if not self._engine.checks_layout and not torch.equal(counted_nodes, per_node):
+                raise wrong_counts(per_node, counted_nodes, "num_tokens_per_rdma_rank")
         if not self._engine.checks_layout:
             counted = in_rank.sum(0, dtype=torch.int32)
             if not torch.equal(counted, per_rank):

@@ -94,7 +94,7 @@ def stream_arguments(previous_event: Any, async_finish: Any, allocate_on_comm_st
         )
 
 
-def v1_handle(tensors: Sequence[Any], num_ranks: int) -> None:
+def v1_handle(tensors: Sequence[Any], num_ranks: int, num_nodes: int) -> None:
     """The tensors of a handle that lost its class, in V1's places: 6 of an intranode or 10 of an internode dispatch."""
     int32 = (torch.int32,)
     in_rank = tensors[4] if len(tensors) == 6 else tensors[0]
@@ -104,7 +104,9 @@ def v1_handle(tensors: Sequence[Any], num_ranks: int) -> None:
         tensor(tensors[3], "handle: recv_src_idx", [None], int32, in_rank.device)
         tensor(tensors[5], "handle: send_head", list(in_rank.shape), int32, in_rank.device)
     else:
+        tensor(tensors[4], "handle: recv_rdma_rank_prefix_sum", [num_nodes], int32, in_rank.device)
         tensor(tensors[6], "handle: recv_gbl_rank_prefix_sum", [num_ranks], int32, in_rank.device)
+        tensor(tensors[9], "handle: send_nvl_head", [None, num_ranks // num_nodes], int32, in_rank.device)
 
 
 def payload(x: Any, argument: str = "x", num_tokens: int | None = None) -> Payload:

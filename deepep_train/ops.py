@@ -87,7 +87,8 @@ def combine(y: Tensor, handle: Handle, *, bias: Tensor | tuple[Tensor, Tensor] |
     """Bring every token's rows back to its rank and sum them, unweighted; a collective call of the group.
 
     Additions are in float32 (float64 for float64) from +0.0: the bias, then by ascending rank, rounded once to `y`'s dtype.
-    In expert layout each rank first adds a token's rows by ascending local expert and rounds that sum to `y`'s dtype.
+    In expert layout each rank first adds a token's rows by ascending local expert and rounds that sum to `y`'s dtype. With
+    `buffer.two_level` each node's ranks are added and rounded first, then, after the bias, the nodes.
     Differentiable in `y` and `bias`; the backward is a dispatch of the gradient along the handle's routing.
 
     Args:

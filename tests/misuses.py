@@ -24,6 +24,7 @@ class Misuse:
         change: the arguments to replace, by name.
         others: for ranks that are right, but not with the good arguments.
         error: name of the exception's class.
+        nodes: how many nodes the ranks stand for.
     """
 
     call: str
@@ -33,6 +34,7 @@ class Misuse:
     size: int = 2
     others: Callable[[Scene], dict[str, Any]] = field(default=lambda s: {})
     error: str = "ArgumentError"
+    nodes: int = 1
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,9 @@ class Outcome:
 class Scene:
     """One rank with a buffer, good arguments of every call, and handles in both layouts."""
 
-    def __init__(self, rank: int, size: int, group: dist.ProcessGroup) -> None:
+    def __init__(self, rank: int, size: int, group: dist.ProcessGroup, nodes: int = 1) -> None:
         self.rank, self.size, self.group = rank, size, group
-        self.buffer, self.other = dt.Buffer(group, timeout=6), dt.Buffer(group, timeout=6)
+        self.buffer, self.other = (dt.Buffer(group, timeout=6, num_local_ranks=size // nodes) for _ in "ab")
         self.num_experts = 4 * size
         g = torch.Generator().manual_seed(rank)
         self.x = torch.randn(4, 8, generator=g)
@@ -72,7 +74,7 @@ class Scene:
         """Whether the buffer still gives what it gave."""
         out = dt.dispatch(**self.fresh)
         z = dt.combine(out.x, self.out.handle)
-        twice = self.out.handle[4].sum(1, keepdim=True) * self.x
+        twice = self.layout["is_token_in_rank"].sum(1, keepdim=True) * self.x
         return same_bits(out.x, self.out.x) and torch.allclose(z, twice)
 
 
@@ -103,7 +105,7 @@ CALLS: dict[str, Callable[..., Any]] = {
 def attempt(rank: int, size: int, group: dist.ProcessGroup, module: str, name: str) -> Outcome:
     """Runs `module.MISUSES[name]`, then makes sure that the buffer was not harmed."""
     misuse: Misuse = importlib.import_module(module).MISUSES[name]
-    scene = Scene(rank, size, group)
+    scene = Scene(rank, size, group, misuse.nodes)
     changes = (misuse.change if rank in misuse.ranks else misuse.others)(scene)
     outcome = Outcome(None)
     try:

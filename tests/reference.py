@@ -158,13 +158,19 @@ class Picture:
     # Combine -----------------------------------------------------------------------------------------------------------
 
     def combine(
-        self, rank: int, ys: Sequence[Tensor], origins: Sequence[Sequence[Row | None]], biases: Sequence[Tensor] = ()
+        self,
+        rank: int,
+        ys: Sequence[Tensor],
+        origins: Sequence[Sequence[Row | None]],
+        biases: Sequence[Tensor] = (),
+        per_node: int = 1,
     ) -> Tensor:
         """What `combine` gives this rank, where rank r combines ys[r], whose rows come from origins[r].
 
         From +0.0, the biases in order, then each rank's part by ascending rank, in float32 (float64 for float64), rounded
         once. A part of several rows (expert layout) is first summed the same way in the order of the rows, which is by
-        ascending expert and pick, and rounded.
+        ascending expert and pick, and rounded. With nodes of `per_node` ranks the parts of a node are first summed by
+        ascending rank and rounded, and then the nodes' sums; a node of one rank leaves nothing to round.
         """
         dtype = ys[rank].dtype
         wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -174,23 +180,31 @@ class Picture:
             total = torch.zeros(out.size(1), dtype=wide)
             for bias in biases:
                 total = total + bias[token].to(wide)
-            for part in parts:
-                if token in part:
-                    total = total + _local_sum(part[token]).to(wide)
+            for first in range(0, self.size, per_node):
+                here = [_local_sum(part[token]) for part in parts[first : first + per_node] if token in part]
+                if here:
+                    total = total + _local_sum(here).to(wide)
             out[token] = total.to(dtype)
         return out
 
-    def combine_weights(self, rank: int, ws: Sequence[Tensor], origins: Sequence[Sequence[Row | None]]) -> Tensor:
-        """[T, K] from ws[r]: [rows, K] in rank layout, [rows] in expert layout, where each stands for its own pick."""
-        total = torch.zeros(self.given[rank].num_tokens, self.given[rank].topk_idx.size(1))
-        for w, rows in zip(ws, origins, strict=True):
-            for i, row in enumerate(rows):
-                if row is None or row.source != rank:
-                    continue
-                if row.k < 0:
-                    total[row.token] += w[i]
-                else:
-                    total[row.token, row.k] += w[i]
+    def combine_weights(
+        self, rank: int, ws: Sequence[Tensor], origins: Sequence[Sequence[Row | None]], per_node: int = 1
+    ) -> Tensor:
+        """[T, K] from ws[r]: [rows, K] in rank layout, [rows] in expert layout, where each stands for its own pick; by node
+        first, as rows are."""
+        shape = (self.given[rank].num_tokens, self.given[rank].topk_idx.size(1))
+        total = torch.zeros(shape)
+        for first in range(0, self.size, per_node):
+            node = torch.zeros(shape)
+            for w, rows in zip(ws[first : first + per_node], origins[first : first + per_node], strict=True):
+                for i, row in enumerate(rows):
+                    if row is None or row.source != rank:
+                        continue
+                    if row.k < 0:
+                        node[row.token] += w[i]
+                    else:
+                        node[row.token, row.k] += w[i]
+            total += node
         return total
 
     @staticmethod

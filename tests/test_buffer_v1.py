@@ -88,6 +88,7 @@ def check(case: Exchange, local: int, num_biases: int) -> None:
     ws = [torch.randn(len(rows), case.top_k, generator=g) for rows in origins]
     biases = [tuple(values(g, n, case.hidden, dtype) for _ in range(num_biases)) for n in case.tokens]
     passed = [None if not b else b[0] if len(b) == 1 else b for b in biases]
+    per_node = local if local < size else 1
     for rank, got in enumerate(run_ranks(size, everything, case, given, local, ys, ws, passed)):
         x, idx, weights, counts = got.first
         _same(x, arrived[rank].x, "recv_x")
@@ -96,8 +97,8 @@ def check(case: Exchange, local: int, num_biases: int) -> None:
         assert counts == arrived[rank].tokens_per_expert
         _same(got.cached[0], arrived[rank].x, "recv_x with a handle")
         assert got.cached[1:] == (None, None, None, None)
-        assert_same_bits(got.combined[0], picture.combine(rank, ys, origins, biases[rank]), "combined_x")
-        assert_same_bits(got.combined[1], picture.combine_weights(rank, ws, origins), "combined_topk_weights")
+        assert_same_bits(got.combined[0], picture.combine(rank, ys, origins, biases[rank], per_node), "combined_x")
+        assert_same_bits(got.combined[1], picture.combine_weights(rank, ws, origins, per_node), "combined_topk_weights")
         again, *nothing, combined, combined_weights = got.rebuilt
         _same(again, arrived[rank].x, "recv_x with a plain tuple")
         assert nothing == [None] * 4
@@ -134,8 +135,14 @@ def check_handle(handle: tuple, picture: Picture, rank: int, local: int) -> None
         assert_same_bits(handle[0], picture.is_token_in_rank(rank), "is_token_in_rank")
         assert_same_bits(handle[-4], prefix[:, rank].contiguous(), "recv_gbl_rank_prefix_sum")
         assert handle[-4][-1].item() == len(received)
-        by_node = handle[4]
-        assert_same_bits(by_node, prefix[:, rank].view(-1, local)[:, -1].contiguous(), "recv_rdma_rank_prefix_sum")
+        if local == 1:
+            by_node = prefix[:, rank].contiguous()  # nothing is forwarded
+        else:  # what this rank forwards: the tokens that ranks of its rail have for its node
+            rail = range(rank % local, picture.size, local)
+            counts = [picture.num_tokens_per_node(source, local)[rank // local] for source in rail]
+            by_node = torch.tensor(counts, dtype=torch.int32).cumsum(0, dtype=torch.int32)
+            assert handle[9].shape == (by_node[-1], local)
+        assert_same_bits(handle[4], by_node, "recv_rdma_rank_prefix_sum")
 
 
 @pytest.mark.parametrize("size,local", [(2, 2), (2, 1), (3, 3), (4, 4), (4, 2), (4, 1)])

@@ -2,93 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
-from draws import FLOATS, FP8, SCALES, STYLES, Exchange, exchanges, row_values, spread, values
+from comparing import Got, check, check_arrived, check_worst, exchange, same_rows
+from draws import FLOATS, FP8, SCALES, STYLES, Exchange, exchanges, row_values, values
 from harness import assert_same_bits, run_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import Arrived, Given, Picture, Rows
+from reference import Given, Picture
 from torch import Tensor
 
 import deepep_train as dt
 
 SIZES = (2, 3, 4)
-
-
-@dataclass(frozen=True)
-class Got:
-    """What one rank's calls returned."""
-
-    x: Rows
-    topk_idx: Tensor | None
-    topk_weights: Tensor | None
-    tokens_per_expert: Tensor
-    z: Tensor
-    again: Rows
-    extra: dict[str, Any] = field(default_factory=dict)
-
-
-def exchange(
-    rank: int, size: int, group: dist.ProcessGroup, case: Exchange, given: list[Given], ys: list[Tensor], biases: list
-) -> Got:
-    """Dispatch, combine and dispatch again along the handle, all of it twice with the same bits."""
-    buffer = dt.Buffer(group, timeout=20)
-    mine = given[rank]
-
-    def once() -> Got:
-        how = {"num_experts": case.num_experts, "layout": case.layout, "alignment": case.alignment}
-        out = dt.dispatch(mine.x, mine.topk_idx, mine.topk_weights, buffer=buffer, **how)
-        z = dt.combine(ys[rank], out.handle, bias=biases[rank])
-        again = dt.dispatch(mine.x, buffer=buffer, handle=out.handle)
-        assert again.topk_idx is None
-        assert again.topk_weights is None
-        return Got(out.x, out.topk_idx, out.topk_weights, out.tokens_per_expert, z, again.x)
-
-    first, second = once(), once()
-    _same(first.x, second.x)
-    _same(first.again, second.again)
-    assert_same_bits(first.z, second.z)
-    assert_same_bits(first.topk_weights, second.topk_weights)
-    return first
-
-
-def _same(got: Rows, expected: Rows, what: str = "rows") -> None:
-    assert isinstance(got, tuple) == isinstance(expected, tuple), what
-    for a, b in zip(*(v if isinstance(v, tuple) else (v,) for v in (got, expected)), strict=True):
-        assert_same_bits(a, b, what)
-        assert a.is_contiguous(), what
-
-
-def _check_arrived(got: Got, expected: Arrived, rank: int) -> None:
-    _same(got.x, expected.x, f"x on rank {rank}")
-    assert_same_bits(got.topk_idx, expected.topk_idx, f"topk_idx on rank {rank}")
-    assert_same_bits(got.topk_weights, expected.topk_weights, f"topk_weights on rank {rank}")
-    assert got.tokens_per_expert.dtype == torch.int64
-    assert got.tokens_per_expert.device.type == "cpu"
-    assert got.tokens_per_expert.tolist() == expected.tokens_per_expert
-
-
-def check(case: Exchange, num_biases: int = 0, dtype: torch.dtype | None = None) -> None:
-    """One exchange on every rank against the reference; the combine is in `dtype` if the payload is FP8."""
-    given, g = case.given(), case.generator()
-    picture = Picture(given, case.num_experts)
-    arrived = [picture.arrive(r, case.layout, case.alignment) for r in range(case.size)]
-    origins = [a.rows for a in arrived]
-    dtype = dtype or case.dtype
-    ys = row_values(g, origins, case.hidden, dtype)
-    biases = [tuple(values(g, n, case.hidden, dtype) for _ in range(num_biases)) for n in case.tokens]
-    if case.strided:
-        ys, biases = [spread(y) for y in ys], [tuple(map(spread, b)) for b in biases]
-    passed = [None if not b else b[0] if len(b) == 1 else b for b in biases]
-    for rank, got in enumerate(run_ranks(case.size, exchange, case, given, ys, passed)):
-        _check_arrived(got, arrived[rank], rank)
-        _same(got.again, arrived[rank].x, "rows dispatched again")
-        assert_same_bits(got.z, picture.combine(rank, ys, origins, biases[rank]), f"z on rank {rank}")
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -152,7 +81,7 @@ def test_the_same_expert_twice_is_two_rows_in_order_of_k() -> None:
     case = Exchange((2, 2), 2, 3, 2, "twins", torch.float32, "expert")
     ys = [torch.randn(len(Picture(given, 4).arrive(r, "expert").rows), 2) for r in range(2)]
     for rank, got in enumerate(run_ranks(2, exchange, case, given, ys, [None, None])):
-        _check_arrived(got, Picture(given, 4).arrive(rank, "expert"), rank)
+        check_arrived(got, Picture(given, 4).arrive(rank, "expert"), rank)
 
 
 # Rounding ---------------------------------------------------------------------------------------------------------------
@@ -188,33 +117,11 @@ def test_zeros_are_positive_where_nothing_is_added() -> None:
 # num_worst_tokens -------------------------------------------------------------------------------------------------------
 
 
-def exchange_worst(
-    rank: int, size: int, group: dist.ProcessGroup, case: Exchange, given: list[Given], worst: list[int], ys: list[Tensor]
-) -> Got:
-    mine = given[rank]
-    buffer = dt.Buffer(group, timeout=20)
-    how = {"num_experts": case.num_experts, "layout": case.layout, "alignment": case.alignment}
-    out = dt.dispatch(mine.x, mine.topk_idx, mine.topk_weights, buffer=buffer, num_worst_tokens=worst[rank], **how)
-    z = dt.combine(ys[rank], out.handle)
-    again = dt.dispatch(mine.x, buffer=buffer, handle=out.handle)
-    return Got(out.x, out.topk_idx, out.topk_weights, out.tokens_per_expert, z, again.x)
-
-
 @pytest.mark.parametrize("spare", [0, 1, 9])
 @settings(max_examples=15)
 @given(case=exchanges(3, (*FLOATS, torch.float8_e4m3fn)))
 def test_num_worst_tokens_pads_to_exactly_so_many_rows(spare: int, case: Exchange) -> None:
-    given = case.given()
-    picture = Picture(given, case.num_experts)
-    needed = [len(picture.arrive(r, case.layout, case.alignment).rows) for r in range(3)]
-    worst = [max(1, n + spare) for n in needed]
-    arrived = [picture.arrive(r, case.layout, case.alignment, worst[r]) for r in range(3)]
-    origins = [a.rows for a in arrived]
-    ys = row_values(case.generator(), origins, 5, torch.bfloat16)
-    for rank, got in enumerate(run_ranks(3, exchange_worst, case, given, worst, ys)):
-        _check_arrived(got, arrived[rank], rank)
-        _same(got.again, arrived[rank].x)
-        assert_same_bits(got.z, picture.combine(rank, ys, origins), f"z on rank {rank}")
+    check_worst(case, spare)
 
 
 # Handles ----------------------------------------------------------------------------------------------------------------
@@ -272,6 +179,6 @@ def test_a_group_of_one(case: Exchange) -> None:
     arrived = picture.arrive(0, case.layout, case.alignment)
     ys = row_values(case.generator(), [arrived.rows], 3, torch.bfloat16)
     for got in run_ranks(2, alone, case, given, ys):
-        _check_arrived(got, arrived, 0)
-        _same(got.again, arrived.x)
+        check_arrived(got, arrived, 0)
+        same_rows(got.again, arrived.x)
         assert_same_bits(got.z, picture.combine(0, ys, [arrived.rows]))

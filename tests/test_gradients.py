@@ -88,8 +88,8 @@ def experts(out: dt.Dispatched, matrices: Tensor) -> Tensor:
     return total
 
 
-def solve(rank: int, size: int, group: dist.ProcessGroup, problem: Problem) -> list[Tensor]:
-    buffer = dt.Buffer(group, timeout=20)
+def solve(rank: int, size: int, group: dist.ProcessGroup, problem: Problem, local: int | None = None) -> list[Tensor]:
+    buffer = dt.Buffer(group, timeout=20, num_local_ranks=local)
     mine = problem.given[rank]
     share = problem.case.num_local_experts
     x, w, b = (t.clone().requires_grad_() for t in (mine.x, mine.topk_weights, problem.biases[rank]))
@@ -100,14 +100,14 @@ def solve(rank: int, size: int, group: dist.ProcessGroup, problem: Problem) -> l
     return [z.detach(), x.grad, w.grad, b.grad, matrices.grad]
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size,local", [(2, None), (3, None), (4, 2)])
 @settings(max_examples=25)
 @given(data=st.data())
-def test_gradients_agree_with_dense_arithmetic(size: int, data: st.DataObject) -> None:
+def test_gradients_agree_with_dense_arithmetic(size: int, local: int | None, data: st.DataObject) -> None:
     case = replace(data.draw(exchanges(size, (torch.float64,))), strided=False)
     problem = Problem.of(replace(case, hidden=min(case.hidden, 8)))
     dense, matrices = problem.dense()
-    for rank, got in enumerate(run_ranks(size, solve, problem)):
+    for rank, got in enumerate(run_ranks(size, solve, problem, local)):
         share = problem.case.num_local_experts
         expected = [*dense[rank], matrices[rank * share : (rank + 1) * share]]
         names = ("z", "gradient of x", "gradient of the weights", "gradient of the bias", "gradient of the experts")
@@ -121,10 +121,18 @@ def test_gradients_agree_with_dense_arithmetic(size: int, data: st.DataObject) -
 
 
 def backward_with(
-    rank: int, size: int, group: dist.ProcessGroup, case: Exchange, given: list[Given], gx: list, gw: list, gz: list
+    rank: int,
+    size: int,
+    group: dist.ProcessGroup,
+    case: Exchange,
+    given: list[Given],
+    gx: list,
+    gw: list,
+    gz: list,
+    local: int | None,
 ) -> list[Tensor]:
     """The gradients of x and of the weights for gradients of what arrived, and of y for a gradient of z."""
-    buffer = dt.Buffer(group, timeout=20)
+    buffer = dt.Buffer(group, timeout=20, num_local_ranks=local)
     x, w = given[rank].x.clone().requires_grad_(), given[rank].topk_weights.clone().requires_grad_()
     out = send(buffer, case, x, given[rank].topk_idx, w)
     torch.autograd.backward([out.x, out.topk_weights], [gx[rank], gw[rank]])
@@ -137,22 +145,24 @@ def _masked(w: Tensor, idx: Tensor | None) -> Tensor:
     return w if idx is None else torch.where(idx < 0, 0.0, w)
 
 
+@pytest.mark.parametrize("size,local", [(3, None), (4, 2)])
 @settings(max_examples=30)
-@given(case=exchanges(3))
-def test_each_backward_is_the_other_forward(case: Exchange) -> None:
+@given(data=st.data())
+def test_each_backward_is_the_other_forward(size: int, local: int | None, data: st.DataObject) -> None:
     """… in the payload's dtype. The recv weights of experts that live elsewhere are constants and get no gradient."""
-    case = replace(case, strided=False)
+    case, per_node = replace(data.draw(exchanges(size)), strided=False), local or 1
     given, g = case.given(), case.generator()
     picture = Picture(given, case.num_experts)
-    arrived = [picture.arrive(r, case.layout, case.alignment) for r in range(3)]
+    arrived = [picture.arrive(r, case.layout, case.alignment) for r in range(size)]
     origins = [a.rows for a in arrived]
     gx = row_values(g, origins, case.hidden, case.dtype)
     gw = [torch.randn(a.topk_weights.shape, generator=g) for a in arrived]
     gz = [values(g, n, case.hidden, case.dtype) for n in case.tokens]
     masked = [_masked(w, a.topk_idx) for w, a in zip(gw, arrived, strict=True)]
-    for rank, (x_grad, w_grad, y_grad) in enumerate(run_ranks(3, backward_with, case, given, gx, gw, gz)):
-        assert_same_bits(x_grad, picture.combine(rank, gx, origins), "gradient of x")
-        assert_same_bits(w_grad, picture.combine_weights(rank, masked, origins), "gradient of the weights")
+    results = run_ranks(size, backward_with, case, given, gx, gw, gz, local)
+    for rank, (x_grad, w_grad, y_grad) in enumerate(results):
+        assert_same_bits(x_grad, picture.combine(rank, gx, origins, (), per_node), "gradient of x")
+        assert_same_bits(w_grad, picture.combine_weights(rank, masked, origins, per_node), "gradient of the weights")
         assert_same_bits(y_grad, picture.gather(origins[rank], gz), "gradient of y")
 
 

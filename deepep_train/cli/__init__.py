@@ -13,9 +13,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m deepep_train", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    from deepep_train.cli import bench, doctor
+    from deepep_train.cli import bench, doctor, plan
 
-    for command in (doctor, bench):
+    for command in (doctor, bench, plan):
         command.add_parser(commands)
     args = parser.parse_args(argv)
     try:

@@ -137,14 +137,22 @@ def create(
     group: dist.ProcessGroup | None,
     timeout: float,
     local_ranks: int,
+    two_level: bool | None,
     num_nvl_bytes: int,
     num_sms: Callable[[], int],
     number: int,
 ) -> Engine:
-    """Build the engine that `choose` named; `num_sms` gives the SMs that a call may occupy, `number` is the buffer's."""
+    """Build the engine that `choose` named; `two_level` as in `Buffer`; `num_sms` gives the SMs that a call may occupy,
+    `number` is the buffer's."""
     if name == "nvlink":
         from deepep_train.engines.nvlink import NvlinkEngine
 
+        if two_level:
+            raise ArgumentError("two_level=True needs engine='collective': nvlink reaches every rank directly", "two_level")
         return NvlinkEngine(Peers(group, timeout, number), max(num_nvl_bytes, DEFAULT_ARENA_BYTES), num_sms)
     assert name == "collective", name
-    return CollectiveEngine(group, timeout, local_ranks, number)
+    num_nodes = (1 if group is None else group.size()) // local_ranks
+    if two_level and num_nodes < 2:
+        raise ArgumentError(f"two_level=True needs at least 2 nodes, these are {local_ranks} ranks of one", "two_level")
+    forwards = two_level if two_level is not None else num_nodes > 1 and local_ranks > 1
+    return CollectiveEngine(group, timeout, local_ranks, forwards, number)

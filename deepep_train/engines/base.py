@@ -56,12 +56,9 @@ class DispatchRequest:
         }
 
 
-def wrong_counts(given: Tensor, counted: Tensor) -> ArgumentError:
-    """`num_tokens_per_rank` is not what `is_token_in_rank` counts to; both int32 [R]."""
-    return ArgumentError(
-        f"num_tokens_per_rank={given.tolist()} does not count is_token_in_rank, which has {counted.tolist()}",
-        "num_tokens_per_rank",
-    )
+def wrong_counts(given: Tensor, counted: Tensor, argument: str = "num_tokens_per_rank") -> ArgumentError:
+    """The counts given are not what `is_token_in_rank` comes to; both int32 of one shape."""
+    return ArgumentError(f"{argument}={given.tolist()} does not count is_token_in_rank, which has {counted.tolist()}", argument)
 
 
 @dataclass(frozen=True)
@@ -152,6 +149,7 @@ class Engine(ABC):
     name: str
     rank: int
     device: torch.device | None = None  # the only one it serves; None: any
+    forwards: bool = False  # whether rows cross between nodes once and are forwarded there, and sums are by node
     checks_layout: bool = (
         False  # whether dispatch itself finds wrong indices and counts, so that no check need wait for the GPU
     )

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deepep_train.engines.base import Prepared
+from deepep_train.engines.scratch import Scratch
 from deepep_train.errors import ArgumentError, DeepEPError, PeerTimeoutError
 
 _TEXT_BYTES = 4096
@@ -50,6 +51,7 @@ class Peers:
         if "cpu" not in self.backends:
             self.header_device = torch.device("cuda", torch.cuda.current_device())
         self.failure: DeepEPError | None = None
+        self.scratch = Scratch()  # what exchanges need only until they return
         self._calls = 0
 
     @property

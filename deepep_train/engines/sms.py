@@ -6,7 +6,7 @@ from deepep_train.routing import round_up
 
 # What one SM moves, measured on an H100 (docs/performance.md: 16 SMs in all), in bytes a second: the slower of dispatch's
 # stores and combine's pulls. And what the links of one GPU carry, one way.
-_BYTES_PER_SM = 35e9
+BYTES_PER_SM = 35e9
 _LINK_BYTES = {8: 300e9, 9: 450e9, 10: 900e9}  # by compute capability: NVLink 3, 4, 5
 
 
@@ -26,5 +26,5 @@ def default_sms(capability: int, sm_count: int, sharing: int) -> int:
         capability: the major number of the GPU's compute capability.
     """
     link = _LINK_BYTES.get(capability, max(_LINK_BYTES.values()))
-    wanted = round_up(-(-int(link) // int(_BYTES_PER_SM)), 2)
+    wanted = round_up(-(-int(link) // int(BYTES_PER_SM)), 2)
     return wanted if sharing == 1 else max(1, min(wanted, sm_count // 2 // sharing))

@@ -1,0 +1,101 @@
+"""`plan`: times, bytes and buffers of dispatch and combine on a cluster, predicted from link rates; needs no GPU."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from typing import Any
+
+from deepep_train.cli import plan_model as model
+
+
+def add_parser(commands: Any) -> None:
+    parser: argparse.ArgumentParser = commands.add_parser("plan", help=__doc__, description=__doc__)
+    work = model.Work(1)
+    parser.add_argument("--nodes", type=int, default=1, help="nodes of the expert-parallel group")
+    parser.add_argument("--gpus-per-node", type=int, default=work.gpus_per_node, help="default %(default)s")
+    parser.add_argument("--num-tokens", "--tokens", type=int, default=work.num_tokens, help="of each GPU; %(default)s")
+    parser.add_argument("--hidden", type=int, default=work.hidden, help="elements of a row; %(default)s")
+    parser.add_argument("--num-experts", "--experts", type=int, default=work.num_experts, help="of all GPUs; %(default)s")
+    parser.add_argument("--num-topk", "--top-k", type=int, default=work.num_topk, help="experts of a token; %(default)s")
+    parser.add_argument("--num-groups", type=int, default=0, help="groups of experts among which the router chooses; 0: none")
+    parser.add_argument("--num-topk-groups", type=int, default=0, help="groups that a token's experts lie in")
+    parser.add_argument("--dispatch-dtype", choices=model.DTYPES, default=work.dispatch_dtype, help="default %(default)s")
+    parser.add_argument("--gpu", choices=sorted(model.NVLINK_RATES), default="h100", help="whose NVLink; default %(default)s")
+    parser.add_argument("--nvlink-gbs", type=_rate, help="GB/s one way that rows reach over NVLink, instead of the GPU's")
+    parser.add_argument("--rdma-gbs", type=_rate, help="GB/s one way that rows reach over a GPU's network card")
+    parser.add_argument("--staging-gib", type=_rate, default=4.0, help="memory for the network's slots; default %(default)s")
+    parser.add_argument("--validate", action="store_true", help="compare the model with published tables instead")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.validate:
+        compared = model.validate()
+        print(json.dumps([asdict(row) for row in compared], indent=2) if args.json else validation_text(compared))
+        return 0
+    work = model.Work(
+        args.nodes,
+        args.gpus_per_node,
+        args.num_tokens,
+        args.hidden,
+        args.num_experts,
+        args.num_topk,
+        args.num_groups,
+        args.num_topk_groups,
+        args.dispatch_dtype,
+    )
+    hardware = model.Hardware(
+        nvlink_rate=args.nvlink_gbs * 1e9 if args.nvlink_gbs else model.NVLINK_RATES[args.gpu] * model.NVLINK_SHARE,
+        nic_rate=args.rdma_gbs * 1e9 if args.rdma_gbs else model.NIC_RATE * model.NIC_SHARE,
+        staging_limit=int(args.staging_gib * 2**30),
+    )
+    print(json.dumps(model.report(work, hardware), indent=2) if args.json else as_text(work, hardware))
+    return 0
+
+
+def as_text(work: model.Work, hardware: model.Hardware) -> str:
+    groups = f" in {work.num_topk_groups} of {work.num_groups} groups" if work.num_groups else ""
+    nodes, ranks = model.units_reached(work, work.nodes), model.units_reached(work, work.ranks)
+    lines = [
+        f"{work.nodes} nodes x {work.gpus_per_node} GPUs, {work.num_tokens} tokens x {work.hidden} a GPU, "
+        f"top-{work.num_topk} of {work.num_experts} experts{groups}",
+        f"a token reaches {nodes:.2f} nodes and {ranks:.2f} GPUs; rows reach {hardware.nvlink_rate / 1e9:.0f} GB/s over NVLink "
+        f"and {hardware.nic_rate / 1e9:.0f} over a network card",
+        "",
+        f"{'a GPU, one way':18s} {'ms':>8s} {'bound by':>9s} {'RDMA MB':>9s} {'NVLink MB':>10s} {'RDMA rows':>10s} {'SMs':>4s}",
+    ]
+    for operation, dtype in (("dispatch", work.dispatch_dtype), ("combine", "bf16")):
+        p = model.predict(work, hardware, operation)
+        lines.append(
+            f"{operation + ' ' + dtype:18s} {1e3 * p.seconds:8.2f} {p.bound:>9s} {p.rdma_bytes / 1e6:9.1f} "
+            f"{p.nvlink_bytes / 1e6:10.1f} {p.rdma_rows:10.0f} {p.sms:4d}"
+        )
+    b = model.buffers(work, hardware)
+    lines += ["", f"received rows in bf16, for each dispatch whose backward is to come: {b.received / 2**20:.0f} MiB"]
+    if work.nodes > 1:
+        how = "a slot for every (node, token)"
+        if b.credits:
+            how = f"rings with credits, as slots for every (node, token) would take {b.slots / 2**30:.1f} GiB"
+        lines.append(f"staging for the network: {b.staging / 2**20:.0f} MiB, {how}")
+        lines.append(
+            "The rdma engine is not built yet (docs/rdma.md): this is what its protocol moves, at rates that DeepEP V1 reached."
+        )
+    return "\n".join(lines)
+
+
+def validation_text(compared: list[model.Compared]) -> str:
+    lines = [f"{'':14s} {'published GB/s':>15s} {'predicted GB/s':>15s} {'error of the time':>18s}"]
+    for row in compared:
+        name = f"EP{row.ranks} {row.operation}"
+        lines.append(f"{name:14s} {row.published:15.0f} {row.predicted:15.1f} {100 * row.error:17.1f}%")
+    return "\n".join(lines)
+
+
+def _rate(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} must be a finite number above 0")
+    return value

@@ -1,0 +1,268 @@
+"""What dispatch and combine take on a cluster: arithmetic on expected copies and link rates, no GPU needed.
+
+The model, with its sources and its errors against published tables, is described in docs/plan.md. Units are bytes and
+seconds; everything is per GPU and one way, and by symmetry a GPU receives what it sends.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from math import ceil
+
+from deepep_train.engines.sms import BYTES_PER_SM
+from deepep_train.routing import round_up
+
+FP8_BLOCK = 128  # elements for each float32 scale
+DTYPES = ("fp8", "bf16")
+
+# NVLink, nominal, one way; by the name of the GPU. H800's is an H100's with fewer links.
+NVLINK_RATES = {"h800": 200e9, "h100": 450e9, "h200": 450e9, "b200": 900e9}
+NIC_RATE = 50e9  # a 400 Gb/s card for each GPU
+# Fitted to DeepEP V1's published H800 numbers: NVLINK_SHARE to its one-node rows, NIC_SHARE to EP32 and EP64.
+NVLINK_SHARE = 0.70
+NIC_SHARE = 0.90
+# Assumed, not fitted: no published row depends on them by more than 5%.
+CALL_SECONDS = 50e-6  # launches, flags there and back, the pipeline's start
+MESSAGE_SECONDS = 3e-9  # a card that sends 330 million messages a second
+PACKET_BYTES, PACKET_HEADER = 4096, 66  # RoCE v2: Ethernet, IP, UDP, BTH, CRCs
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every rank does.
+
+    Attributes:
+        nodes, gpus_per_node: R = nodes * gpus_per_node ranks in the group.
+        num_groups, num_topk_groups: a token's experts lie in the best `num_topk_groups` of `num_groups` equal groups of
+            consecutive experts, as DeepSeek-V3's router limits them; 0 and 0 without a limit.
+        dispatch_dtype: of the rows sent by dispatch; combine's are bf16.
+    """
+
+    nodes: int
+    gpus_per_node: int = 8
+    num_tokens: int = 4096
+    hidden: int = 7168
+    num_experts: int = 256
+    num_topk: int = 8
+    num_groups: int = 0
+    num_topk_groups: int = 0
+    dispatch_dtype: str = "fp8"
+
+    def __post_init__(self) -> None:
+        for name in ("nodes", "gpus_per_node", "num_tokens", "hidden", "num_experts", "num_topk"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{_flag(name)} {getattr(self, name)} must be at least 1")
+        if self.num_experts % self.ranks:
+            raise ValueError(f"--num-experts {self.num_experts} must be divisible by the {self.ranks} GPUs")
+        if (self.num_groups == 0) != (self.num_topk_groups == 0):
+            raise ValueError("--num-groups and --num-topk-groups go together")
+        groups, chosen = self.groups
+        if chosen < 1 or groups < chosen or self.num_experts % groups:
+            raise ValueError(f"--num-topk-groups {chosen} of --num-groups {groups} must fit --num-experts {self.num_experts}")
+        if self.num_topk > self.num_experts // groups * chosen:
+            raise ValueError(f"--num-topk {self.num_topk} exceeds the experts that a token may choose from")
+        if self.dispatch_dtype not in DTYPES:
+            raise ValueError(f"--dispatch-dtype {self.dispatch_dtype} must be one of {', '.join(DTYPES)}")
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.gpus_per_node
+
+    @property
+    def groups(self) -> tuple[int, int]:
+        return (self.num_groups, self.num_topk_groups) if self.num_groups else (1, 1)
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Rates that rows can reach, and the SMs' share of moving them.
+
+    Attributes:
+        nvlink_rate, nic_rate: bytes a second of one GPU, one way, as reached.
+        staging_limit: bytes that the network's slots may take of a GPU's memory.
+    """
+
+    nvlink_rate: float = NVLINK_RATES["h100"] * NVLINK_SHARE
+    nic_rate: float = NIC_RATE * NIC_SHARE
+    staging_limit: int = 4 << 30
+
+
+def units_reached(work: Work, units: int) -> float:
+    """Of `units` equal, consecutive shares of the experts, how many a token's picks are expected to lie on.
+
+    Scores are taken as independent and alike; the groups are those with the best experts. In descending order of scores the
+    first picks then come from all experts, and once the last group that may be chosen has appeared, from the chosen groups
+    alone. So the picks are drawn one after another without replacement, and all that matters of those before is how many
+    groups and how many shares they lie on.
+    """
+    groups, chosen = work.groups
+    share, group = work.num_experts // units, work.num_experts // groups
+    if share % group and group % share:
+        raise ValueError(f"{share} experts a node or GPU and {group} a group must divide one another")
+    states = {(0, 0): 1.0}  # probability of (groups, shares) reached so far
+    for drawn in range(work.num_topk):
+        later: dict[tuple[int, int], float] = {}
+        for (g, u), probability in states.items():
+            new_groups = groups - g if g < chosen else 0
+            # Experts that the next pick may be, by whether their group or their share is new.
+            if share <= group:
+                old_group_new_share = g * group - u * share
+                new_group_old_share = 0
+            else:
+                old_group_new_share = 0
+                new_group_old_share = min(new_groups, u * (share // group) - g) * group
+            ways = {
+                (g, u): g * group - drawn - old_group_new_share,
+                (g, u + 1): old_group_new_share,
+                (g + 1, u): new_group_old_share,
+                (g + 1, u + 1): new_groups * group - new_group_old_share,
+            }
+            for state, count in ways.items():
+                if count:
+                    later[state] = later.get(state, 0.0) + probability * count / sum(ways.values())
+        states = later
+    return sum(u * probability for (_, u), probability in states.items())
+
+
+def row_bytes(work: Work, operation: str) -> int:
+    """Of one row: its elements, and with FP8 its scales."""
+    if operation == "combine" or work.dispatch_dtype == "bf16":
+        return 2 * work.hidden
+    return work.hidden + 4 * ceil(work.hidden / FP8_BLOCK)
+
+
+def meta_bytes(work: Work, operation: str) -> int:
+    """What travels with a row over the network: a token's number, the mask of its ranks on the node, indices and weights;
+    back, its weights. In multiples of 16, as copies want them."""
+    with_dispatch = 4 + ceil(work.gpus_per_node / 8) + 8 * work.num_topk
+    return round_up(with_dispatch if operation == "dispatch" else 4 * work.num_topk, 16)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Of one operation, per GPU.
+
+    Attributes:
+        rdma_rows, nvlink_rows: rows that leave the GPU over each link; one for every node, and for every GPU of a node.
+        rdma_bytes, nvlink_bytes: with metadata, without packet headers.
+        seconds, bound: the time, and the link that decides it ("local" where nothing crosses).
+        sms: SMs that move the bytes in that time.
+    """
+
+    rdma_rows: float
+    nvlink_rows: float
+    rdma_bytes: float
+    nvlink_bytes: float
+    seconds: float
+    bound: str
+    sms: int
+
+
+def predict(work: Work, hardware: Hardware, operation: str) -> Prediction:
+    """`operation` "dispatch" or "combine", which is the same way back: a node's rows are summed by the forwarder."""
+    nodes_reached = units_reached(work, work.nodes)
+    ranks_reached = units_reached(work, work.ranks)
+    rdma_rows = work.num_tokens * nodes_reached * (work.nodes - 1) / work.nodes
+    # A row is forwarded by the GPU on the sender's rail, which is one of the node's: what is for itself crosses no link.
+    nvlink_rows = work.num_tokens * ranks_reached * (work.gpus_per_node - 1) / work.gpus_per_node
+    row, meta = row_bytes(work, operation), meta_bytes(work, operation)
+    rdma_bytes, nvlink_bytes = rdma_rows * (row + meta), nvlink_rows * (row + meta)
+    packets = rdma_rows * ceil((row + meta) / PACKET_BYTES)
+    times = {
+        "rdma": (rdma_bytes + packets * PACKET_HEADER) / hardware.nic_rate + rdma_rows * MESSAGE_SECONDS,
+        "nvlink": nvlink_bytes / hardware.nvlink_rate,
+    }
+    bound = max(times, key=lambda link: times[link])
+    seconds = CALL_SECONDS + times[bound]
+    # SMs copy rows to where the card reads them, and store rows over NVLink or sum them from there, the GPU's own included.
+    moved = (rdma_rows + work.num_tokens * ranks_reached) * row
+    sms = round_up(max(1, ceil(moved / BYTES_PER_SM / seconds)), 2)
+    return Prediction(rdma_rows, nvlink_rows, rdma_bytes, nvlink_bytes, seconds, bound if times[bound] else "local", sms)
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """Bytes of a GPU's memory.
+
+    Attributes:
+        slots: of the network staging with a slot for every (source node, token), both ways of one operation.
+        staging: what is taken: `slots`, or credits' ring of the limit's size if that is more.
+        credits: whether it is.
+        received: expected size of one dispatch's rows in bf16, which live as long as autograd needs them.
+    """
+
+    slots: int
+    staging: int
+    credits: bool
+    received: int
+
+
+def buffers(work: Work, hardware: Hardware) -> Buffers:
+    """Sized for the worst routing: every token of every rail peer may come (docs/rdma.md)."""
+    received = int(work.num_tokens * units_reached(work, work.ranks)) * 2 * work.hidden
+    if work.nodes == 1:
+        return Buffers(0, 0, False, received)
+    slot = max(round_up(row_bytes(work, op) + meta_bytes(work, op), 128) for op in ("dispatch", "combine"))
+    # Dispatch: own rows on the way out, others' on the way in. Combine mirrors it: sums for others out, sums for own in.
+    slots = slot * work.num_tokens * 2 * (work.nodes - 1)
+    return Buffers(slots, min(slots, hardware.staging_limit), slots > hardware.staging_limit, received)
+
+
+# Against published tables ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Published:
+    """GB/s that DeepEP V1's README gives for H800s with 400 Gb/s cards (4096 tokens, hidden 7168, top-8 of 256
+    experts in at most 4 nodes, FP8 dispatch, bf16 combine), by V1's counting: the rows of all nodes (of all ranks on one
+    node) over the time, those that cross no link included."""
+
+    ranks: int
+    dispatch: float
+    combine: float
+
+
+V1_ON_H800 = (Published(8, 153, 158), Published(16, 43, 43), Published(32, 58, 57), Published(64, 51, 50))
+
+
+@dataclass(frozen=True)
+class Compared:
+    """`error` is that of the predicted time, relative to the published one."""
+
+    ranks: int
+    operation: str
+    published: float
+    predicted: float
+    error: float
+
+
+def validate() -> list[Compared]:
+    """The model on the H800 table, in V1's GB/s."""
+    hardware = Hardware(nvlink_rate=NVLINK_RATES["h800"] * NVLINK_SHARE)
+    rows = []
+    for p in V1_ON_H800:
+        nodes = p.ranks // 8
+        work = Work(nodes, num_groups=nodes, num_topk_groups=min(nodes, 4))
+        copies = units_reached(work, work.nodes if nodes > 1 else work.ranks)
+        for operation, published in (("dispatch", p.dispatch), ("combine", p.combine)):
+            counted = work.num_tokens * copies * row_bytes(work, operation)
+            predicted = counted / predict(work, hardware, operation).seconds / 1e9
+            rows.append(Compared(p.ranks, operation, published, predicted, published / predicted - 1))
+    return rows
+
+
+def report(work: Work, hardware: Hardware) -> dict[str, object]:
+    """Everything, JSON-able, for `plan --json`."""
+    return {
+        "work": asdict(work),
+        "hardware": asdict(hardware),
+        "nodes_per_token": units_reached(work, work.nodes),
+        "ranks_per_token": units_reached(work, work.ranks),
+        "dispatch": asdict(predict(work, hardware, "dispatch")),
+        "combine": asdict(predict(work, hardware, "combine")),
+        "buffers": asdict(buffers(work, hardware)),
+    }
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

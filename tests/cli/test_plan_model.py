@@ -1,0 +1,157 @@
+"""Expected copies against draws and against hand counts, times against published tables."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from math import comb
+
+import pytest
+import torch
+
+from deepep_train.cli import main
+from deepep_train.cli import plan_model as m
+
+V3 = m.Work(8, num_groups=8, num_topk_groups=4)
+
+
+def drawn(work: m.Work, units: int, tokens: int = 20000) -> float:
+    """Units that a token reaches, the mean over random tokens: the groups with the best expert, then the best experts there."""
+    g = torch.Generator().manual_seed(1)
+    groups, chosen = work.groups
+    score = torch.rand(tokens, work.num_experts, generator=g)
+    picked = score.view(tokens, groups, -1).amax(2).topk(chosen, 1).indices
+    allowed = torch.zeros(tokens, groups, dtype=torch.bool).scatter_(1, picked, True)
+    score[~allowed.repeat_interleave(work.num_experts // groups, 1)] = -1
+    experts = score.topk(work.num_topk, 1).indices
+    reached = torch.zeros(tokens, units, dtype=torch.bool).scatter_(1, experts // (work.num_experts // units), True)
+    return float(reached.sum(1).double().mean())
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        m.Work(1),
+        m.Work(4),
+        V3,
+        m.Work(2, num_groups=8, num_topk_groups=4),  # several groups a node
+        m.Work(16, 4, num_groups=8, num_topk_groups=2),  # several nodes a group
+        m.Work(2, 2, num_experts=16, num_topk=3, num_groups=2, num_topk_groups=1),
+        m.Work(4, 1, num_experts=8, num_topk=8),
+    ],
+    ids=str,
+)
+def test_expected_copies_are_those_of_random_tokens(work: m.Work) -> None:
+    for units in (work.nodes, work.ranks):
+        assert m.units_reached(work, units) == pytest.approx(drawn(work, units), rel=0.01)
+
+
+def test_expected_copies_counted_by_hand() -> None:
+    assert m.units_reached(m.Work(2, 1, num_experts=4, num_topk=2), 2) == pytest.approx(1 + 4 / comb(4, 2))
+    assert m.units_reached(m.Work(2, 1, num_experts=4, num_topk=1), 2) == 1
+    assert m.units_reached(m.Work(4, 1, num_experts=4, num_topk=4), 4) == 4
+    one_group = m.Work(4, 1, num_experts=8, num_topk=2, num_groups=4, num_topk_groups=1)
+    assert m.units_reached(one_group, 4) == 1
+
+
+def test_bytes_by_hand() -> None:
+    """2 nodes of 2 GPUs, an expert each, every token to all of them: one row to the other node, forwarded to the neighbour,
+    as is the one that comes from there."""
+    work = m.Work(2, 2, num_tokens=10, hidden=256, num_experts=4, num_topk=4, dispatch_dtype="fp8")
+    hardware = m.Hardware(nvlink_rate=1e9, nic_rate=1e6)
+    dispatch, combine = (m.predict(work, hardware, operation) for operation in ("dispatch", "combine"))
+    assert (dispatch.rdma_rows, dispatch.nvlink_rows) == (10, 20)
+    per_row = 256 + 8 + 48  # two scales; 4 + 1 + 4 * 8 bytes of metadata, rounded up
+    assert dispatch.rdma_bytes == 10 * per_row
+    assert dispatch.nvlink_bytes == 20 * per_row
+    assert combine.rdma_bytes == 10 * (512 + 16)
+    assert dispatch.bound == "rdma"
+    assert dispatch.seconds == pytest.approx(m.CALL_SECONDS + 10 * (per_row + m.PACKET_HEADER) / 1e6 + 10 * m.MESSAGE_SECONDS)
+    assert m.predict(work, m.Hardware(1e6, 1e9), "dispatch").seconds == pytest.approx(m.CALL_SECONDS + 20 * per_row / 1e6)
+
+
+def test_one_node_and_one_gpu_need_no_network() -> None:
+    p = m.predict(m.Work(1), m.Hardware(), "dispatch")
+    assert (p.rdma_bytes, p.bound) == (0, "nvlink")
+    alone = m.predict(m.Work(1, 1), m.Hardware(), "dispatch")
+    assert (alone.rdma_bytes, alone.nvlink_bytes, alone.bound, alone.seconds) == (0, 0, "local", m.CALL_SECONDS)
+    assert m.buffers(m.Work(1), m.Hardware()).staging == 0
+
+
+def test_metadata_stay_within_two_percent() -> None:
+    for operation in ("dispatch", "combine"):
+        assert m.meta_bytes(V3, operation) <= 0.02 * m.row_bytes(V3, operation)
+
+
+def test_thousands_of_gpus() -> None:
+    """Copies tend to one a pick, and fixed slots give way to credits."""
+    times = []
+    for nodes in (16, 64, 256, 1024):
+        work = m.Work(nodes, num_experts=8192)
+        assert 7.7 < m.units_reached(work, work.ranks) <= 8
+        times.append(m.predict(work, m.Hardware(), "dispatch").seconds)
+    assert times == sorted(times)
+    big = m.buffers(m.Work(1024, num_experts=8192), m.Hardware())
+    assert big.credits and big.staging == m.Hardware().staging_limit < big.slots
+    assert not m.buffers(V3, m.Hardware()).credits
+
+
+def test_limiting_groups_saves_the_network() -> None:
+    unlimited = replace(V3, num_groups=0, num_topk_groups=0)
+    limited, free = (m.predict(w, m.Hardware(), "combine") for w in (V3, unlimited))
+    assert limited.rdma_bytes < 0.8 * free.rdma_bytes
+    assert limited.seconds < free.seconds
+
+
+def test_errors_against_the_published_tables_do_not_grow() -> None:
+    """In docs/plan.md; a change of the model that makes any of them worse fails."""
+    bounds = {8: 0.02, 16: 0.105, 32: 0.04, 64: 0.065}
+    compared = m.validate()
+    assert len(compared) == 8
+    for row in compared:
+        assert abs(row.error) <= bounds[row.ranks], row
+
+
+@pytest.mark.parametrize(
+    "changes,named",
+    [
+        ({"nodes": 0}, "--nodes 0"),
+        ({"nodes": 3}, "--num-experts 256"),
+        ({"num_topk": 300}, "--num-topk 300"),
+        ({"num_groups": 8}, "--num-topk-groups"),
+        ({"num_groups": 4, "num_topk_groups": 5}, "--num-topk-groups 5"),
+        ({"num_groups": 7, "num_topk_groups": 2}, "--num-groups 7"),
+        ({"num_groups": 64, "num_topk_groups": 1}, "--num-topk 8"),
+        ({"dispatch_dtype": "fp4"}, "fp4"),
+    ],
+)
+def test_work_that_cannot_be(changes: dict, named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        m.Work(**({"nodes": 2} | changes))
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    def run(*args: str) -> str:
+        assert main(["plan", *args]) == 0
+        return capsys.readouterr().out
+
+    args = ("--nodes", "8", "--num-groups", "8", "--num-topk-groups", "4", "--gpu", "h200")
+    text, report = run(*args), json.loads(run(*args, "--json"))
+    assert report["dispatch"]["bound"] == "rdma"
+    for operation in ("dispatch", "combine"):
+        assert f"{1e3 * report[operation]['seconds']:.2f}" in text
+    assert f"{report['buffers']['staging'] / 2**20:.0f} MiB" in text
+    assert "not built yet" in text
+    slower = json.loads(run(*args, "--json", "--rdma-gbs", "20"))
+    assert slower["dispatch"]["seconds"] > 2 * report["dispatch"]["seconds"]
+    names = [line.split()[0] for line in run("--validate").splitlines()[1:]]
+    assert names == [f"EP{n}" for n in (8, 8, 16, 16, 32, 32, 64, 64)]
+    assert len(json.loads(run("--validate", "--json"))) == 8
+
+
+def test_bad_arguments_end_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--nodes", "3"]) == 2
+    assert "--num-experts 256" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["plan", "--rdma-gbs", "-1"])
+    assert "-1 must be" in capsys.readouterr().err
