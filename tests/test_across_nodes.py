@@ -128,12 +128,12 @@ def test_a_token_crosses_once_for_each_node_over_the_senders_rail() -> None:
         over_rail, within = seen["dispatch"]
         per_node = picture.num_tokens_per_node(rank, 2)
         assert over_rail == [per_node[r // 2] if r % 2 == rail else 0 for r in range(4)]
-        # Tokens that both of its rail have for this node, once for each rank of the node.
+        # Tokens that both of its rail have for this node, once for each other rank of the node.
         forwarded = [sum(picture.num_tokens_per_rank(source)[r] for source in (rail, 2 + rail)) for r in range(4)]
-        assert within == [forwarded[r] if r // 2 == node else 0 for r in range(4)]
+        assert within == [forwarded[r] if r // 2 == node and r != rank else 0 for r in range(4)]
         # Back: what came from each forwarder, then one sum for each token of the other node's rank on the rail.
         arrived, sums = seen["combine"]
-        assert arrived == [everyone[r]["dispatch"][1][rank] for r in range(4)]
+        assert arrived == [forwarded[rank] if r == rank else everyone[r]["dispatch"][1][rank] for r in range(4)]
         assert sums == [everyone[r]["dispatch"][0][rank] for r in range(4)]
     rows = sum(sum(seen["dispatch"][0]) for seen in everyone)
     one_by_one = sum(sum(picture.num_tokens_per_rank(r)) for r in range(4))
