@@ -4,7 +4,6 @@ They need a checkout of Megatron-LM of the installed release, named by the envir
 tests/unit_tests is used. Its tests are written for torchrun, 8 GPUs and NCCL; here
 - the ranks are joined by gloo before the tests start, which their `Utils` accepts: NCCL takes one rank a GPU only;
 - parametrized tests are called with the parameters given here, since theirs name Megatron's backends;
-- one of them trains as the command line does, whose default takes a kernel of APEX's, which is turned off;
 - on a CPU, which Megatron's `_set_random_seed` passes over, the random states are made by what it would have called.
 """
 
@@ -55,15 +54,6 @@ def _seed(seed_: int, **_: Any) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(seed_)
 
 
-def _parse_args() -> Any:
-    """Without what only APEX has."""
-    from megatron.training.arguments import parse_args
-
-    args = parse_args()
-    args.gradient_accumulation_fusion = False
-    return args
-
-
 def container(rank: int, size: int, group: Any, name: str, tp: int, ep: int) -> None:
     """One of `CONTAINERS`."""
     with small.set_up():
@@ -84,10 +74,7 @@ def overlap(rank: int, size: int, group: Any, file: str, of: str, name: str, giv
         for key, value in (("RANK", rank), ("LOCAL_RANK", 0), ("WORLD_SIZE", size)):
             os.environ[key] = str(value)  # Megatron's arguments look for them
         _module("a2a_overlap.utils").get_valid_flex_dispatcher_backend = lambda: BACKEND
-        module = _module(f"a2a_overlap.{file}")
-        if hasattr(module, "parse_args"):
-            module.parse_args = _parse_args
-        made = getattr(module, of)()
+        made = getattr(_module(f"a2a_overlap.{file}"), of)()
         made.setup_method(None)
         try:
             getattr(made, name)(**given)

@@ -101,7 +101,10 @@ class NvlinkEngine(Engine):
         self._arena = Arena(self._comm, self.device)
         sharing = sum(o["device"] == mine["device"] for o in everyone)
         sms = properties.multi_processor_count
-        self._max_sms, self._default_sms = most_sms(sms, sharing), default_sms(properties.major, sms, sharing)
+        self._max_sms = most_sms(sms, sharing)
+        self._default_sms = {
+            operation: default_sms(operation, properties.major, sms, size, sharing) for operation in ("dispatch", "combine")
+        }
 
     @staticmethod
     def _raise_any(everyone: list[dict[str, Any]]) -> None:
@@ -243,8 +246,8 @@ class NvlinkEngine(Engine):
     def _stream(self) -> int:
         return torch._C._cuda_getCurrentRawStream(self.device.index)  # torch.cuda.current_stream costs 4 us
 
-    def _sms(self, asked: int) -> int:
-        return min(asked or self._num_sms() or self._default_sms, self._max_sms)
+    def _sms(self, asked: int, operation: str = "dispatch") -> int:
+        return min(asked or self._num_sms() or self._default_sms[operation], self._max_sms)
 
     # Dispatch ----------------------------------------------------------------------------------------------------------
 
@@ -548,7 +551,7 @@ class NvlinkEngine(Engine):
                 else:  # this rank's own alone are
                     r.tokens, r.num_tokens = experts.summed.data_ptr(), experts.num_summed.data_ptr()
                 r.row_bytes, r.top_k, r.dtype = row_bytes, plan.top_k, _DTYPES[rows.dtype]
-                r.num_sms = self._sms(request.num_sms)
+                r.num_sms = self._sms(request.num_sms, "combine")
                 self._comm.reduce(r, stream)
             source = rows
             if not is_visible:
@@ -576,7 +579,7 @@ class NvlinkEngine(Engine):
             all_summed = int(partials is not None and not is_visible)
             p.offsets = [offset(source), offset(partials), all_summed, offset(weights), 0]
             p.signature = _signature("combine", {"number": plan.number} | request.signature())
-            p.dtype, p.num_sms = _DTYPES[rows.dtype], self._sms(request.num_sms)
+            p.dtype, p.num_sms = _DTYPES[rows.dtype], self._sms(request.num_sms, "combine")
             self._comm.combine(p, stream)
             self._owes_rows = False
             return out, out_weights

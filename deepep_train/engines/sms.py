@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 from deepep_train.routing import round_up
 
-# What one SM moves, measured on an H100 (docs/performance.md: 16 SMs in all), in bytes a second: the slower of dispatch's
-# stores and combine's pulls. And what the links of one GPU carry, one way.
-BYTES_PER_SM = 35e9
-_LINK_BYTES = {8: 300e9, 9: 450e9, 10: 900e9}  # by compute capability: NVLink 3, 4, 5
+# Bytes of rows that one SM stores (dispatch) or pulls and sums (combine) in a second, a rank's own rows included, measured
+# between two H100s with 8 SMs (docs/performance.md, "Several GPUs"); more than `_MOST` SMs pulled slower there. And what the
+# links of one GPU carry, one way, by compute capability: measured for 9, the others in NVLink's proportion.
+BYTES_PER_SM = {"dispatch": 47e9, "combine": 18e9}
+_LINK_BYTES = {8: 260e9, 9: 390e9, 10: 780e9}
+_MOST = 32
 
 
 def most_sms(sm_count: int, sharing: int) -> int:
@@ -16,15 +20,19 @@ def most_sms(sm_count: int, sharing: int) -> int:
     return max(1, (sm_count - sm_count // 32) // sharing)
 
 
-def default_sms(capability: int, sm_count: int, sharing: int) -> int:
-    """SMs that keep the links of a GPU busy: their one-way bandwidth over what an SM moves, rounded up to an even number.
+def default_sms(operation: str, capability: int, sm_count: int, num_ranks: int, sharing: int) -> int:
+    """SMs that keep the links of a GPU busy, an even number: what the links carry one way, and a rank's own rows with it (one
+    in `num_ranks` of all), over what an SM moves.
 
     Ranks that share a GPU take at most half of it between them: kernels that wait for a peer must leave its other kernels
     room. With 8 ranks x 14 of 132 SMs a model's backward stood still (docs/kernels.md, "Open").
 
     Args:
+        operation: "dispatch" or "combine".
         capability: the major number of the GPU's compute capability.
+        num_ranks: of the group; `sharing` of them have this GPU.
     """
     link = _LINK_BYTES.get(capability, max(_LINK_BYTES.values()))
-    wanted = round_up(-(-int(link) // int(BYTES_PER_SM)), 2)
+    moved = link * num_ranks / max(1, num_ranks - 1)
+    wanted = min(_MOST, round_up(math.ceil(moved / BYTES_PER_SM[operation]), 2))
     return wanted if sharing == 1 else max(1, min(wanted, sm_count // 2 // sharing))
