@@ -30,7 +30,8 @@ DELAYED = ("test_delay_wgrad_compute", "TestDelayWgradCompute")
 PLAIN, FP8 = own.FLEX | {"fp8_flag": None}, own.FLEX | {"fp8_flag": ("e4m3", "blockwise")}
 
 # All of a2a_overlap that takes a flex backend, but for those on Megatron's FSDP, which is NCCL's, and the one that captures
-# tensor parallel collectives in CUDA graphs, which gloo's cannot be. Of Megatron's many combinations of layers with FP8 recipes these.
+# tensor parallel collectives in CUDA graphs, which gloo's cannot be. Of Megatron's many combinations of layers with FP8 recipes
+# these.
 OVERLAPS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "layer": (*LAYER, "test_transformer_layer_overlap", PLAIN),
     "layer, fp8": (*LAYER, "test_transformer_layer_overlap", FP8),
