@@ -8,6 +8,7 @@ import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import megatron.core
@@ -54,6 +55,7 @@ class Setup:
     vpp: int | None = None  # model chunks of a pipeline stage
     in_bf16: bool = False
     learning_rate: float = 3e-3
+    hybrid: str = ""  # a pattern of layers, "*" attention and "E" experts, makes it a HybridModel
     with_te: bool = False  # Transformer Engine's layers, experts in one grouped GEMM; they compute on GPUs only
 
     def transformer_config(self, dispatcher: dict[str, Any]) -> TransformerConfig:
@@ -225,12 +227,30 @@ def gpt(config: TransformerConfig, chunk: int | None = None) -> GPTModel:
     ).to(DEVICE)  # fmt: skip
 
 
+def hybrid_model(config: TransformerConfig, pattern: str) -> Any:
+    """A hybrid stack's layers are either attention or experts; here they are parts of the local GPT layer. (Mamba's need CUDA.)"""
+    from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
+    from megatron.core.transformer.spec_utils import ModuleSpec
+    from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+    parts = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, moe_grouped_gemm=False).submodules
+    names = (("input_layernorm", "self_attention", "self_attn_bda"), ("pre_mlp_layernorm", "mlp", "mlp_bda"))
+    attention, experts = (
+        ModuleSpec(TransformerLayer, submodules=TransformerLayerSubmodules(**{n: getattr(parts, n) for n in layer}))
+        for layer in names
+    )
+    stack = ModuleSpec(HybridStack, submodules=HybridStackSubmodules(attention_layer=attention, moe_layer=experts))
+    return HybridModel(config, stack, VOCABULARY, SEQUENCE, hybrid_layer_pattern=pattern, position_embedding_type="rope")
+
+
 def train(setup: Setup, dispatcher: dict[str, Any], steps: int) -> list[list[float]]:
     """Per step: the mean loss of this rank's micro-batches (on the last pipeline stage) and the gradient's norm."""
     config = setup.transformer_config(dispatcher)
     has_graphs = config.cuda_graph_impl == "transformer_engine"
     setup.seed(into_graphs=has_graphs)
-    chunks: list[Any] = [gpt(config, chunk) for chunk in (range(setup.vpp) if setup.vpp else [None])]
+    make = partial(hybrid_model, pattern=setup.hybrid) if setup.hybrid else gpt
+    chunks: list[Any] = [make(config, chunk) for chunk in range(setup.vpp)] if setup.vpp else [make(config)]
     if setup.in_bf16:
         chunks = [Float16Module(config, chunk) for chunk in chunks]
     how = DistributedDataParallelConfig(

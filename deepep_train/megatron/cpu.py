@@ -32,6 +32,8 @@ CONFIG: dict[str, Any] = {
     "moe_permute_fusion": False,
 }
 
+_HYBRID_BLOCKS = ("megatron.core.models.hybrid.hybrid_block", "megatron.core.ssm.mamba_block")  # by release
+
 _replaced = Replacements()
 
 
@@ -163,6 +165,11 @@ def enable() -> None:
     _replaced.put(torch.Tensor, "record_stream", lambda *_: None)
     _replaced.put(torch.Tensor, "type", _type(torch.Tensor.type))
     _replaced.put(moe_utils, "te_general_gemm", None)  # Transformer Engine's runs on GPUs only; 0.16 does without the name
+    for name in _HYBRID_BLOCKS:
+        with contextlib.suppress(ImportError):
+            # Whatever the specification, hybrid models end in Transformer Engine's norm.
+            norm = importlib.import_module("megatron.core.transformer.torch_norm").WrappedTorchNorm
+            _replaced.put(importlib.import_module(name), "TENorm", norm)
 
 
 def disable() -> None:

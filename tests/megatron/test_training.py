@@ -40,6 +40,7 @@ def test_twenty_steps(config: dict[str, Any]) -> None:
 FEW_STEPS: dict[str, Any] = {
     "distributed optimizer, several micro-batches": {"use_distributed_optimizer": True, "micro_batches": 3},
     "shared experts overlapped": {"config": SHARED | {"moe_shared_expert_overlap": True}},
+    "hybrid model": {"hybrid": "*E*E", "config": {"num_layers": 4, "is_hybrid_model": True}},
     "two pipeline stages": {"pp": 2, "micro_batches": 4, "config": {"num_layers": 2}},
 }
 
