@@ -228,7 +228,7 @@ def gpt(config: TransformerConfig, chunk: int | None = None) -> GPTModel:
 
 
 def hybrid_model(config: TransformerConfig, pattern: str) -> Any:
-    """A hybrid stack's layers are either attention or experts; here they are parts of the local GPT layer. (Mamba's need CUDA.)"""
+    """Its layers are either attention or experts; here they are parts of the local GPT layer. (Mamba's need CUDA.)"""
     from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
     from megatron.core.models.hybrid.hybrid_model import HybridModel
     from megatron.core.transformer.spec_utils import ModuleSpec
