@@ -174,7 +174,7 @@ def _quantized(
         factor = torch.where(exponent == 0, 1.0, torch.where(exponent == 255, float("nan"), factor))
     else:
         amax = torch.where(amax < min_amax, min_amax, amax)
-        factor = largest / amax
+        factor = torch.full_like(amax, largest) / amax  # a number / amax would multiply by the reciprocal, rounding twice
         factor = torch.where(factor.isinf(), torch.finfo(x.dtype).max, factor)
         if power_of_two:
             factor = (factor.contiguous().view(torch.int32) & ~0x7FFFFF).view(torch.float32)
