@@ -99,14 +99,13 @@ class _ToTE(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, q: Quantized, like: Any) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)  # a group whose gradient nobody computed
-        ctx.splits, ctx.hidden, ctx.like = q.splits, rows.size(1), rows[:0]
+        ctx.shapes = [(m, rows.size(1)) for m in q.splits]
+        ctx.kind = {"dtype": q.dtype, "device": q.data.device}
         build = _builder(q, like)
         return tuple(build(data.view(torch.uint8), scales) for data, scales in q.groups())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple:
-        parts = [
-            ctx.like.new_zeros(m, ctx.hidden) if g is None else g.to(ctx.like.dtype)
-            for g, m in zip(grads, ctx.splits, strict=True)
-        ]
+        given = zip(grads, ctx.shapes, strict=True)
+        parts = [torch.zeros(shape, **ctx.kind) if g is None else g.to(ctx.kind["dtype"]) for g, shape in given]
         return torch.cat(parts), None, None

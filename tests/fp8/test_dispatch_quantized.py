@@ -155,8 +155,8 @@ def wrong(rank: int, size: int, group: dist.ProcessGroup, name: str) -> tuple[st
     buffer = dt.Buffer(group, timeout=10)
     g = torch.Generator().manual_seed(rank)
     x = torch.randn(4, HIDDEN, generator=g).bfloat16()
-    idx = torch.randint(0, 4, (4, 2), generator=g)
-    good = {"topk_idx": idx, "buffer": buffer, "num_experts": 4, "layout": "expert"}
+    idx = torch.randint(0, 6, (4, 2), generator=g)
+    good = {"topk_idx": idx, "buffer": buffer, "num_experts": 6, "layout": "expert"}
     text, argument, ranks = "", None, None
     try:
         WRONG[name](rank == 1, x, good)
