@@ -563,8 +563,9 @@ class Buffer:
         layout: str,
         alignment: int,
         num_worst_tokens: int,
+        recipe: str = "",
     ) -> Received:
-        """`get_dispatch_layout` and a dispatch into either layout, on the current stream."""
+        """`get_dispatch_layout` and a dispatch into either layout, on the current stream; `recipe` must agree among ranks."""
         self.check()
 
         def make() -> DispatchRequest:
@@ -582,6 +583,7 @@ class Buffer:
                 checks.layout(layout),
                 checks.integer(alignment, "alignment", 1),
                 checks.integer(num_worst_tokens, "num_worst_tokens"),
+                recipe=recipe,
             )
 
         return self._engine.dispatch(Prepared(make))
@@ -605,9 +607,10 @@ class Buffer:
         num_experts: int | None = None,
         also: Callable[[], None] = lambda: None,
         config: Config | None = None,
+        recipe: str = "",
     ) -> Payload:
         """Send `x` the way the handle's dispatch went, into its layout, on the current stream; `also` checks what else the
-        caller was given."""
+        caller was given; `recipe` must agree among ranks."""
         self.check()
 
         def make() -> RedispatchRequest:
@@ -617,7 +620,7 @@ class Buffer:
                 checks.need(given is None, name, "None with a handle", given)
             payload = checks.payload(x, num_tokens=plan.num_tokens)
             self._engine.check_payload(payload)
-            return RedispatchRequest(payload, plan, _sms_of(config))
+            return RedispatchRequest(payload, plan, _sms_of(config), recipe)
 
         return self._engine.redispatch(Prepared(make))
 

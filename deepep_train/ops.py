@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from deepep_train import checks
+from deepep_train import checks, fp8
 from deepep_train.buffer import Buffer, PayloadArgument
 from deepep_train.engines.base import Payload
 from deepep_train.errors import ArgumentError, DeepEPError
+from deepep_train.fp8 import te
 from deepep_train.handle import Handle
 
 
@@ -20,7 +21,9 @@ class Dispatched(NamedTuple):
 
     Attributes:
         x: rank layout [N, hidden], by (source rank, token); expert layout [M, hidden], one row per (token, local expert),
-            grouped by expert, each group by (source rank, token) and padded with zero rows. A pair if a pair was sent.
+            grouped by expert, each group by (source rank, token) and padded with zero rows. A pair if a pair was sent, an
+            `fp8.Quantized` (a group of rows for each local expert in expert layout) if one was sent; of a Transformer Engine
+            tensor one of its class in rank layout, a list with one for each local expert in expert layout.
         topk_idx: rank layout int64 [N, K] local expert numbers, -1 where the expert lives elsewhere; expert layout None.
         topk_weights: float32 [N, K], 0.0 where the expert lives elsewhere; expert layout [M], 0.0 on padding; None if none
             were sent.
@@ -37,7 +40,7 @@ class Dispatched(NamedTuple):
 
 @torch._disable_dynamo  # collectives with data-dependent shapes: torch.compile breaks the graph here and compiles around it
 def dispatch(
-    x: PayloadArgument,
+    x: PayloadArgument | fp8.Quantized,
     topk_idx: Tensor | None = None,
     topk_weights: Tensor | None = None,
     *,
@@ -55,15 +58,18 @@ def dispatch(
     float32.
 
     Args:
-        x: [T, hidden], bfloat16, float16, float32 or float64, or an FP8 pair (data [T, hidden], scales [T, n]). T may
-            differ between ranks and be 0.
+        x: [T, hidden], bfloat16, float16, float32 or float64; an FP8 pair (data [T, hidden], scales [T, n]); what
+            `fp8.quantize` made; or a Transformer Engine tensor: 1x128 block scaling, MXFP8, or per-tensor scaling with one
+            scale on all ranks. T may differ between ranks and be 0. Quantized values have gradients in the dtype that was
+            quantized.
         topk_idx: int64 [T, K] in [-1, num_experts); -1 is not routed. Expert e lives on rank e // (num_experts / ranks).
         topk_weights: float32 [T, K], or None.
         buffer: the group's buffer.
         num_experts: of all ranks together, divisible by their number.
         layout: "rank" or "expert", see `Dispatched`.
         alignment: each expert's count is rounded up to a multiple of it; in expert layout its group of rows is, too.
-        num_worst_tokens: if not 0, `x` has exactly that many rows, zero rows at the end.
+        num_worst_tokens: if not 0, `x` has exactly that many rows, zero rows at the end. Not in expert layout for what
+            `fp8.quantize` or Transformer Engine made: where its scales stand depends on the counts.
         handle: of an earlier dispatch, whose routing and layout are used again; the top-k and `num_experts` stay None and so
             do the result's `topk_idx` and `topk_weights`.
 
@@ -74,16 +80,44 @@ def dispatch(
     if not isinstance(buffer, Buffer):
         raise ArgumentError(f"buffer must be a deepep_train.Buffer, got {checks.shown(buffer)}", "buffer")
     call = _DispatchCall(buffer, topk_idx, num_experts, layout, alignment, num_worst_tokens, handle)
-    is_pair = isinstance(x, (tuple, list)) and len(x) == 2
-    data, scales = x if is_pair else (x, None)
-    data, scales, weights = _Dispatch.apply(data, scales, topk_weights, call)
-    rows = data if scales is None else (data, scales)
+    if isinstance(x, fp8.Quantized) or te.is_te(x):
+        rows, weights = _dispatch_quantized(x, topk_weights, call)
+    else:
+        is_pair = isinstance(x, (tuple, list)) and len(x) == 2
+        data, scales = x if is_pair else (x, None)
+        data, scales, weights, _ = _Dispatch.apply(data, scales, topk_weights, call)
+        rows = data if scales is None else (data, scales)
     assert call.handle is not None
     return Dispatched(rows, call.recv_topk_idx, weights, call.handle.plan.tokens_per_expert, call.handle)
 
 
+def _dispatch_quantized(x: Any, topk_weights: Tensor | None, call: _DispatchCall) -> tuple[Any, Tensor | None]:
+    source = None
+    try:
+        call.quantized = x if isinstance(x, fp8.Quantized) else te.from_te(x)
+        checks.need(len(call.quantized.splits) == 1, "x", "one group of rows", call.quantized.splits)
+        source = call.quantized.rows
+    except ArgumentError as error:
+        call.refused = error
+    rows, scales, weights, data = _Dispatch.apply(source, None, topk_weights, call)
+    assert call.quantized is not None and call.handle is not None
+    plan = call.handle.plan
+    splits = plan.tokens_per_expert.tolist() if plan.layout == "expert" else [plan.num_rows]
+    got = call.quantized.from_wire(data, scales, splits, rows)
+    if isinstance(x, fp8.Quantized):
+        return got, weights
+    tensors = te.to_te(got, x)
+    return tensors if plan.layout == "expert" else tensors[0], weights
+
+
 @torch._disable_dynamo
-def combine(y: Tensor, handle: Handle, *, bias: Tensor | tuple[Tensor, Tensor] | None = None) -> Tensor:
+def combine(
+    y: Tensor,
+    handle: Handle,
+    *,
+    bias: Tensor | tuple[Tensor, Tensor] | None = None,
+    grad_dtype: torch.dtype | None = None,
+) -> Tensor:
     """Bring every token's rows back to its rank and sum them, unweighted; a collective call of the group.
 
     Additions are in float32 (float64 for float64) from +0.0: the bias, then by ascending rank, rounded once to `y`'s dtype.
@@ -95,6 +129,9 @@ def combine(y: Tensor, handle: Handle, *, bias: Tensor | tuple[Tensor, Tensor] |
         y: [rows of the dispatch, any hidden size], bfloat16, float16, float32 or float64.
         handle: `Dispatched.handle`.
         bias: one or two tensors [T, hidden] of y's dtype.
+        grad_dtype: what the backward sends: None the gradient as it is; torch.float8_e4m3fn or float8_e5m2 the gradient
+            quantized once, in 1x128 blocks with power-of-two scales, so that `y`'s gradient has FP8's error (docs/fp8.md).
+            Wants a hidden size that is a multiple of 128. The same on all ranks.
 
     Returns:
         z: [T, hidden] in y's dtype, zeros for a token that was routed nowhere.
@@ -106,7 +143,7 @@ def combine(y: Tensor, handle: Handle, *, bias: Tensor | tuple[Tensor, Tensor] |
     if not isinstance(handle, Handle):
         raise ArgumentError(f"handle must be what deepep_train.dispatch returned, got {checks.shown(handle)}", "handle")
     biases = bias if isinstance(bias, (tuple, list)) else (bias,)
-    return _Combine.apply(y, handle, *biases)
+    return _Combine.apply(y, handle, grad_dtype, *biases)
 
 
 @dataclass
@@ -121,6 +158,19 @@ class _DispatchCall:
     num_worst_tokens: int
     handle: Handle | None
     recv_topk_idx: Tensor | None = None
+    quantized: fp8.Quantized | None = None
+    refused: ArgumentError | None = None  # why a quantized `x` cannot be sent: raised where the peers hear of it
+
+    @property
+    def recipe(self) -> str:
+        return "" if self.quantized is None else self.quantized.agreement()
+
+    def check_quantized(self, layout: Any, num_worst_tokens: Any) -> None:
+        if self.refused is None and self.quantized is not None and layout == "expert":
+            what = "0 in expert layout with a quantized x"
+            checks.need(num_worst_tokens == 0, "num_worst_tokens", what, num_worst_tokens)
+        if self.refused is not None:
+            raise self.refused
 
     def check_against_handle(self) -> None:
         """A handle fixes the layout: other arguments may be left out or repeat it."""
@@ -134,15 +184,26 @@ class _DispatchCall:
         )
         for name, value, default, fixed in given:
             checks.need(value in (default, fixed), name, f"left out or the handle's own, {fixed!r}", value)
+        self.check_quantized("rank", 0)
+        if self.quantized is not None and plan.layout == "expert":
+            fits = int(plan.tokens_per_expert.sum()) == plan.num_rows
+            checks.need(fits, "handle", "without num_worst_tokens for a quantized x in expert layout", self.handle)
 
 
 class _Dispatch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, data: Any, scales: Any, topk_weights: Any, call: _DispatchCall) -> tuple:
-        x = data if scales is None else (data, scales)
+        quantized = call.quantized
+        x = quantized.to_wire() if quantized is not None else data if scales is None else (data, scales)
         if call.handle is not None:
             payload = call.buffer.redispatch(
-                x, call.handle, call.topk_idx, topk_weights, call.num_experts, also=call.check_against_handle
+                x,
+                call.handle,
+                call.topk_idx,
+                topk_weights,
+                call.num_experts,
+                also=call.check_against_handle,
+                recipe=call.recipe,
             )
             weights = None
         else:
@@ -151,10 +212,14 @@ class _Dispatch(torch.autograd.Function):
         ctx.handle = call.handle
         if payload.scales is not None:
             ctx.mark_non_differentiable(payload.scales)
-        return payload.data, payload.scales, weights
+        if quantized is None:
+            return payload.data, payload.scales, weights, None
+        ctx.mark_non_differentiable(payload.data, payload.scales)
+        rows = fp8.placeholder(payload.data.size(0), payload.data.size(1), quantized.dtype, payload.data.device)
+        return rows, payload.scales, weights, payload.data
 
     @staticmethod
-    def backward(ctx: Any, grad_data: Tensor, _: Any, grad_weights: Tensor | None) -> tuple:
+    def backward(ctx: Any, grad_data: Tensor, _: Any, grad_weights: Tensor | None, __: Any) -> tuple:
         handle: Handle = ctx.handle
         with torch.no_grad():
             if grad_weights is not None and handle.plan.layout == "rank":
@@ -171,8 +236,12 @@ class _Dispatch(torch.autograd.Function):
 
 
 def _dispatch_fresh(x: Any, topk_weights: Any, call: _DispatchCall) -> tuple[Payload, Tensor | None]:
+    try:
+        call.check_quantized(call.layout, call.num_worst_tokens)
+    except ArgumentError as error:
+        call.buffer.refuse_dispatch(error)
     got = call.buffer.route_and_dispatch(
-        x, call.topk_idx, topk_weights, call.num_experts, call.layout, call.alignment, call.num_worst_tokens
+        x, call.topk_idx, topk_weights, call.num_experts, call.layout, call.alignment, call.num_worst_tokens, call.recipe
     )
     call.handle, call.recv_topk_idx = Handle(got.tensors, got.plan, call.buffer), got.topk_idx
     return got.payload, got.topk_weights
@@ -180,17 +249,35 @@ def _dispatch_fresh(x: Any, topk_weights: Any, call: _DispatchCall) -> tuple[Pay
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Any, handle: Handle, *biases: Any) -> Tensor:
-        ctx.handle = handle
+    def forward(ctx: Any, y: Any, handle: Handle, grad_dtype: torch.dtype | None, *biases: Any) -> Tensor:
+        ctx.handle, ctx.grad_dtype = handle, grad_dtype
         given = tuple(b for b in biases if b is not None)
-        return handle.buffer.combine_rows(y, handle, None, given or None, argument="y")[0]
+
+        def check() -> None:
+            if grad_dtype is not None:
+                is_fp8 = grad_dtype in fp8.DTYPES
+                checks.need(is_fp8, "grad_dtype", "None, torch.float8_e4m3fn or torch.float8_e5m2", grad_dtype)
+                fits = isinstance(y, Tensor) and y.dim() == 2 and y.size(1) % fp8.HIDDEN_MULTIPLE == 0
+                checks.need(fits, "y", f"[rows, a multiple of {fp8.HIDDEN_MULTIPLE}] with grad_dtype", y)
+
+        return handle.buffer.combine_rows(y, handle, None, given or None, argument="y", also=check)[0]
 
     @staticmethod
     def backward(ctx: Any, grad_z: Tensor) -> tuple:
         with torch.no_grad():
-            grad_y = ctx.handle.buffer.redispatch(grad_z, ctx.handle).data
-        biases = [grad_z if needed else None for needed in ctx.needs_input_grad[2:]]
-        return _differentiable_once("combine", grad_y, grad_z), None, *biases
+            grad_y = _send_gradient(grad_z, ctx.handle, ctx.grad_dtype)
+        biases = [grad_z if needed else None for needed in ctx.needs_input_grad[3:]]
+        return _differentiable_once("combine", grad_y, grad_z), None, None, *biases
+
+
+def _send_gradient(grad: Tensor, handle: Handle, grad_dtype: torch.dtype | None) -> Tensor:
+    """Dispatch a gradient along the handle's routing, by way of FP8 if asked to."""
+    if grad_dtype is None:
+        return handle.buffer.redispatch(grad, handle).data
+    q = fp8.quantize(grad.to(torch.float32), fp8.Recipe.BLOCK, fp8_dtype=grad_dtype)
+    data, scales = handle.buffer.redispatch(q.to_wire(), handle, recipe=q.agreement())
+    assert scales is not None
+    return fp8.dequantize_blocks(data, scales, grad.dtype)  # by rows as they came: nothing but this reads the scales
 
 
 class _NoSecondDerivative(torch.autograd.Function):

@@ -34,7 +34,7 @@ class Payload(NamedTuple):
 @dataclass(frozen=True)
 class DispatchRequest:
     """A checked dispatch with fresh routing. Shapes as in `deepep_train.dispatch`; `layout` and the rest as in `Plan`;
-    `num_sms`: SMs to occupy, 0 for the buffer's setting."""
+    `num_sms`: SMs to occupy, 0 for the buffer's setting; `recipe`: how the payload was quantized, in words that must agree."""
 
     payload: Payload
     layout: RankLayout
@@ -45,6 +45,7 @@ class DispatchRequest:
     alignment: int = 1
     num_worst_tokens: int = 0
     num_sms: int = 0
+    recipe: str = ""
 
     def signature(self) -> dict[str, object]:
         return self.payload.signature() | {
@@ -53,6 +54,7 @@ class DispatchRequest:
             "topk_weights given": self.topk_weights is not None,
             "layout": self.arrangement,
             "alignment": self.alignment,
+            "recipe": self.recipe,
         }
 
 
@@ -68,9 +70,11 @@ class RedispatchRequest:
     payload: Payload
     plan: Plan
     num_sms: int = 0
+    recipe: str = ""
 
     def signature(self) -> dict[str, object]:
-        return self.payload.signature() | {"layout": self.plan.layout, "alignment": self.plan.alignment}
+        how = {"layout": self.plan.layout, "alignment": self.plan.alignment, "recipe": self.recipe}
+        return self.payload.signature() | how
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""FP8 payloads: the reference quantizer, in torch, for engines without kernels and for tests.
+"""FP8 pairs with DeepEP's numerics, in torch, for engines without kernels and for tests.
 
 A row is cut into blocks of 128 values; each block is scaled so that its largest magnitude becomes e4m3's largest, 448.
-The numerics are DeepEP's: the magnitude is clamped from below at 1e-4, and a scale may be rounded up to a power of two.
+The magnitude is clamped from below at 1e-4, and a scale may be rounded up to a power of two.
 """
 
 from __future__ import annotations

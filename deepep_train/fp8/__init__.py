@@ -1,0 +1,29 @@
+"""FP8 payloads: pairs with DeepEP's numerics (deepep.py), and tensors with Transformer Engine's numerics and layouts
+(quantized.py), which become Transformer Engine's own classes where it is installed (te.py)."""
+
+from deepep_train.fp8.deepep import (
+    BLOCK,
+    E4M3_MAX,
+    MIN_AMAX,
+    dequantize_blocks,
+    pack_ue8m0,
+    quantize_blocks,
+    unpack_ue8m0,
+)
+from deepep_train.fp8.quantized import DTYPES, HIDDEN_MULTIPLE, Quantized, Recipe, placeholder, quantize
+
+__all__ = [
+    "BLOCK",
+    "DTYPES",
+    "E4M3_MAX",
+    "HIDDEN_MULTIPLE",
+    "MIN_AMAX",
+    "Quantized",
+    "Recipe",
+    "dequantize_blocks",
+    "pack_ue8m0",
+    "placeholder",
+    "quantize",
+    "quantize_blocks",
+    "unpack_ue8m0",
+]

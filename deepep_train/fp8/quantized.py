@@ -1,0 +1,246 @@
+"""Tensors quantized once, before the wire, with Transformer Engine's numerics and its layouts of scales, in plain torch.
+
+The numerics are those of Transformer Engine 2.20's kernels: block scaling common/recipe/recipe_common.cuh
+(`compute_scale_from_amax`), MXFP8 common/util/ptx.cuh (`float_to_e8m0`, `exp2f_rcp`). Shape letters: M rows, K hidden, n
+scales per row, E experts' groups of rows, M_e rows of one group, padding included.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepep_train.errors import ArgumentError
+from deepep_train.routing import round_up
+
+HIDDEN_MULTIPLE = 128  # of every recipe, so that a row's scales always fill whole 32-bit words on the wire
+_PER_SCALE = {"block": 128, "mxfp8": 32}
+DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class Recipe(enum.Enum):
+    """How values share scales: 1x128 blocks with a float32 each, 1x32 blocks with an E8M0 each, or one float32 for all."""
+
+    BLOCK = "block"
+    MXFP8 = "mxfp8"
+    TENSOR = "tensor"
+
+    def scales_per_row(self, hidden: int) -> int:
+        return 1 if self is Recipe.TENSOR else hidden // _PER_SCALE[self.value]
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """FP8 rows and their scales where Transformer Engine's (grouped) GEMM reads them. data * scale is about the value.
+
+    Attributes:
+        recipe: which values share a scale.
+        data: float8_e4m3fn or float8_e5m2 [M, K].
+        scales: flat, one contiguous block for each group of rows, zeros in its padding. BLOCK: float32
+            [K / 128, roundup(M_e, 4)], tokens innermost; MXFP8: uint8 E8M0 [roundup(M_e, 128), K / 32]; TENSOR: float32 [1]
+            for all groups together.
+        splits: M_e of every group, their sum M: (M,) if there is one.
+        rows: [M, K] of the dtype that was quantized: stands for the values in autograd, and holds none (it reads as NaN and
+            takes no memory). Its gradient is the gradient of the values.
+    """
+
+    recipe: Recipe
+    data: Tensor
+    scales: Tensor
+    splits: tuple[int, ...]
+    rows: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the values that were quantized and of their gradient."""
+        return self.rows.dtype
+
+    def groups(self) -> list[tuple[Tensor, Tensor]]:
+        """(data [M_e, K], scales of the shape above) of every group: contiguous views."""
+        data = self.data.split(list(self.splits))
+        if self.recipe is Recipe.TENSOR:
+            return [(d, self.scales) for d in data]
+        shapes = [_block_shape(self.recipe, m, self.data.size(1)) for m in self.splits]
+        scales = self.scales.split([a * b for a, b in shapes])
+        return [(d, s.view(shape)) for d, s, shape in zip(data, scales, shapes, strict=True)]
+
+    def row_scales(self) -> Tensor:
+        """[M, n]: float32, or uint8 E8M0 under MXFP8."""
+        num_rows, hidden = self.data.shape
+        if self.recipe is Recipe.TENSOR:
+            return self.scales.view(1, 1).expand(num_rows, 1)
+        return self.scales[_places(self.recipe, self.splits, hidden, self.scales.device)]
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The values [M, K] in `dtype` (None: the one that was quantized), differentiable."""
+        return _Dequantize.apply(self.rows, self, dtype or self.dtype)
+
+    def to_wire(self) -> tuple[Tensor, Tensor]:
+        """(data, scales [M, n']): what crosses, a row's scales beside it in 32-bit words; n' is K / 128, TENSOR: 1."""
+        scales = self.row_scales().contiguous()
+        return self.data, scales.view(torch.int32) if self.recipe is Recipe.MXFP8 else scales
+
+    def from_wire(self, data: Tensor, scales: Tensor, splits: Sequence[int], rows: Tensor) -> Quantized:
+        """What arrived of a tensor like this one, its scales put into the layout above."""
+        if self.recipe is Recipe.TENSOR:
+            return Quantized(self.recipe, data, self.scales, tuple(splits), rows)
+        if self.recipe is Recipe.MXFP8:
+            scales = scales.contiguous().view(torch.uint8)
+        return Quantized(self.recipe, data, gemm_scales(self.recipe, scales, splits, data.size(1)), tuple(splits), rows)
+
+    def agreement(self) -> str:
+        """What must be the same on all ranks, besides dtypes and shapes. TENSOR reads its scale, and so waits for a GPU."""
+        scale = f", scale {float(self.scales):.9g}" if self.recipe is Recipe.TENSOR else ""
+        return f"{self.recipe.value} of {str(self.dtype).removeprefix('torch.')}{scale}"
+
+
+def quantize(
+    x: Tensor,
+    recipe: Recipe = Recipe.BLOCK,
+    *,
+    fp8_dtype: torch.dtype = torch.float8_e4m3fn,
+    power_of_two: bool = True,
+    min_amax: float = 0.0,
+    scale: Tensor | None = None,
+) -> Quantized:
+    """Quantize rows for `deepep_train.dispatch`; differentiable: the gradient of the values passes through unchanged.
+
+    Args:
+        x: [M, K] bfloat16, float16 or float32, K a multiple of 128.
+        fp8_dtype: float8_e4m3fn or float8_e5m2.
+        power_of_two, min_amax: BLOCK only; Transformer Engine's `force_pow_2_scales` and `amax_epsilon`.
+        scale: TENSOR only and there required, float32 [1], the same on all ranks: values are divided by it.
+
+    Raises:
+        ArgumentError: naming the argument and its value.
+    """
+    if not isinstance(recipe, Recipe):
+        raise ArgumentError(f"recipe must be one of {', '.join(map(str, Recipe))}, got {recipe!r}", "recipe")
+    if fp8_dtype not in DTYPES:
+        raise ArgumentError(f"fp8_dtype must be torch.float8_e4m3fn or torch.float8_e5m2, got {fp8_dtype}", "fp8_dtype")
+    if not isinstance(x, Tensor) or x.dtype not in _FLOATS or x.dim() != 2:
+        got = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else repr(x)
+        raise ArgumentError(f"x must be [rows, hidden], bfloat16, float16 or float32, got {got}", "x")
+    check_hidden(x.size(1), "x")
+    is_scale = isinstance(scale, Tensor) and scale.dtype == torch.float32 and scale.numel() == 1
+    if is_scale != (recipe is Recipe.TENSOR):
+        raise ArgumentError(f"scale must be float32 [1] with {Recipe.TENSOR} and None otherwise, got {scale!r}", "scale")
+    with torch.no_grad():
+        data, scales = _quantized(x, recipe, fp8_dtype, power_of_two, min_amax, scale)
+    return Quantized(recipe, data, scales, (x.size(0),), _Rows.apply(x))
+
+
+def check_hidden(hidden: int, argument: str) -> None:
+    if hidden % HIDDEN_MULTIPLE or not hidden:
+        raise ArgumentError(
+            f"{argument} must have a hidden size that is a multiple of {HIDDEN_MULTIPLE} in FP8, got {hidden}", argument
+        )
+
+
+def gemm_scales(recipe: Recipe, row_scales: Tensor, splits: Sequence[int], hidden: int) -> Tensor:
+    """Scales by row [M, n] -> `Quantized.scales` (BLOCK and MXFP8)."""
+    size = sum(a * b for a, b in (_block_shape(recipe, m, hidden) for m in splits))
+    flat = row_scales.new_zeros(size)
+    flat[_places(recipe, splits, hidden, row_scales.device)] = row_scales
+    return flat
+
+
+def placeholder(num_rows: int, hidden: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`Quantized.rows`."""
+    return torch.full((), float("nan"), dtype=dtype, device=device).expand(num_rows, hidden)
+
+
+def _quantized(
+    x: Tensor, recipe: Recipe, fp8_dtype: torch.dtype, power_of_two: bool, min_amax: float, scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(data, `Quantized.scales`)."""
+    num_rows, hidden = x.shape
+    values, largest = x.detach().to(torch.float32), torch.finfo(fp8_dtype).max
+    if scale is not None:
+        inverse = torch.ones_like(scale) / scale
+        return _cast(values * inverse.view(1, 1), fp8_dtype), scale.detach().reshape(1)
+    blocks = values.reshape(num_rows, recipe.scales_per_row(hidden), _PER_SCALE[recipe.value])
+    amax = blocks.abs().masked_fill(blocks.isnan(), 0.0).amax(2)  # fmaxf, too, passes NaN over
+    if recipe is Recipe.MXFP8:
+        row_scales = _e8m0(amax * torch.tensor(1.0 / largest, dtype=torch.float32))
+        exponent = row_scales.to(torch.int32)
+        factor = ((254 - exponent) << 23).view(torch.float32)
+        factor = torch.where(exponent == 0, 1.0, torch.where(exponent == 255, float("nan"), factor))
+    else:
+        amax = torch.where(amax < min_amax, min_amax, amax)
+        factor = torch.full_like(amax, largest) / amax  # a number / amax would multiply by the reciprocal, rounding twice
+        factor = torch.where(factor.isinf(), torch.finfo(x.dtype).max, factor)
+        if power_of_two:
+            factor = (factor.contiguous().view(torch.int32) & ~0x7FFFFF).view(torch.float32)
+        factor = torch.where((amax == 0) | amax.isinf() | amax.isnan(), 1.0, factor)
+        row_scales = 1.0 / factor
+    data = _cast(blocks * factor.unsqueeze(2), fp8_dtype).view(num_rows, hidden)
+    return data, gemm_scales(recipe, row_scales, (num_rows,), hidden)
+
+
+def _cast(values: Tensor, fp8_dtype: torch.dtype) -> Tensor:
+    """To nearest even; what is too large becomes the largest finite value, as the kernels' casts do."""
+    largest = torch.finfo(fp8_dtype).max
+    return values.clamp(-largest, largest).to(fp8_dtype)
+
+
+def _e8m0(scale: Tensor) -> Tensor:
+    """Positive float32 -> uint8 biased exponents, rounded up; infinity becomes the largest, NaN 255."""
+    bits = scale.contiguous().view(torch.int32)
+    exponent, mantissa = bits >> 23, bits & 0x7FFFFF
+    up = (mantissa > 0) & (exponent != 0xFE) & ~((exponent == 0) & (mantissa <= 0x400000))
+    exponent = torch.where(scale.isnan(), 0xFF, torch.where(scale.isinf(), 0xFE, exponent + up.to(torch.int32)))
+    return exponent.to(torch.uint8)
+
+
+def _block_shape(recipe: Recipe, num_rows: int, hidden: int) -> tuple[int, int]:
+    """Of one group's scales."""
+    n = recipe.scales_per_row(hidden)
+    return (n, round_up(num_rows, 4)) if recipe is Recipe.BLOCK else (round_up(num_rows, 128), n)
+
+
+def _places(recipe: Recipe, splits: Sequence[int], hidden: int, device: torch.device) -> Tensor:
+    """int64 [M, n]: where row t's scale number j stands in the flat scales."""
+    sizes = torch.tensor(list(splits), dtype=torch.int64)
+    shapes = torch.tensor([_block_shape(recipe, m, hidden) for m in splits], dtype=torch.int64).view(-1, 2)
+    ends = torch.stack([sizes.cumsum(0), shapes.prod(1).cumsum(0)], 1)
+    first = ends - torch.stack([sizes, shapes.prod(1)], 1)  # each group's first row and first scale
+    of_row = torch.cat([first, shapes[:, 1:]], 1).repeat_interleave(sizes, 0).to(device)
+    row, start, width = (of_row[:, i : i + 1] for i in range(3))
+    within = torch.arange(of_row.size(0), device=device).unsqueeze(1) - row
+    number = torch.arange(recipe.scales_per_row(hidden), device=device).unsqueeze(0)
+    return start + (number * width + within if recipe is Recipe.BLOCK else within * width + number)
+
+
+class _Rows(torch.autograd.Function):
+    """x -> `Quantized.rows`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return placeholder(x.size(0), x.size(1), x.dtype, x.device)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+class _Dequantize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, q: Quantized, dtype: torch.dtype) -> Tensor:
+        ctx.dtype = rows.dtype
+        scales = q.row_scales()
+        if q.recipe is Recipe.MXFP8:
+            scales = (scales.to(torch.int32) << 23).view(torch.float32)
+        num_rows, n = scales.shape
+        values = q.data.to(torch.float32).view(num_rows, n, q.data.size(1) // n) * scales.unsqueeze(2)
+        return values.view(q.data.shape).to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        return grad.to(ctx.dtype), None, None

@@ -1,0 +1,248 @@
+"""Quantized tensors through dispatch on 2 and 3 ranks: their bits, where the scales stand, gradients, errors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from draws import Exchange
+from harness import assert_same_bits, run_ranks
+from reference import Given, Picture
+from torch import Tensor
+
+import deepep_train as dt
+from deepep_train import fp8
+from deepep_train.fp8 import Recipe
+
+HIDDEN = 256
+
+
+def case(layout: str, size: int = 3, alignment: int = 8) -> tuple[Exchange, list[Given]]:
+    exchange = Exchange((7, 0, 12)[-size:], HIDDEN, 3, 3, "mixed", torch.bfloat16, layout, alignment)
+    g = exchange.generator()
+    xs = [(torch.randn(n, HIDDEN, generator=g) * 3).bfloat16() for n in exchange.tokens]
+    given = [Given(x, old.topk_idx, old.topk_weights) for x, old in zip(xs, exchange.given(), strict=True)]
+    return exchange, given
+
+
+def quantized(x: Tensor, recipe: Recipe) -> fp8.Quantized:
+    return fp8.quantize(x, recipe, scale=torch.tensor([1 / 32]) if recipe is Recipe.TENSOR else None)
+
+
+def fields(q: fp8.Quantized) -> dict[str, Any]:
+    return {"recipe": q.recipe, "data": q.data, "scales": q.scales, "splits": q.splits, "values": q.dequantize().detach()}
+
+
+def send(
+    rank: int, size: int, group: dist.ProcessGroup, exchange: Exchange, given: list[Given], recipe: Recipe, c: list
+) -> Any:
+    """What arrived, what a second dispatch along the handle brings, and the gradients of Σ values · c and of Σ weights."""
+    buffer, mine = dt.Buffer(group, timeout=20), given[rank]
+    x, weights = mine.x.clone().requires_grad_(), mine.topk_weights.clone().requires_grad_()
+    how = {"num_experts": exchange.num_experts, "layout": exchange.layout, "alignment": exchange.alignment}
+    out = dt.dispatch(quantized(x, recipe), mine.topk_idx, weights, buffer=buffer, **how)
+    again = dt.dispatch(quantized(x, recipe), buffer=buffer, handle=out.handle).x
+    loss = (out.x.dequantize() * c[rank]).sum() + out.topk_weights.sum()
+    loss.backward()
+    z = dt.combine(c[rank], out.handle)
+    return fields(out.x), fields(again), x.grad, weights.grad, z
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("layout", ["rank", "expert"])
+@pytest.mark.parametrize("recipe", Recipe)
+def test_what_arrives_is_what_the_quantizer_makes_of_the_same_rows(recipe: Recipe, layout: str, size: int) -> None:
+    exchange, given = case(layout, size)
+    picture = Picture(given, exchange.num_experts)
+    arrived = [picture.arrive(r, layout, exchange.alignment) for r in range(size)]
+    c = [torch.randn(len(a.rows), HIDDEN).bfloat16() for a in arrived]
+    for rank, (got, again, grad_x, grad_w, z) in enumerate(run_ranks(size, send, exchange, given, recipe, c)):
+        rows, x = arrived[rank].rows, arrived[rank].x
+        splits = arrived[rank].tokens_per_expert if layout == "expert" else [len(rows)]
+        assert list(got["splits"]) == splits
+        expected = quantized(x, recipe)
+        assert_same_bits(got["data"], expected.data, "data")
+        assert_same_bits(got["values"], expected.dequantize(), "values")
+        assert_same_bits(got["scales"], scales_in_place(expected, rows, splits), "scales")
+        for name in ("data", "scales", "values"):
+            assert_same_bits(again[name], got[name], name)
+        # The gradient is the combine of the values' gradients, in bfloat16; a pick that went nowhere has none.
+        assert_same_bits(grad_x, z)
+        assert_same_bits(grad_w, (given[rank].topk_idx >= 0).float())
+
+
+def scales_in_place(q: fp8.Quantized, rows: list, splits: list[int]) -> Tensor:
+    """The scales of rows that came from somewhere, one block for each group, zeros between: element by element."""
+    if q.recipe is Recipe.TENSOR:
+        return q.scales
+    scales, n = q.row_scales(), q.row_scales().size(1)
+    parts, first = [], 0
+    for m in splits:
+        part = scales.new_zeros((n, -(-m // 4) * 4) if q.recipe is Recipe.BLOCK else (-(-m // 128) * 128, n))
+        for t in range(m):
+            for kb in range(n):
+                if rows[first + t] is not None:
+                    part[(kb, t) if q.recipe is Recipe.BLOCK else (t, kb)] = scales[first + t, kb]
+        parts.append(part.reshape(-1))
+        first += m
+    return torch.cat(parts)
+
+
+def worst(rank: int, size: int, group: dist.ProcessGroup, given: list[Given], num_experts: int) -> dict[str, Any]:
+    mine = given[rank]
+    out = dt.dispatch(
+        quantized(mine.x, Recipe.BLOCK),
+        mine.topk_idx,
+        buffer=dt.Buffer(group, timeout=20),
+        num_experts=num_experts,
+        num_worst_tokens=50,
+    )
+    return fields(out.x)
+
+
+def test_num_worst_tokens_in_rank_layout() -> None:
+    exchange, given = case("rank")
+    picture = Picture(given, exchange.num_experts)
+    for rank, got in enumerate(run_ranks(3, worst, given, exchange.num_experts)):
+        arrived = picture.arrive(rank, "rank", worst=50)
+        assert got["splits"] == (50,)
+        expected = quantized(arrived.x, Recipe.BLOCK)
+        assert_same_bits(got["data"], expected.data)
+        assert_same_bits(got["scales"], scales_in_place(expected, arrived.rows, [50]))
+
+
+# Combine's backward ------------------------------------------------------------------------------------------------------
+
+
+def backward_in_fp8(
+    rank: int, size: int, group: dist.ProcessGroup, exchange: Exchange, given: list[Given], grads: list, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """y's gradient by way of `dtype`, and as it is."""
+    buffer, mine = dt.Buffer(group, timeout=20), given[rank]
+    how = {"num_experts": exchange.num_experts, "layout": exchange.layout, "alignment": exchange.alignment}
+    out = dt.dispatch(mine.x, mine.topk_idx, buffer=buffer, **how)
+    result = []
+    for grad_dtype in (dtype, None):
+        y = torch.zeros_like(out.x).requires_grad_()
+        dt.combine(y, out.handle, grad_dtype=grad_dtype).backward(grads[rank])
+        result.append(y.grad)
+    return result[0], result[1]
+
+
+@pytest.mark.parametrize("layout", ["rank", "expert"])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float8_e4m3fn, 0.03), (torch.float8_e5m2, 0.06)])
+def test_combines_gradient_quantized_once(dtype: torch.dtype, bound: float, layout: str) -> None:
+    exchange, given = case(layout)
+    grads = [(torch.randn(n, HIDDEN) * 1e-5).bfloat16() for n in exchange.tokens]
+    sent = [fp8.quantize(g.float(), fp8_dtype=dtype).dequantize(torch.bfloat16) for g in grads]
+    picture = Picture(given, exchange.num_experts)
+    for rank, (got, exact) in enumerate(run_ranks(3, backward_in_fp8, exchange, given, grads, dtype)):
+        rows = picture.arrive(rank, layout, exchange.alignment).rows
+        assert_same_bits(got, picture.gather(rows, sent))
+        assert_same_bits(exact, picture.gather(rows, grads))
+        error = float((got.double() - exact.double()).norm() / exact.double().norm())
+        assert bound / 4 < error < bound
+
+
+# Errors ------------------------------------------------------------------------------------------------------------------
+
+
+def wrong(rank: int, size: int, group: dist.ProcessGroup, name: str) -> tuple[str, Any, Any]:
+    """(text, argument, ranks) of the error that rank 1's call made on this rank; a good call afterwards goes through."""
+    buffer = dt.Buffer(group, timeout=10)
+    g = torch.Generator().manual_seed(rank)
+    x = torch.randn(4, HIDDEN, generator=g).bfloat16()
+    idx = torch.randint(0, 6, (4, 2), generator=g)
+    good = {"topk_idx": idx, "buffer": buffer, "num_experts": 6, "layout": "expert"}
+    text, argument, ranks = "", None, None
+    try:
+        WRONG[name](rank == 1, x, good)
+    except dt.ArgumentError as error:
+        text, argument, ranks = str(error), error.argument, tuple(error.ranks or ())
+    dt.dispatch(fp8.quantize(x), **good)
+    return text, argument, ranks
+
+
+def _scales_differ(me: bool, x: Tensor, good: dict) -> None:
+    dt.dispatch(fp8.quantize(x, Recipe.TENSOR, scale=torch.tensor([0.5 if me else 0.25])), **good)
+
+
+def _recipes_differ(me: bool, x: Tensor, good: dict) -> None:
+    dt.dispatch(fp8.quantize(x, Recipe.MXFP8 if me else Recipe.BLOCK), **good)
+
+
+def _dtypes_differ(me: bool, x: Tensor, good: dict) -> None:
+    dt.dispatch(fp8.quantize(x.float() if me else x), **good)
+
+
+def _pair_among_them(me: bool, x: Tensor, good: dict) -> None:
+    q = fp8.quantize(x)
+    dt.dispatch(q.to_wire() if me else q, **good)
+
+
+def _groups(me: bool, x: Tensor, good: dict) -> None:
+    q = fp8.quantize(x)
+    dt.dispatch(q.from_wire(*q.to_wire(), [1, 3], q.rows) if me else q, **good)
+
+
+def _groups_with_a_handle(me: bool, x: Tensor, good: dict) -> None:
+    handle = dt.dispatch(fp8.quantize(x), **good).handle
+    _groups(me, x, {"buffer": good["buffer"], "handle": handle})
+
+
+def _bound(me: bool, x: Tensor, good: dict) -> None:
+    dt.dispatch(fp8.quantize(x), **good, num_worst_tokens=64 if me else 0)
+
+
+def _handle_with_a_bound(_: bool, x: Tensor, good: dict) -> None:
+    handle = dt.dispatch(x, **good, num_worst_tokens=64).handle
+    dt.dispatch(fp8.quantize(x), buffer=good["buffer"], handle=handle)
+
+
+def _grad_dtype(me: bool, x: Tensor, good: dict) -> None:
+    out = dt.dispatch(x, **good)
+    dt.combine(out.x, out.handle, grad_dtype=torch.float16 if me else None)
+
+
+def _width(me: bool, x: Tensor, good: dict) -> None:
+    out = dt.dispatch(x, **good)
+    dt.combine(out.x[:, : 200 if me else HIDDEN], out.handle, grad_dtype=torch.float8_e4m3fn)
+
+
+WRONG: dict[str, Callable[[bool, Tensor, dict], None]] = {
+    "scales differ": _scales_differ,
+    "recipes differ": _recipes_differ,
+    "dtypes differ": _dtypes_differ,
+    "pair among them": _pair_among_them,
+    "groups": _groups,
+    "groups with a handle": _groups_with_a_handle,
+    "bound": _bound,
+    "handle with a bound": _handle_with_a_bound,
+    "grad_dtype": _grad_dtype,
+    "width": _width,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "texts"),
+    [
+        ("scales differ", "recipe", ["scale 0.5 on rank 1", "scale 0.25 on rank 0, 2"]),
+        ("recipes differ", "scales dtype", ["int32 on rank 1"]),
+        ("dtypes differ", "recipe", ["block of float32 on rank 1"]),
+        ("pair among them", "recipe", ["block of bfloat16 on rank 0, 2"]),
+        ("groups", "x", ["rank 1", "(1, 3)"]),
+        ("groups with a handle", "x", ["rank 1", "(1, 3)"]),
+        ("bound", "num_worst_tokens", ["rank 1", "64"]),
+        ("handle with a bound", "handle", ["rank 0", "rank 2"]),
+        ("grad_dtype", "grad_dtype", ["rank 1", "float16"]),
+        ("width", "y", ["rank 1", "200"]),
+    ],
+)
+def test_an_error_on_one_rank_is_an_error_on_all(name: str, argument: str, texts: list[str]) -> None:
+    for text, named, ranks in run_ranks(3, wrong, name):
+        assert named == argument, text
+        assert all(t in text for t in texts), text
+        assert ranks == ((0, 1, 2) if name == "handle with a bound" else (1,)), text
