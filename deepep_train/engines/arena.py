@@ -264,8 +264,8 @@ class Arena:
         `empty_cache` gives back. The synchronization is why this is done only when there is no room: the memory may next be
         used on another stream than before.
         """
-        self._pool = _new_pool(self._device)
         self._pools += 1
+        self._pool = _new_pool(self._device)
         if self._has_orphans:
             self._has_orphans = False
             torch.cuda.empty_cache()
@@ -279,7 +279,8 @@ class Arena:
 
     def _count_death(self, pool: int) -> None:
         self._deaths += 1
-        self._has_orphans |= pool != self._pools
+        if pool != self._pools:  # finalizers run on any thread
+            self._has_orphans = True
 
     def _from_staging(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
         size = torch.Size(shape).numel() * dtype.itemsize

@@ -33,13 +33,13 @@ class Hop:
         """[num_rows, n] -> [sum(recv_counts) + spare, n], by source and then as the source holds them; zeros at the end."""
         is_alone = self.peers.size == 1  # then these very rows may be the result
         sent = None if is_alone else self.peers.scratch.empty("sent", (self.send_row.numel(), *rows.shape[1:]), rows)
-        sent = torch.index_select(rows, 0, self.send_row, out=sent)
+        sent = torch.index_select(rows.detach(), 0, self.send_row, out=sent)
         return self.peers.all_to_all_rows(sent, self.send_counts, self.recv_counts, "dispatch", spare)
 
     def gather(self, rows: Tensor) -> Tensor:
         """[num_rows, n] -> [sum(recv_counts) + 1, n]: this rank's rows to itself, which go straight to their place, then the
         others' by source, then one of zeros; until the next exchange."""
-        rank = self.peers.rank
+        rows, rank = rows.detach(), self.peers.rank
         give, take, own = list(self.send_counts), list(self.recv_counts), self.recv_counts[rank]
         first = sum(give[:rank])
         before, mine, behind = self.send_row.tensor_split([first, first + own])
