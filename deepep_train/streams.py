@@ -40,6 +40,7 @@ class CommStream:
             self._streams[device] = torch.cuda.Stream(device, priority=-1)
         return self._streams[device]
 
+    @torch.no_grad()
     def run(
         self,
         work: Callable[[], T],
@@ -47,7 +48,7 @@ class CommStream:
         previous_event: EventOverlap | None,
         async_finish: bool,
     ) -> tuple[T, EventOverlap]:
-        """Run `work` after `previous_event` (default: after the current stream's work so far).
+        """Run `work` after `previous_event` (default: after the current stream's work so far). V1's calls carry no gradients.
 
         The current stream waits for it unless `async_finish`; then whoever uses the result must wait for the event.
         Results are always safe to use and free on the current stream after the wait.

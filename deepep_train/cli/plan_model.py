@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from math import ceil
 
-from deepep_train.engines.sms import BYTES_PER_SM
+from deepep_train.engines.sms import BYTES_PER_SM, MOST_SMS
 from deepep_train.routing import round_up
 
 FP8_BLOCK = 128  # elements for each float32 scale
@@ -176,7 +176,7 @@ def predict(work: Work, hardware: Hardware, operation: str) -> Prediction:
     seconds = CALL_SECONDS + times[bound]
     # SMs copy rows to where the card reads them, and store rows over NVLink or sum them from there, the GPU's own included.
     moved = (rdma_rows + work.num_tokens * ranks_reached) * row
-    sms = round_up(max(1, ceil(moved / BYTES_PER_SM[operation] / seconds)), 2)
+    sms = min(MOST_SMS, round_up(max(1, ceil(moved / BYTES_PER_SM[operation] / seconds)), 2))
     return Prediction(rdma_rows, nvlink_rows, rdma_bytes, nvlink_bytes, seconds, bound if times[bound] else "local", sms)
 
 

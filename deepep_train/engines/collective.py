@@ -263,6 +263,9 @@ class CollectiveEngine(Engine):
     def check(self) -> None:
         self.peers.check()
 
+    def memory_stats(self) -> dict[str, int]:
+        return {"bytes kept for exchanges": self.peers.scratch.num_bytes()}
+
     def destroy(self) -> None:
         """The group is the caller's."""
         self.peers.scratch.clear()

@@ -11,8 +11,8 @@ from torch import Tensor
 
 
 class Scratch(threading.local):
-    """Kept from call to call, by purpose and thread, because on CPUs the pages of fresh memory cost more than the rows that are
-    copied to them (docs/performance.md). As large as the largest call so far. On GPUs torch keeps memory by itself."""
+    """Kept from call to call, by purpose and thread, since on CPUs fresh memory's pages cost time in every call. As large as
+    the largest call so far. On GPUs torch keeps memory by itself."""
 
     def __init__(self) -> None:
         self._kept: dict[str, Tensor] = {}
@@ -27,6 +27,10 @@ class Scratch(threading.local):
             with torch.inference_mode(False):  # it may be written to in any mode
                 kept = self._kept[purpose] = torch.empty(num_bytes, dtype=torch.uint8)
         return kept[:num_bytes].view(like.dtype).view(tuple(shape))
+
+    def num_bytes(self) -> int:
+        """Kept for this thread."""
+        return sum(kept.numel() for kept in self._kept.values())
 
     def clear(self) -> None:
         """Give back this thread's memory; other threads' goes with them."""

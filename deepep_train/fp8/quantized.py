@@ -1,8 +1,9 @@
 """Tensors quantized once, before the wire, with Transformer Engine's numerics and its layouts of scales, in plain torch.
 
-The numerics are those of Transformer Engine 2.20's kernels: block scaling common/recipe/recipe_common.cuh
-(`compute_scale_from_amax`), MXFP8 common/util/ptx.cuh (`float_to_e8m0`, `exp2f_rcp`). Shape letters: M rows, K hidden, n
-scales per row, E experts' groups of rows, M_e rows of one group, padding included.
+The numerics follow Transformer Engine's kernels as public copies of its source show them, not pinned to release 2.20: block
+scaling common/recipe/recipe_common.cuh (`compute_scale_from_amax`), MXFP8 common/util/ptx.cuh (`float_to_e8m0`,
+`exp2f_rcp`). They have not been compared with the kernels' bits. Shape letters: M rows, K hidden, n scales per row, E experts'
+groups of rows, M_e rows of one group, padding included.
 """
 
 from __future__ import annotations

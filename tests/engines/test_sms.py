@@ -7,7 +7,7 @@ import pytest
 from deepep_train.engines.sms import default_sms, most_sms
 
 
-@pytest.mark.parametrize("sharing", [1, 2, 4, 8, 64, 1000])
+@pytest.mark.parametrize("sharing", [1, 2, 4, 8])
 def test_ranks_of_one_gpu_fit_at_the_same_time(sharing: int) -> None:
     assert most_sms(132, sharing) == max(1, 128 // sharing)
     for operation, alone in (("dispatch", 10), ("combine", 26)):
