@@ -122,7 +122,7 @@ def measure(plan: Plan) -> None:
 def copied_both_ways(rounds: int) -> float:
     """Bytes a second out of every GPU while each copies 1 GiB to the next one, and so receives as much."""
     here = torch.cuda.current_device()
-    source = torch.zeros(GIB, dtype=torch.uint8, device="cuda")
+    source = torch.randint(256, (GIB,), dtype=torch.uint8, device="cuda")
     target = torch.empty(GIB, dtype=torch.uint8, device=torch.device("cuda", (here + 1) % dist.get_world_size()))
     # Such a copy runs on this GPU's stream, where the events are.
     ms = slowest_ms(lambda: target.copy_(source, non_blocking=True), CALLS, rounds)
@@ -212,6 +212,6 @@ def _all_to_all(t: Traffic, key: str, width: int) -> Callable[[], Any]:
     rank = dist.get_rank()
     give, take = t.from_to[rank].tolist(), t.from_to[:, rank].tolist()
     there, back = (take, give) if key == "combine" else (give, take)
-    source = torch.zeros(sum(there), width, dtype=torch.uint8, device="cuda")
+    source = torch.randint(256, (sum(there), width), dtype=torch.uint8, device="cuda")
     target = torch.empty(sum(back), width, dtype=torch.uint8, device="cuda")
     return lambda: dist.all_to_all_single(target, source, back, there)
