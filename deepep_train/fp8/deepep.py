@@ -29,7 +29,8 @@ def quantize_blocks(x: Tensor, *, power_of_two: bool = False) -> tuple[Tensor, T
     if x.dim() != 2 or x.size(1) % BLOCK:
         raise ArgumentError(f"x must be [rows, hidden] with hidden a multiple of {BLOCK}, got shape {list(x.shape)}", "x")
     blocks = x.to(torch.float32).view(x.size(0), x.size(1) // BLOCK, BLOCK)
-    scale = blocks.abs().amax(2).clamp(min=MIN_AMAX) / E4M3_MAX
+    amax = blocks.abs().amax(2).clamp(min=MIN_AMAX)
+    scale = amax / amax.new_full((), E4M3_MAX)  # by a number, torch multiplies with the reciprocal on GPUs
     if power_of_two:
         scale = torch.exp2(torch.ceil(torch.log2(scale)))
     data = (blocks / scale.unsqueeze(2)).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)

@@ -1,0 +1,81 @@
+// Combine, sending: makes this rank's experts' rows readable for the ranks that they belong to. Unless they lie in memory that
+// peers reach, the valid ones are copied there, one after another.
+#include "../common/check.hpp"
+#include "kernels.hpp"
+#include "space.cuh"
+
+namespace deepep_train::low_latency {
+
+namespace {
+
+constexpr int kThreads = 512;
+constexpr int kWarps = kThreads / 32;
+
+// `first` [L + 1] gets the first row of every expert among all; by one block.
+__device__ void count_before(const Control* mine, int set, int local, int32_t* first) {
+    if (threadIdx.x < 32) {
+        int before = 0;
+        for (int base = 0; base < local; base += 32) {
+            int upto = base + threadIdx.x < local ? mine->num_rows[set][base + threadIdx.x] : 0;
+#pragma unroll
+            for (int distance = 1; distance < 32; distance *= 2) {
+                const int other = __shfl_up_sync(0xffffffffu, upto, distance);
+                upto += threadIdx.x >= distance ? other : 0;
+            }
+            if (base + threadIdx.x < local) first[base + threadIdx.x + 1] = before + upto;
+            before += __shfl_sync(0xffffffffu, upto, 31);
+        }
+        if (threadIdx.x == 0) first[0] = 0;
+    }
+    __syncthreads();
+}
+
+__global__ void __launch_bounds__(kThreads, 2) combine_send_kernel(const __grid_constant__ CombineParams p) {
+    __shared__ int32_t first[kMaxExperts + 1];
+    Control* mine = control_of(p, p.rank);
+    if (mine->closed != 0) return;
+    const uint32_t number = mine->combines[p.set] + 1;
+    const int local = p.num_experts / p.num_ranks;
+    if (p.zero_copy == 0) count_before(mine, p.set, local, first);
+    if (threadIdx.x < 32) wait_for_answers(p, mine->shown_to[p.set], mine->pulled[p.set]);
+    __syncthreads();
+    const Layout layout(p);
+    char* own = space_of(p, p.rank);
+    char* rows = own + layout.rows + p.set * layout.rows_bytes;
+    if (p.zero_copy == 0) {
+        using Part = Piece<7>;
+        const int row_bytes = 2 * p.hidden, pieces = Part::in(row_bytes);
+        const int64_t slots = int64_t{p.num_ranks} * p.max_tokens;
+        const int64_t units = int64_t{first[local]} * pieces, stride = int64_t{gridDim.x} * kWarps;
+        for (int64_t unit = blockIdx.x + static_cast<int64_t>(threadIdx.x / 32) * gridDim.x; unit < units; unit += stride) {
+            const int row = static_cast<int>(unit / pieces);
+            const int64_t start = unit % pieces * Part::kBytes;
+            int e = 0;  // the last expert that begins at this row or before, and has it
+            for (int step = kMaxExperts / 2; step != 0; step /= 2)
+                if (e + step < local && first[e + step] <= row) e += step;
+            Part part;
+            part.load(reinterpret_cast<const char*>(p.y) + (e * slots + row - first[e]) * row_bytes, start, row_bytes);
+            part.store(rows + int64_t{row} * row_bytes, start, row_bytes);
+        }
+    }
+    if (!is_last_block(mine, p, kCombineSend)) return;
+    const int64_t at = (p.zero_copy != 0 ? reinterpret_cast<const char*>(p.y) : rows) - own;
+    for (int peer = threadIdx.x; peer < p.num_ranks; peer += kThreads) {
+        if (is_masked(p, peer)) continue;
+        Control* there = control_of(p, peer);
+        there->shown_at[p.set][p.rank] = at;
+        there->shown_how[p.set][p.rank] = p.zero_copy != 0 ? kSpread : kCompact;
+        store_release_sys(&there->shown[p.set].at[p.rank], number);
+        mine->shown_to[p.set].at[peer] = number;
+    }
+    if (threadIdx.x == 0) mine->combines[p.set] = number;
+}
+
+}  // namespace
+
+void launch_combine_send(const CombineParams& p, cudaStream_t stream) {
+    combine_send_kernel<<<p.zero_copy != 0 ? 1 : 2 * p.num_sms, kThreads, 0, stream>>>(p);
+    DT_CUDA(cudaGetLastError());
+}
+
+}  // namespace deepep_train::low_latency
