@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -49,6 +50,7 @@ class Case:
             "return_recv_hook": self.hook,
         }
 
+    @lru_cache(maxsize=32)  # noqa: B019 - cases are few and small
     def inputs(self, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         """x, topk_idx, topk_weights of one rank, on the CPU."""
         g = torch.Generator().manual_seed(1000 * self.seed + rank)
@@ -71,6 +73,7 @@ class Case:
             idx[:] = -1
         return x, idx, torch.randn(n, idx.size(1), generator=g)
 
+    @lru_cache(maxsize=32)  # noqa: B019
     def sent(self, rank: int) -> tuple[Tensor, Tensor | None]:
         """A rank's rows, as they travel, and their scales."""
         x = self.inputs(rank)[0]

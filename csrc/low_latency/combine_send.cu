@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kThreads, 2) combine_send_kernel(const __grid_
         const int64_t units = int64_t{first[local]} * pieces, stride = int64_t{gridDim.x} * kWarps;
         for (int64_t unit = blockIdx.x + static_cast<int64_t>(threadIdx.x / 32) * gridDim.x; unit < units; unit += stride) {
             const int row = static_cast<int>(unit / pieces);
-            const int64_t start = unit % pieces * Part::kBytes;
+            const int start = static_cast<int>(unit % pieces) * Part::kBytes;
             int e = 0;  // the last expert that begins at this row or before, and has it
             for (int step = kMaxExperts / 2; step != 0; step /= 2)
                 if (e + step < local && first[e + step] <= row) e += step;
@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kThreads, 2) combine_send_kernel(const __grid_
         Control* there = control_of(p, peer);
         there->shown_at[p.set][p.rank] = at;
         there->shown_how[p.set][p.rank] = p.zero_copy != 0 ? kSpread : kCompact;
-        store_release_sys(&there->shown[p.set].at[p.rank], number);
+        store_release_sys(&there->shown[p.set].at[p.rank], number * kSteps + kSteps - 1);
         mine->shown_to[p.set].at[peer] = number;
     }
     if (threadIdx.x == 0) mine->combines[p.set] = number;

@@ -30,7 +30,7 @@ __device__ void count_rows(const DispatchParams& p, const Layout& layout, Shared
     }
     for (int source = threadIdx.x; source < ranks; source += kThreads) {
         const List list(const_cast<char*>(own) + layout.list(p.set, source), p);
-        shared.tokens[source + 1] = is_in(shared.came, source) ? *list.num_tokens : 0;
+        shared.tokens[source + 1] = is_in(shared.came, source) ? list.chunks[kChunks] : 0;
     }
     __syncthreads();
     for (int e = threadIdx.x; e < local; e += kThreads) {
@@ -78,10 +78,13 @@ __device__ void report(const DispatchParams& p, const Layout& layout, Control* m
     __syncthreads();
     for (int i = threadIdx.x; i < p.num_experts; i += kThreads) {
         const int source = i / local, e = i % local;
-        if (!is_in(shared.came, source)) continue;
         const int begin = shared.begin[e * ranks + source];
+        const Place place{begin, shared.all[e] + begin};
+        auto* own = reinterpret_cast<Place*>(space_of(p, p.rank) + layout.own_places + p.set * layout.place_bytes);
+        own[e * ranks + source] = place;
+        if (!is_in(shared.came, source)) continue;
         auto* places = reinterpret_cast<Place*>(space_of(p, source) + layout.places + p.set * layout.place_bytes);
-        places[p.rank * local + e] = {begin, shared.all[e] + begin};
+        places[p.rank * local + e] = place;
         if (e == 0) control_of(p, source)->placed[p.set].at[p.rank] = number;
     }
 }
@@ -93,7 +96,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (mine->closed != 0) return;
     const uint32_t number = mine->dispatches[p.set];
     if (threadIdx.x < 32) {
-        const uint64_t came = wait_for_peers(p, mine->sent[p.set], mine->decided[p.set][0], number, p.wait_ns);
+        const uint64_t came = wait_for_peers(p, mine->sent[p.set], number, mine->decided[p.set][0], number, p.wait_ns);
         if (threadIdx.x == 0) shared.came = came;
     }
     __syncthreads();
@@ -124,7 +127,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         const uint32_t place = next_place;
         const char* slot = own + layout.slot(p.set, from, token);
         Part part;
-        part.load(slot, int64_t{piece} * Part::kBytes, row_bytes);
+        part.load(slot, piece * Part::kBytes, row_bytes);
         unit += stride;
         look();
         int64_t row_here = 0;  // of all slots of all experts
@@ -135,7 +138,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         }
         for (unsigned left = __ballot_sync(0xffffffffu, place != kNoPlace); left != 0; left &= left - 1) {
             const int64_t row = __shfl_sync(0xffffffffu, row_here, __ffs(left) - 1);
-            part.store(reinterpret_cast<char*>(p.recv_x) + row * row_bytes, int64_t{piece} * Part::kBytes, row_bytes);
+            part.store(reinterpret_cast<char*>(p.recv_x) + row * row_bytes, piece * Part::kBytes, row_bytes);
             if (piece != 0) continue;
             // [L, words, slots]
             const int64_t e = row / slots;

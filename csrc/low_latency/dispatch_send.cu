@@ -73,7 +73,8 @@ __device__ void send_lists(const DispatchParams& p, const Shared& shared, uint64
         if (!is_in(present, peer)) continue;
         const List list(space_of(p, peer) + layout.list(p.set, p.rank), p);
         for (int e = lane; e < local; e += 32) list.counts[e] = shared.counts[peer * local + e];
-        int listed = 0;
+        int listed = 0, before = 0;  // before: of the listed tokens, those before chunk number `lane`
+        const int chunk = lane <= kChunks ? lane * chunk_tokens(p) : 0;
         for (int base = 0; base < p.num_tokens; base += 32) {
             const int64_t t = base + lane;
             uint32_t here = 0;  // bit k: pick k is of this peer
@@ -95,8 +96,10 @@ __device__ void send_lists(const DispatchParams& p, const Shared& shared, uint64
                 }
             }
             listed += __popc(all);
+            const int inside = chunk - base;
+            before += __popc(all & (inside >= 32 ? 0xffffffffu : inside <= 0 ? 0u : (1u << inside) - 1));
         }
-        if (lane == 0) *list.num_tokens = listed;
+        if (lane <= kChunks) list.chunks[lane] = before;
     }
 }
 

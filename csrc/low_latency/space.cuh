@@ -15,18 +15,20 @@ namespace deepep_train::low_latency {
 
 constexpr int kBlock = 128;  // values with one scale
 constexpr uint32_t kNoPlace = 0xffffffffu;
-constexpr int kIndexBits = 22;  // of a pick's place: local expert << kIndexBits | its number among the source's picks of it
+constexpr int kChunks = 8;       // of tokens, in which a combine without a hook goes
+constexpr uint32_t kSteps = 16;  // of `Control::shown` in a combine; the last says that all is there
+constexpr int kIndexBits = 22;   // of a pick's place: local expert << kIndexBits | its number among the source's picks of it
 
 struct Control {
     // Written by peer p at index p.
     struct alignas(128) Flags {
         uint32_t at[kMaxRanks];
     };
-    Flags sent[2];                                 // its rows are here
-    Flags taken[2];                                // it has read the rows sent to it
-    Flags shown[2];                                // its experts' rows may be pulled
-    Flags pulled[2];                               // it has pulled this rank's rows
-    Flags placed[2];                               // the dispatch for which it has written `Place`s
+    Flags sent[2];    // its rows are here
+    Flags taken[2];   // it has read the rows sent to it
+    Flags shown[2];   // its experts' rows may be pulled: combine * kSteps + chunks of tokens that are ready
+    Flags pulled[2];  // it has pulled this rank's rows
+    Flags placed[2];  // the dispatch for which it has written `Place`s
     alignas(128) int64_t shown_at[2][kMaxRanks];   // where they lie, relative to its space; see `Shown`
     alignas(128) int32_t shown_how[2][kMaxRanks];  // enum Shown
     // Written by the owner.
@@ -38,6 +40,7 @@ struct Control {
     Flags sent_to[2];        // the last dispatch that went to a peer
     Flags shown_to[2];
     alignas(128) int32_t num_rows[2][kMaxExperts];  // received, by local expert
+    uint32_t copied[2][kChunks];                    // warps that have copied their part of a chunk
 };
 
 enum Phase { kDispatchSend = 0, kDispatchReceive = 1, kCombineSend = 2, kCombineReceive = 3 };
@@ -56,22 +59,22 @@ DT_BOTH int64_t aligned(int64_t bytes) { return (bytes + 127) / 128 * 128; }
 // Offsets in a space.
 struct Layout {
     int64_t list_bytes, slot_bytes, place_bytes, rows_bytes;
-    int64_t lists, slots, places, rows, end;
+    int64_t lists, slots, places, own_places, rows, end;
     int ranks, tokens;
 
     DT_BOTH explicit Layout(const Common& c) {
         const int local = c.num_experts / c.num_ranks, picks = c.top_k < local ? c.top_k : local;
         ranks = c.num_ranks;
         tokens = c.max_tokens;
-        // num_tokens [1], counts [L], tokens [M], places [M, K]
-        list_bytes = aligned(4 * (1 + local + int64_t{c.max_tokens} * (1 + c.top_k)));
+        list_bytes = aligned(4 * (kChunks + 1 + local + int64_t{c.max_tokens} * (1 + c.top_k)));  // see `List`
         slot_bytes = aligned(2 * int64_t{c.hidden});  // FP8 and its scales need less
         place_bytes = aligned(int64_t{c.num_experts} * sizeof(Place));
         rows_bytes = int64_t{c.num_ranks} * c.max_tokens * picks * 2 * c.hidden;
         lists = aligned(sizeof(Control));
         slots = lists + 2 * ranks * list_bytes;
         places = slots + 2 * ranks * tokens * slot_bytes;
-        rows = places + 2 * place_bytes;
+        own_places = places + 2 * place_bytes;
+        rows = own_places + 2 * place_bytes;
         end = rows + 2 * rows_bytes;
     }
 
@@ -83,18 +86,21 @@ struct Layout {
 
 // The parts of the list at `address`.
 struct List {
-    int32_t* num_tokens;
-    int32_t* counts;
-    int32_t* tokens;
-    uint32_t* places;
+    int32_t* chunks;   // [kChunks + 1]: tokens listed before each chunk; the last: all
+    int32_t* counts;   // [L]: picks of each local expert
+    int32_t* tokens;   // [M]
+    uint32_t* places;  // [M, K]
 
     DT_DEVICE List(char* address, const Common& c) {
-        num_tokens = reinterpret_cast<int32_t*>(address);
-        counts = num_tokens + 1;
+        chunks = reinterpret_cast<int32_t*>(address);
+        counts = chunks + kChunks + 1;
         tokens = counts + c.num_experts / c.num_ranks;
         places = reinterpret_cast<uint32_t*>(tokens + c.max_tokens);
     }
 };
+
+// Tokens of a chunk.
+DT_BOTH int chunk_tokens(const Common& c) { return (c.max_tokens + kChunks - 1) / kChunks; }
 
 // The one place where a peer's memory is found.
 DT_DEVICE char* space_of(const Common& c, int rank) { return reinterpret_cast<char* const*>(c.spaces)[rank]; }
@@ -130,10 +136,11 @@ DT_DEVICE uint64_t wait_for_answers(const Common& c, const Control::Flags& given
     return present;
 }
 
-// By one warp of each block: waits for every peer's flag to reach `number`. A peer that is masked, or does not come in time,
-// is given up, and masked; the blocks of a launch agree on it through `decided`. Returns those that came.
-DT_DEVICE uint64_t wait_for_peers(const Common& c, const Control::Flags& flags, Control::Flags& decided, uint32_t number,
-                                  uint64_t wait_ns) {
+// By one warp of each block: waits for every peer's flag to reach `value`. A peer that is masked, or does not come in time, is
+// given up, and masked; the blocks of a launch, which is the `number`-th of its phase and set, agree on it through `decided`.
+// Returns those that came.
+DT_DEVICE uint64_t wait_for_peers(const Common& c, const Control::Flags& flags, uint32_t value, Control::Flags& decided,
+                                  uint32_t number, uint64_t wait_ns) {
     const uint64_t start = global_timer();
     uint64_t present = 0;
     for (int base = 0; base < c.num_ranks; base += 32) {
@@ -143,7 +150,7 @@ DT_DEVICE uint64_t wait_for_peers(const Common& c, const Control::Flags& flags, 
             delay_at_random(number);
             const bool masked = is_masked(c, peer);
             while (!masked && !here) {
-                here = reached(load_acquire_sys(flags.at + peer), number);
+                here = reached(load_acquire_sys(flags.at + peer), value);
                 if (!here && global_timer() - start > c.timeout_ns) break;
             }
             const uint64_t waited = global_timer() - start;
@@ -187,22 +194,20 @@ struct Piece {
     static constexpr int kBytes = kVectors * 512;
     uint4 v[kVectors];
 
-    // `row_bytes` from `start` on; a multiple of 16.
-    DT_DEVICE void load(const char* row, int64_t start, int64_t row_bytes) {
+    // From `start` on, of rows of `row_bytes`, a multiple of 16.
+    DT_DEVICE void load(const char* row, int start, int row_bytes) {
+        const int at = start + threadIdx.x % 32 * 16;
 #pragma unroll
-        for (int i = 0; i < kVectors; ++i) {
-            const int64_t at = start + i * 512 + threadIdx.x % 32 * 16;
-            if (at < row_bytes) v[i] = load_row(row + at);
-        }
+        for (int i = 0; i < kVectors; ++i)
+            if (i * 512 < row_bytes - at) v[i] = load_row(row + at + i * 512);
     }
-    DT_DEVICE void store(char* row, int64_t start, int64_t row_bytes) const {
+    DT_DEVICE void store(char* row, int start, int row_bytes) const {
+        const int at = start + threadIdx.x % 32 * 16;
 #pragma unroll
-        for (int i = 0; i < kVectors; ++i) {
-            const int64_t at = start + i * 512 + threadIdx.x % 32 * 16;
-            if (at < row_bytes) store_row(row + at, v[i]);
-        }
+        for (int i = 0; i < kVectors; ++i)
+            if (i * 512 < row_bytes - at) store_row(row + at + i * 512, v[i]);
     }
-    static DT_BOTH int in(int64_t row_bytes) { return static_cast<int>((row_bytes + kBytes - 1) / kBytes); }
+    static DT_BOTH int in(int row_bytes) { return (row_bytes + kBytes - 1) / kBytes; }
 };
 
 }  // namespace deepep_train::low_latency

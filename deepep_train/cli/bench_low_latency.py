@@ -107,6 +107,11 @@ def _calls(buffer: Buffer, shape: Shape, x: Tensor, idx: Tensor, weights: Tensor
     def combine(rows: Tensor, zero_copy: bool) -> Any:
         return buffer.low_latency_combine(rows, idx, weights, handle, zero_copy=zero_copy)
 
+    def combine_in_phases() -> None:
+        hook = buffer.low_latency_combine(y, idx, weights, handle, return_recv_hook=True)[2]
+        assert hook is not None
+        hook()
+
     def dispatch_again(use_fp8: bool) -> None:
         handle.is_over = True  # so that slots alternate
         dispatch(use_fp8)
@@ -114,6 +119,7 @@ def _calls(buffer: Buffer, shape: Shape, x: Tensor, idx: Tensor, weights: Tensor
     back = picks * row + tokens * row
     calls: dict[str, tuple[Callable[[], Any], int]] = {
         "combine bf16": (lambda: combine(y, False), back),
+        "combine bf16, by hook": (combine_in_phases, back),
         "combine bf16, zero copy": (lambda: combine(visible, True), back),
         "dispatch FP8": (lambda: dispatch_again(True), tokens * row + picks * (shape.hidden + shape.hidden // 32)),
         "dispatch bf16": (lambda: dispatch_again(False), tokens * row + picks * row),

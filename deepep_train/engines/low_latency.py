@@ -232,12 +232,13 @@ class LowLatency:
     ) -> Callable[[], None] | None:
         """The send phase, and the receive phase, now or as a hook."""
         send, receive = getattr(_C.low_latency, f"{name}_send"), getattr(_C.low_latency, f"{name}_receive")
+        in_one = name == "combine" and not with_hook and not p.zero_copy
         space, slots = handle.space, handle.set
         with self._ordered() as stream:
-            send(p, stream)
+            _C.low_latency.combine_whole(p, stream) if in_one else send(p, stream)
             if torch.cuda.is_current_stream_capturing():
                 self._arena.keep((space, handle.pick_index))
-            if not with_hook:
+            if not with_hook and not in_one:
                 receive(p, stream)
         if not with_hook:
             handle.is_over |= name == "combine"

@@ -1,6 +1,6 @@
 """The low-latency kernels with N ranks as threads and streams of one process, see in_process.py.
 
-    CUDA_MODULE_LOADING=EAGER CUDA_DEVICE_MAX_CONNECTIONS=32 PYTHONPATH=tests python tests/gpu/low_latency_in_process.py [ranks]
+CUDA_MODULE_LOADING=EAGER CUDA_DEVICE_MAX_CONNECTIONS=32 PYTHONPATH=tests python tests/gpu/low_latency_in_process.py [ranks]
 """
 
 from __future__ import annotations
