@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -140,6 +140,14 @@ class LowLatencyCalls:
         )
         return z, event, hook
 
+    def refuse_low_latency_dispatch(self, error: Exception) -> NoReturn:
+        """As `Buffer.refuse_dispatch` where low-latency calls go over the normal dispatch. Kernels of the peers wait for this
+        rank until their deadline, and go on without it."""
+        self.check()
+        if self._engine.low_latency is None:
+            self.refuse_dispatch(error)
+        raise error
+
     def get_next_low_latency_combine_buffer(self, handle: tuple) -> Tensor:
         """A bfloat16 tensor [L, R*M, H] to fill, when the dispatch has been received, and pass to
         `low_latency_combine(zero_copy=True)`. The dispatch after the next gets the same one."""
@@ -183,8 +191,9 @@ class LowLatencyCalls:
             raise ArgumentError("return_recv_hook=True cannot be had with async_finish=True", "return_recv_hook")
         return self._engine.low_latency
 
-    def check(self) -> None:
-        raise NotImplementedError
+    # Of the rest of `Buffer`.
+    if TYPE_CHECKING:
 
-    def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str | None = None) -> Tensor:
-        raise NotImplementedError
+        def check(self) -> None: ...
+        def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str | None = None) -> Tensor: ...
+        def refuse_dispatch(self, error: Exception) -> NoReturn: ...

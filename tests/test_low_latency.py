@@ -119,7 +119,7 @@ def tune(buffer: Buffer, case: Case, rank: int) -> None:
         "dispatch FP8 + combine": both,
     }
     for name, call in calls.items():
-        handle.is_over = True  # type: ignore[attr-defined] # of V1's tuple: its slots may serve again
+        handle.space.are_over[handle.set] = True  # type: ignore[attr-defined] # of V1's tuple: its slots may serve again
         ms = bench_gpu.slowest_ms(bench_gpu.captured(call, CALLS), 1, ROUNDS) / CALLS
         if rank == 0:
             print(f"{name}: {1e3 * ms:.1f} us", flush=True)

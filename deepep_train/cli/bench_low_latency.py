@@ -113,7 +113,7 @@ def _calls(buffer: Buffer, shape: Shape, x: Tensor, idx: Tensor, weights: Tensor
         hook()
 
     def dispatch_again(use_fp8: bool) -> None:
-        handle.is_over = True  # so that slots alternate
+        handle.space.are_over[handle.set] = True  # so that slots alternate
         dispatch(use_fp8)
 
     back = picks * row + tokens * row

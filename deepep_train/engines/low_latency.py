@@ -33,13 +33,17 @@ class Shape(NamedTuple):
     top_k: int
 
 
+class _Life:
+    """Lives as long as a handle: there are no weak references to tuples."""
+
+
 class KernelHandle(tuple):
     """V1's tuple: src_info int32 [L, R*M], layout_range int64 [L, R], M, hidden, num_experts; and what combine needs.
 
     Attributes:
         set, number: which slots it came through, and which use of them it is.
         pick_index: int32 [T, K], each pick's number among this rank's picks of its expert.
-        is_over: whether its rows have been combined, so that the slots may serve again.
+        life: see `_Life`.
     """
 
     space: Space
@@ -47,12 +51,12 @@ class KernelHandle(tuple):
     set: int
     number: int
     pick_index: Tensor
-    is_over: bool
+    life: _Life
 
     def __new__(cls, items: tuple, space: Space, buffer: Any, slots: int, number: int, pick_index: Tensor) -> KernelHandle:
         self = super().__new__(cls, items)
         self.space, self.buffer, self.set, self.number, self.pick_index = space, buffer, slots, number, pick_index
-        self.is_over = False
+        self.life = _Life()
         return self
 
 
@@ -73,7 +77,8 @@ class Space:
         """No call has been made, as far as this process knows."""
         self.numbers = [0] * _SETS
         self.waiting = [""] * _SETS  # a hook to be called
-        self._handles: list[weakref.ref[KernelHandle] | None] = [None] * _SETS
+        self._lives: list[weakref.ref[_Life] | None] = [None] * _SETS
+        self.are_over = [True] * _SETS  # whether the newest result of the slots has been combined
         self._next = 0
 
     def close(self) -> None:
@@ -82,9 +87,8 @@ class Space:
 
     def take(self) -> int:
         """The slots for the next dispatch; `follow` makes them so."""
-        slots, reference = self._next, self._handles[self._next]
-        handle = None if reference is None else reference()
-        if handle is not None and not handle.is_over:
+        slots, life = self._next, self._lives[self._next]
+        if life is not None and life() is not None and not self.are_over[slots]:
             raise DeepEPError(
                 f"low_latency_dispatch: {_SETS} results are alive, and there are slots for no more; combine the oldest, or "
                 "drop its handle, before the next dispatch"
@@ -97,7 +101,8 @@ class Space:
             raise DeepEPError(f"the hook of an earlier {self.waiting[slots]} through the same slots has not been called")
 
     def follow(self, slots: int, handle: KernelHandle) -> None:
-        self._handles[slots], self._next = weakref.ref(handle), (slots + 1) % _SETS
+        self._lives[slots], self.are_over[slots] = weakref.ref(handle.life), False
+        self._next = (slots + 1) % _SETS
 
 
 class LowLatency:
@@ -124,7 +129,7 @@ class LowLatency:
         self._num_sms, self._ordered, self._device = num_sms, ordered, device
         self._spaces: dict[Shape, Space] = {}
         self._mask = torch.zeros(peers.size, dtype=torch.int32, device=device)
-        self._bad_index = torch.zeros(1, dtype=torch.int32).pin_memory()
+        self._bad_index = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
 
     # Calls -------------------------------------------------------------------------------------------------------------
 
@@ -241,7 +246,7 @@ class LowLatency:
             if not with_hook and not in_one:
                 receive(p, stream)
         if not with_hook:
-            handle.is_over |= name == "combine"
+            space.are_over[slots] |= name == "combine"
             return None
         space.waiting[slots] = f"low_latency_{name}"
         sent_on = torch.cuda.current_stream(self._device)
@@ -257,7 +262,7 @@ class LowLatency:
             with self._ordered() as stream:
                 receive(p, stream)
             space.waiting[slots] = ""
-            handle.is_over |= name == "combine"
+            space.are_over[slots] |= name == "combine"
 
         return hook
 

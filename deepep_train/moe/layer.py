@@ -53,6 +53,9 @@ class MoELayer(nn.Module):
         bias_update_rate: step of the loss-free balancing bias, applied by `update_expert_bias`; 0.0 for no bias.
         activation: "swiglu" or "gelu".
         num_shared_experts: experts that every token visits besides, held by every rank, as wide as so many routed ones.
+        low_latency: in `eval()` without gradients, exchange tokens by DeepEP V1's low-latency calls, for small batches such as
+            decoding's; rows then travel as bfloat16. All ranks must be in eval mode together.
+        low_latency_tokens: the most tokens of a rank in such a pass; the same on all ranks, memory grows with it.
         alignment: groups of rows are padded to a multiple of it; None takes what grouped matmul wants (16 on CUDA, else 1).
         dtype, device: of the experts; the router stays in float32.
 
@@ -82,6 +85,8 @@ class MoELayer(nn.Module):
         bias_update_rate: float = 0.0,
         activation: str = "swiglu",
         num_shared_experts: int = 0,
+        low_latency: bool = False,
+        low_latency_tokens: int = 128,
         alignment: int | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
@@ -92,6 +97,7 @@ class MoELayer(nn.Module):
             ("ffn_hidden_size", ffn_hidden_size, 1),
             ("top_k", top_k, 1),
             ("num_shared_experts", num_shared_experts, 0),
+            ("low_latency_tokens", low_latency_tokens, 1),
             ("num_groups", num_groups, 1),
             ("num_limited_groups", num_groups if num_limited_groups is None else num_limited_groups, 1),
             ("alignment", 1 if alignment is None else alignment, 1),
@@ -100,6 +106,7 @@ class MoELayer(nn.Module):
         for name, weight in (("aux_loss_coeff", aux_loss_coeff), ("bias_update_rate", bias_update_rate)):
             checks.number(weight, name)
         checks.number(scaling_factor, "scaling_factor")
+        checks.flag(low_latency, "low_latency")
         checks.need(dtype is None or dtype.is_floating_point, "dtype", "a floating dtype", dtype)
         if buffer is not None and group is not None and buffer.group is not group:
             raise ArgumentError("buffer belongs to another group than the group given", "buffer")
@@ -108,6 +115,7 @@ class MoELayer(nn.Module):
         num_local_experts = num_experts // self.buffer.group_size
         self.num_experts, self.top_k, self.alignment = num_experts, top_k, alignment
         self.hidden_size = hidden_size
+        self.low_latency, self.low_latency_tokens = low_latency, low_latency_tokens
         self.aux_loss_coeff, self.aux_loss_scale = aux_loss_coeff, 1.0
         self.bias_update_rate = bias_update_rate
         self.router = TopKRouter(
@@ -141,9 +149,12 @@ class MoELayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden_size] -> [..., hidden_size]; a collective call of the group, any number of tokens, none included."""
+        hurries = self.low_latency and not self.training and not torch.is_grad_enabled()
         try:
             self._check_input(x)
         except ArgumentError as error:
+            if hurries:
+                self.buffer.refuse_low_latency_dispatch(error)
             self.buffer.refuse_dispatch(error)  # where the other ranks wait for this one
         x_TH = x.reshape(-1, self.hidden_size)
         topk_idx, weights_TK, aux_loss = self.router(x_TH)
@@ -153,15 +164,33 @@ class MoELayer(nn.Module):
         self._last_aux_loss = aux_loss.detach()
         if self.aux_loss_coeff and self.training and torch.is_grad_enabled():
             weights_TK = _AttachLoss.apply(weights_TK, aux_loss, self.aux_loss_coeff * self.aux_loss_scale)
-        alignment = self.alignment or (16 if x.is_cuda else 1)
+        z_TH = (self._exchange_hurriedly if hurries else self._exchange)(x_TH, topk_idx, weights_TK)
+        if self.shared_experts is not None:
+            z_TH = z_TH + self.shared_experts(x_TH)
+        return z_TH.view(x.shape)
+
+    def _exchange(self, x_TH: Tensor, topk_idx: Tensor, weights_TK: Tensor) -> Tensor:
+        """What the experts make of the tokens."""
+        alignment = self.alignment or (16 if x_TH.is_cuda else 1)
         got = dispatch(
             x_TH, topk_idx, weights_TK, buffer=self.buffer, num_experts=self.num_experts, layout="expert", alignment=alignment
         )
         y_MH = self.experts(got.x, got.tokens_per_expert, got.topk_weights)
-        z_TH = combine(y_MH, got.handle)
-        if self.shared_experts is not None:
-            z_TH = z_TH + self.shared_experts(x_TH)
-        return z_TH.view(x.shape)
+        return combine(y_MH, got.handle)
+
+    def _exchange_hurriedly(self, x_TH: Tensor, topk_idx: Tensor, weights_TK: Tensor) -> Tensor:
+        """The same by the low-latency calls. The CPU waits for the counts, so that the experts see the rows alone."""
+        most, dtype = self.low_latency_tokens, x_TH.dtype
+        got = self.buffer.low_latency_dispatch(x_TH.to(torch.bfloat16), topk_idx, most, self.num_experts, use_fp8=False)
+        recv, recv_count, handle = got[:3]
+        assert isinstance(recv, Tensor)
+        counts = recv_count.tolist()
+        rows = torch.cat([recv[e, :n] for e, n in enumerate(counts)]).to(self.experts.w1.dtype)
+        results = self.experts(rows, torch.tensor(counts)).to(torch.bfloat16)
+        y = self.buffer.get_next_low_latency_combine_buffer(handle)
+        for e, group in enumerate(results.split(counts)):
+            y[e, : len(group)] = group
+        return self.buffer.low_latency_combine(y, topk_idx, weights_TK.float(), handle, zero_copy=True)[0].to(dtype)
 
     def _check_input(self, x: Any) -> None:
         fits = isinstance(x, Tensor) and x.dim() >= 1 and x.size(-1) == self.hidden_size
