@@ -1,6 +1,7 @@
 """FP8 payloads: pairs with DeepEP's numerics (deepep.py), and tensors with Transformer Engine's numerics and layouts
 (quantized.py), which become Transformer Engine's own classes where it is installed (te.py)."""
 
+from deepep_train.engines.base import Payload
 from deepep_train.fp8.deepep import (
     BLOCK,
     E4M3_MAX,
@@ -11,6 +12,7 @@ from deepep_train.fp8.deepep import (
     unpack_ue8m0,
 )
 from deepep_train.fp8.quantized import DTYPES, HIDDEN_MULTIPLE, Quantized, Recipe, placeholder, quantize
+from deepep_train.scale_blocks import ScaleBlocks
 
 __all__ = [
     "BLOCK",
@@ -18,8 +20,10 @@ __all__ = [
     "E4M3_MAX",
     "HIDDEN_MULTIPLE",
     "MIN_AMAX",
+    "Payload",
     "Quantized",
     "Recipe",
+    "ScaleBlocks",
     "dequantize_blocks",
     "pack_ue8m0",
     "placeholder",
