@@ -11,6 +11,7 @@ from deepep_train.fp8.deepep import (
     quantize_blocks,
     unpack_ue8m0,
 )
+from deepep_train.fp8.grouped import grouped_linear
 from deepep_train.fp8.quantized import DTYPES, HIDDEN_MULTIPLE, Quantized, Recipe, placeholder, quantize
 from deepep_train.scale_blocks import ScaleBlocks
 
@@ -25,6 +26,7 @@ __all__ = [
     "Recipe",
     "ScaleBlocks",
     "dequantize_blocks",
+    "grouped_linear",
     "pack_ue8m0",
     "placeholder",
     "quantize",

@@ -118,6 +118,8 @@ def quantize(
 ) -> Quantized:
     """Quantize rows for `deepep_train.dispatch`; differentiable: the gradient of the values passes through unchanged.
 
+    By Transformer Engine's kernels on GPUs where it is installed, else in torch; the bits are the same.
+
     Args:
         x: [M, K] bfloat16, float16 or float32, K a multiple of 128.
         fp8_dtype: float8_e4m3fn or float8_e5m2.
@@ -139,7 +141,16 @@ def quantize(
     if is_scale != (recipe is Recipe.TENSOR):
         raise ArgumentError(f"scale must be float32 [1] with {Recipe.TENSOR} and None otherwise, got {scale!r}", "scale")
     with torch.no_grad():
-        data, scales = _quantized(x, recipe, fp8_dtype, power_of_two, min_amax, scale)
+        from deepep_train.fp8 import te_present
+
+        # Its MXFP8 kernel wants a multiple of 32 rows.
+        is_easy = x.size(0) and (recipe is Recipe.BLOCK or (recipe is Recipe.MXFP8 and x.size(0) % 32 == 0))
+        if is_easy and te_present.has_te_kernels(x.device, recipe):
+            from deepep_train.fp8 import gemm_te
+
+            data, scales = gemm_te.quantize(x, recipe, fp8_dtype, power_of_two, min_amax)
+        else:
+            data, scales = quantize_in_torch(x, recipe, fp8_dtype, power_of_two, min_amax, scale)
     return Quantized(recipe, data, scales, (x.size(0),), _Rows.apply(x))
 
 
@@ -162,7 +173,7 @@ def placeholder(num_rows: int, hidden: int, dtype: torch.dtype, device: torch.de
     return torch.full((), float("nan"), dtype=dtype, device=device).expand(num_rows, hidden)
 
 
-def _quantized(
+def quantize_in_torch(
     x: Tensor, recipe: Recipe, fp8_dtype: torch.dtype, power_of_two: bool, min_amax: float, scale: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """(data, `Quantized.scales`)."""
