@@ -76,9 +76,9 @@ void bind_params(py::module_& m) {
     }
     {
         using P = ExpandParams;
-        ParamsBinding<P>(m, "ExpandParams") DT_FIELD(x) DT_FIELD(scales) DT_FIELD(weights) DT_FIELD(indices)
-            DT_FIELD(rows_of) DT_FIELD(row_slot) DT_FIELD(several) DT_FIELD(num_several) DT_FIELD(num_received)
-                DT_FIELD(row_bytes) DT_FIELD(num_rows) DT_FIELD(scale_words) DT_FIELD(top_k) DT_FIELD(num_sms);
+        ParamsBinding<P>(m, "ExpandParams") DT_FIELD(x) DT_FIELD(scales) DT_FIELD(weights) DT_FIELD(indices) DT_FIELD(rows_of)
+            DT_FIELD(row_slot) DT_FIELD(several) DT_FIELD(num_several) DT_FIELD(num_received) DT_FIELD(row_bytes)
+                DT_FIELD(num_rows) DT_FIELD(scale_words) DT_FIELD(top_k) DT_FIELD(num_sms);
     }
     {
         using P = ScalesParams;

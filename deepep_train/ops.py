@@ -60,8 +60,8 @@ def dispatch(
 
     Args:
         x: [T, hidden], bfloat16, float16, float32 or float64; an FP8 pair (data [T, hidden], scales [T, n]); what
-            `fp8.quantize` made; a `fp8.Payload` of such a pair with the `fp8.ScaleBlocks` to put the scales into; or a Transformer Engine tensor: 1x128 block scaling, MXFP8, or per-tensor scaling with one
-            scale on all ranks. T may differ between ranks and be 0. Quantized values have gradients in the dtype that was
+            `fp8.quantize` made; a `fp8.Payload`, such a pair with the `fp8.ScaleBlocks` to put its scales into; or a
+            Transformer Engine tensor: 1x128 block scaling, MXFP8, or per-tensor scaling with one scale on all ranks. T may differ between ranks and be 0. Quantized values have gradients in the dtype that was
             quantized.
         topk_idx: int64 [T, K] in [-1, num_experts); -1 is not routed. Expert e lives on rank e // (num_experts / ranks).
         topk_weights: float32 [T, K], or None.
@@ -194,7 +194,9 @@ class _DispatchCall:
         self.check_quantized("rank", 0)
         if self.has_blocks and plan.layout == "expert":
             fits = int(plan.tokens_per_expert.sum()) == plan.num_rows
-            checks.need(fits, "handle", "without num_worst_tokens in expert layout where scales go into experts' blocks", self.handle)
+            checks.need(
+                fits, "handle", "without num_worst_tokens in expert layout where scales go into experts' blocks", self.handle
+            )
 
 
 class _Dispatch(torch.autograd.Function):
@@ -282,7 +284,7 @@ def _send_gradient(grad: Tensor, handle: Handle, grad_dtype: torch.dtype | None)
     if grad_dtype is None:
         return handle.buffer.redispatch(grad, handle).data
     q = fp8.quantize(grad.to(torch.float32), fp8.Recipe.BLOCK, fp8_dtype=grad_dtype)
-    data, scales = handle.buffer.redispatch(q.to_wire()[:2], handle, recipe=q.agreement())[:2]
+    data, scales = handle.buffer.redispatch(Payload(*q.to_wire()[:2]), handle, recipe=q.agreement())[:2]
     assert scales is not None
     return fp8.dequantize_blocks(data, scales, grad.dtype)  # by rows as they came: nothing but this reads the scales
 

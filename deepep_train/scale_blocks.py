@@ -53,7 +53,7 @@ class ScaleBlocks(NamedTuple):
         return flat.view(row_scales.dtype)
 
 
-# Transformer Engine 2.20's, not swizzled: 1x128 blocks, a float32 each; 1x32 blocks, four E8M0 to a word. Rows of zeros have the
-# scales that its quantizers give them.
+# Transformer Engine 2.20's, not swizzled: 1x128 blocks, a float32 each; 1x32 blocks, four E8M0 to a word. Rows of zeros have
+# the scales that its quantizers give them.
 BLOCK_SCALING = ScaleBlocks(True, 4, 0x3F800000)
 MXFP8 = ScaleBlocks(False, 128, 0)

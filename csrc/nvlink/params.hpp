@@ -116,11 +116,11 @@ struct ArrangeParams {
 
 // After every dispatch into expert layout, and after one into rank layout with num_worst_tokens: rows that are not sent.
 struct ExpandParams {
-    uint64_t x = 0;            // [M, row_bytes]
-    uint64_t scales = 0;       // [M, scale_words], rank layout by rows; 0: none
-    uint64_t weights = 0;      // float32 [M] (rank layout: [M, K]); 0: none
-    uint64_t indices = 0;      // int64 [M, K], rank layout; 0: none
-    uint64_t rows_of = 0;      // 0: rank layout
+    uint64_t x = 0;        // [M, row_bytes]
+    uint64_t scales = 0;   // [M, scale_words], rank layout by rows; 0: none
+    uint64_t weights = 0;  // float32 [M] (rank layout: [M, K]); 0: none
+    uint64_t indices = 0;  // int64 [M, K], rank layout; 0: none
+    uint64_t rows_of = 0;  // 0: rank layout
     uint64_t row_slot = 0;
     uint64_t several = 0;
     uint64_t num_several = 0;

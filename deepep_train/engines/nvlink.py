@@ -444,7 +444,7 @@ class NvlinkEngine(Engine):
         return tables
 
     def _describe_rows(self, d: _C.DispatchParams, payload: Payload, send_slot: Tensor, send_row: Tensor, num_sms: int) -> None:
-        data, scales = payload
+        data, scales, _ = payload
         d.x, d.row_bytes, d.num_tokens = data.data_ptr(), data.size(1) * data.element_size(), data.size(0)
         d.send_slot, d.send_row = send_slot.data_ptr(), send_row.data_ptr()
         if scales is not None:

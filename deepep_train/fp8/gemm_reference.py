@@ -1,5 +1,6 @@
-"""The operands and grouped products of `grouped_linear` in plain torch, with the numerics of Transformer Engine's kernels: every
-operand is quantized and dequantized, products are float32. For CPUs, tests, and GPUs without Transformer Engine."""
+"""The operands and grouped products of `grouped_linear` in plain torch, with the numerics of Transformer Engine's kernels.
+
+Every operand is quantized and dequantized; products are float32. For CPUs, tests, and GPUs without Transformer Engine."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import transformer_engine.pytorch  # noqa: F401 - loads what the next line names
 import transformer_engine_torch as tex
 from torch import Tensor
 from transformer_engine.pytorch.constants import TE_DType_To_Torch
@@ -108,7 +109,8 @@ class Received:
         if self._q is not None and self._q.recipe is not Recipe.TENSOR:  # whose class makes its transpose
             for i, storage in enumerate(self.rowwise):
                 storage.update_usage = _Usage(self, i, storage)
-        return self.rowwise
+        handed_over, self.rowwise = self.rowwise, []  # else the storages would keep themselves alive
+        return handed_over
 
 
 class _Usage:
@@ -136,8 +138,8 @@ def _columnwise(q: Quantized, quantizers: Sequence[Any]) -> list[Any]:
             storage.update_usage(rowwise_usage=False, columnwise_usage=True)
         return storages
     columnwise = []
-    for own in quantizers:
-        own = own.copy()
+    for given in quantizers:
+        own = given.copy()
         own.set_usage(rowwise=False, columnwise=True)
         own.internal = True
         columnwise.append(own)

@@ -75,7 +75,7 @@ class GroupedExperts(nn.Module):
             weights_M: float32 [M], multiplies each row's result. It is applied to the activations, which are narrower than
                 the result and give the same product.
         """
-        matmul = _grouped_matmul if isinstance(x_MH, Tensor) else self._matmul_in_fp8(x_MH.recipe)
+        matmul: Callable[..., Tensor] = _grouped_matmul if isinstance(x_MH, Tensor) else self._matmul_in_fp8(x_MH.recipe)
         h = matmul(x_MH, self.w1, tokens_per_expert)
         h = swiglu(h) if self.activation == "swiglu" else F.gelu(h)
         if weights_M is not None:

@@ -17,7 +17,6 @@ from deepep_train.moe.experts import GroupedExperts, swiglu
 from deepep_train.moe.router import TopKRouter, picks_per_expert
 from deepep_train.ops import combine, dispatch
 
-
 _FP8_ALIGNMENT = {fp8.Recipe.BLOCK: 16, fp8.Recipe.MXFP8: 32}
 
 

@@ -136,8 +136,7 @@ def layers(rank: int, size: int, group: dist.ProcessGroup, recipe: Recipe) -> li
     buffer = dt.Buffer(group, timeout=20)
     x = torch.randn(20 + rank, 128, generator=torch.Generator().manual_seed(rank))
     plain, in_fp8, delayed = (
-        step(layer_of(buffer, **how), x)
-        for how in ({}, {"fp8_recipe": recipe}, {"fp8_recipe": recipe, "delay_wgrad": True})
+        step(layer_of(buffer, **how), x) for how in ({}, {"fp8_recipe": recipe}, {"fp8_recipe": recipe, "delay_wgrad": True})
     )
     for name, grad in in_fp8[2].items():
         assert_same_bits(delayed[2][name], grad, name)
