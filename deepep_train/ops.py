@@ -61,8 +61,8 @@ def dispatch(
     Args:
         x: [T, hidden], bfloat16, float16, float32 or float64; an FP8 pair (data [T, hidden], scales [T, n]); what
             `fp8.quantize` made; a `fp8.Payload`, such a pair with the `fp8.ScaleBlocks` to put its scales into; or a
-            Transformer Engine tensor: 1x128 block scaling, MXFP8, or per-tensor scaling with one scale on all ranks. T may differ between ranks and be 0. Quantized values have gradients in the dtype that was
-            quantized.
+            Transformer Engine tensor: 1x128 block scaling, MXFP8, or per-tensor scaling with one scale on all ranks. T may
+            differ between ranks and be 0. Quantized values have gradients in the dtype that was quantized.
         topk_idx: int64 [T, K] in [-1, num_experts); -1 is not routed. Expert e lives on rank e // (num_experts / ranks).
         topk_weights: float32 [T, K], or None.
         buffer: the group's buffer.

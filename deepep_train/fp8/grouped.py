@@ -76,7 +76,7 @@ class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, call: _Call, *weights: Tensor) -> Tensor:
         each = call.each(weights)
-        operands = _operands(rows.device, call.recipe)(each, call.recipe, call.is_transposed, torch.float8_e4m3fn)
+        operands = _operands(rows, call.recipe)(each, call.recipe, call.is_transposed, torch.float8_e4m3fn)
         needs_weight = any(ctx.needs_input_grad[2:])
         if call.q is not None:
             x = operands.received(call.q)
@@ -123,8 +123,8 @@ class _GroupedLinear(torch.autograd.Function):
         return grad_rows, None, *[None] * len(weights)
 
 
-def _operands(device: torch.device, recipe: Recipe) -> Any:
-    if has_te_kernels(device, recipe):
+def _operands(rows: Tensor, recipe: Recipe) -> Any:
+    if rows.size(0) and has_te_kernels(rows.device, recipe):  # without rows there is nothing for kernels to do
         from deepep_train.fp8.gemm_te import Operands
     else:
         from deepep_train.fp8.gemm_reference import Operands  # type: ignore[assignment]
