@@ -26,10 +26,10 @@ import torch  # noqa: E402
 
 SEQUENCE, VOCABULARY, LIMIT = 128, 256, 0.005
 MODEL = {
-    "num_layers": 4,
-    "hidden_size": 512,
-    "num_attention_heads": 8,
-    "moe_ffn_hidden_size": 512,
+    "num_layers": 2,
+    "hidden_size": 256,
+    "num_attention_heads": 4,
+    "moe_ffn_hidden_size": 256,
     "num_moe_experts": 16,
     "attention_backend": "unfused",
     "fp8": "e4m3",
