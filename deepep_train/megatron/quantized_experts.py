@@ -112,8 +112,9 @@ def _takes(linear: Any, quantized: Quantized) -> bool:
     if now is None or now.recipe is not quantized.recipe:
         return False  # this layer computes in another precision
     offload = importlib.import_module("transformer_engine.pytorch.cpu_offload")
+    is_debugged = importlib.import_module("transformer_engine.debug.pytorch.debug_state").TEDebugState.debug_enabled
     keeps_input = linear.save_original_input or offload.is_cpu_offload_enabled()
-    return not keeps_input and not getattr(linear, "use_grouped_tensor", False) and not linear.is_debug_iter()
+    return not (keeps_input or linear.use_grouped_tensor or is_debugged)
 
 
 def _prepare_forward(stock: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -180,3 +180,13 @@ def test_wrong_arguments_are_named(argument: str, value: Any, text: str) -> None
     with pytest.raises(ArgumentError, match=text) as caught:
         fp8.quantize(**arguments)
     assert caught.value.argument == argument
+
+
+@pytest.mark.parametrize("hidden", [2048, 7168])
+@pytest.mark.parametrize("recipe", Recipe)
+def test_bytes_on_the_wire(recipe: Recipe, hidden: int) -> None:
+    x = torch.ones(3, hidden, dtype=torch.bfloat16)
+    wire = fp8.quantize(x, recipe, scale=torch.ones(1) if recipe is Recipe.TENSOR else None).to_wire()
+    assert wire.scales is not None
+    crossing = wire.data.numel() * wire.data.element_size() + wire.scales.numel() * wire.scales.element_size()
+    assert crossing <= 0.53 * x.nbytes

@@ -15,6 +15,7 @@ from harness import assert_same_bits
 pytest.importorskip("transformer_engine.pytorch", reason="Transformer Engine is not installed")
 
 from transformer_engine.common import recipe as recipes
+from transformer_engine.debug.pytorch.debug_state import TEDebugState
 from transformer_engine.pytorch.constants import DType
 from transformer_engine.pytorch.module import _split_quantization, grouped_linear
 from transformer_engine.pytorch.quantization import FP8GlobalStateManager
@@ -54,7 +55,7 @@ def give(monkeypatch: pytest.MonkeyPatch, q: Quantized, recipe: Any, splits: Any
         seen.append(inp)
         return None if self.forgets else _split_quantization._split_quantize(inp, list(splits), quantizers(), inp.dtype)[0]
 
-    how = {"save_original_input": False, "use_grouped_tensor": False, "is_debug_iter": lambda: False, "forgets": False}
+    how = {"save_original_input": False, "use_grouped_tensor": False, "forgets": False}
     layer = SimpleNamespace(**(how | linear))
     got = quantized_experts._forward(stock)(layer, quantized_experts.carry(q.rows, q))
     return got, seen[0]
@@ -102,9 +103,12 @@ def test_nothing_is_kept_alive(monkeypatch: pytest.MonkeyPatch) -> None:
         gc.enable()
 
 
-@pytest.mark.parametrize("how", [{"save_original_input": True}, {"use_grouped_tensor": True}, {"is_debug_iter": lambda: True}])
+@pytest.mark.parametrize(
+    "how", [{"save_original_input": True}, {"use_grouped_tensor": True}, {}], ids=["kept", "grouped", "debugged"]
+)
 def test_layers_that_read_their_input_get_values(monkeypatch: pytest.MonkeyPatch, how: dict[str, Any]) -> None:
     q = received()
+    monkeypatch.setattr(TEDebugState, "debug_enabled", not how)
     monkeypatch.setattr(_split_quantization, "_split_quantize", lambda x, *_, **__: (x, None))
     _, seen = give(monkeypatch, q, recipes.Float8BlockScaling(), **how)
     assert_same_bits(seen, q.dequantize())
