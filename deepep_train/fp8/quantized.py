@@ -92,7 +92,8 @@ class Quantized:
 
     def to_wire(self) -> Payload:
         """What crosses: every row with its scales beside it in 32-bit words, K / 128 of them or, under TENSOR, one."""
-        scales, blocks = self.row_scales(), self.recipe.blocks
+        # Side by side in memory: the dispatch reads a row's scales once for each destination.
+        scales, blocks = self.row_scales().contiguous(), self.recipe.blocks
         return Payload(self.data, scales.view(torch.int32) if self.recipe is Recipe.MXFP8 else scales, blocks)
 
     def arrived(self, payload: Payload, splits: tuple[int, ...], rows: Tensor) -> Quantized:
