@@ -29,7 +29,7 @@ from deepep_train.handle import Handle, Plan
 from deepep_train.routing import RankLayout, round_up, tokens_per_node
 from deepep_train.streams import CommStream
 
-PayloadArgument = Tensor | tuple[Tensor, Tensor]
+PayloadArgument = Tensor | tuple[Tensor, Tensor] | Payload
 
 
 class Buffer:

@@ -110,17 +110,21 @@ def v1_handle(tensors: Sequence[Any], num_ranks: int, num_nodes: int) -> None:
 
 
 def payload(x: Any, argument: str = "x", num_tokens: int | None = None) -> Payload:
-    """`x`: a floating tensor [tokens, hidden], or an FP8 pair (data [tokens, hidden], scales [tokens, n])."""
+    """`x`: a floating tensor [tokens, hidden], or an FP8 pair (data [tokens, hidden], scales [tokens, n]), or a
+    `Payload` with `blocks`."""
     first = x[0] if isinstance(x, (tuple, list)) and x else x
     if isinstance(first, Tensor):
         need(first.device.type in ("cpu", "cuda"), argument, "on the CPU or a CUDA device", first)
     if isinstance(x, (tuple, list)):
-        need(len(x) == 2, argument, "a tensor or a pair (data, scales)", x)
+        blocks = x.blocks if isinstance(x, Payload) else None
+        need(len(x) == 2 or isinstance(x, Payload), argument, "a tensor or a pair (data, scales)", x)
         data = tensor(x[0], f"{argument}[0]", [num_tokens, None], FP8_DTYPES, None)
         scales = tensor(x[1], f"{argument}[1]", [data.size(0), None], SCALE_DTYPES, data.device)
         need(data.size(1) >= 1, f"{argument}[0]", "at least one element wide", data)
         need(scales.size(1) >= 1, f"{argument}[1]", "at least one scale wide", scales)
-        return Payload(data, scales)
+        if blocks is not None:
+            need(scales.element_size() == 4, f"{argument}[1]", "32-bit scales, to be put into blocks", scales)
+        return Payload(data, scales, blocks)
     if isinstance(x, Tensor) and x.dtype in FP8_DTYPES:
         raise ArgumentError(f"{argument} in FP8 must come as a pair (data, scales), got {shown(x)}", argument)
     data = tensor(x, argument, [num_tokens, None], PAYLOAD_DTYPES, None)

@@ -282,6 +282,11 @@ void Communicator::expand(const ExpandParams& p, uint64_t stream) const {
     launch_expand(state_->domain, p, as_stream(stream));
 }
 
+void Communicator::scales(const ScalesParams& p, uint64_t stream) const {
+    const OnDevice on(device_);
+    launch_scales(state_->domain, p, as_stream(stream));
+}
+
 void Communicator::reduce(const ReduceParams& p, uint64_t stream) const {
     const OnDevice on(device_);
     launch_reduce(state_->domain, p, as_stream(stream));

@@ -87,6 +87,7 @@ public:
     void refuse(int64_t bytes, uint64_t stream) const;
     void arrange(const ArrangeParams& p, uint64_t stream) const;
     void expand(const ExpandParams& p, uint64_t stream) const;
+    void scales(const ScalesParams& p, uint64_t stream) const;
     void reduce(const ReduceParams& p, uint64_t stream) const;
     void combine(const CombineParams& p, uint64_t stream) const;
 

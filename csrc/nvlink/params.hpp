@@ -116,22 +116,37 @@ struct ArrangeParams {
 
 // After every dispatch into expert layout, and after one into rank layout with num_worst_tokens: rows that are not sent.
 struct ExpandParams {
-    uint64_t x = 0;            // [M, row_bytes]
-    uint64_t scales = 0;       // [M, scale_words]; 0: none
-    uint64_t weights = 0;      // float32 [M] (rank layout: [M, K]); 0: none
-    uint64_t indices = 0;      // int64 [M, K], rank layout; 0: none
-    uint64_t slot_scales = 0;  // [N, scale_words]
-    uint64_t rows_of = 0;      // 0: rank layout
+    uint64_t x = 0;        // [M, row_bytes]
+    uint64_t scales = 0;   // [M, scale_words], rank layout by rows; 0: none
+    uint64_t weights = 0;  // float32 [M] (rank layout: [M, K]); 0: none
+    uint64_t indices = 0;  // int64 [M, K], rank layout; 0: none
+    uint64_t rows_of = 0;  // 0: rank layout
     uint64_t row_slot = 0;
     uint64_t several = 0;
     uint64_t num_several = 0;
     uint64_t num_received = 0;  // int32 [1]
     int64_t row_bytes = 0;
-    int64_t scale_row_stride = 0;  // in words
-    int64_t scale_word_stride = 0;
     int64_t num_rows = 0;
     int scale_words = 0;
     int top_k = 0;
+    int num_sms = 0;
+};
+
+// After every dispatch with scales but one into rank layout by rows: the scales of group g stand in one block of W words by
+// scale_words, W its rows rounded up to `multiple`; blocks follow each other without gaps.
+struct ScalesParams {
+    uint64_t scales = 0;        // out, num_words
+    uint64_t slot_scales = 0;   // [N, scale_words]
+    uint64_t row_slot = 0;      // 0: row m holds token m
+    uint64_t group_rows = 0;    // int64 [num_groups], their sum M; 0: one group of num_rows
+    uint64_t num_received = 0;  // int32 [1]
+    int64_t num_words = 0;
+    int64_t num_rows = 0;
+    int num_groups = 1;
+    int scale_words = 0;
+    int multiple = 1;
+    int tokens_innermost = 0;   // a block is [scale_words, W], else [W, scale_words]
+    uint32_t padding_word = 0;  // of rows that hold no token; the rest of a block is 0
     int num_sms = 0;
 };
 

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deepep_train.buffer import Buffer
-from deepep_train.cli import bench_gpu, bench_links, bench_megatron, bench_report, plain
+from deepep_train.cli import bench_fp8, bench_gpu, bench_links, bench_megatron, bench_report, plain
 from deepep_train.cli.bench_model import Shape
 from deepep_train.cli.launch import run_ranks
 from deepep_train.ops import combine, dispatch
@@ -89,8 +89,9 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument(
         "--table",
-        choices=("links", "gpu"),
-        help="links: GB/s between GPUs, by default where every rank has one; gpu: all calls, by default where ranks share one",
+        choices=("links", "gpu", "fp8"),
+        help="links: GB/s between GPUs, by default where every rank has one; gpu: all calls, by default where ranks share one; "
+        "fp8: from bf16 tokens to the experts' FP8 operand, beside Transformer Engine's permute and quantizer",
     )
     parser.add_argument(
         "--peer", type=Path, metavar="FOLDER", help="on GPUs: measure the DeepEP V1 built there (deep_ep/) beside"
@@ -144,6 +145,10 @@ def run(args: argparse.Namespace) -> int:
         all_shapes = tuple(Shape(n, h, work.num_experts, work.num_topk) for n, h in (shapes[:1] if args.quick else shapes))
         links = bench_links.Plan(all_shapes, args.sms or bench_links.SMS, args.quick, args.out, args.peer)
         run_ranks(args.num_processes, bench_links.measure, links, deadline=args.deadline)
+    elif table == "fp8":
+        shape = Shape(work.num_tokens, work.hidden, work.num_experts, work.num_topk)
+        fp8_plan = bench_fp8.Plan(shape, max(args.sms or GPU_SMS), args.quick, args.out)
+        run_ranks(args.num_processes, bench_fp8.measure, fp8_plan, deadline=args.deadline)
     elif on_gpus:
         shape = Shape(work.num_tokens, work.hidden, work.num_experts, work.num_topk)
         plan = bench_gpu.Plan(shape, args.sms or GPU_SMS, args.quick, args.out, args.peer)

@@ -38,12 +38,15 @@ from deepep_train.engines.peers import Peers
 from deepep_train.engines.sms import default_sms, most_sms
 from deepep_train.errors import ArgumentError, DeepEPError
 from deepep_train.handle import Plan
-from deepep_train.routing import RankLayout, round_up
+from deepep_train.routing import RankLayout
+from deepep_train.scale_blocks import ScaleBlocks
 
 MAX_EXPERTS, MAX_TOP_K = 4096, 32
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _CHUNKS = 128  # params.hpp's kChunks
 _MAX_ALIGNMENT = 1 << 16  # with 4096 experts, row numbers still fit into 32 bits
+# What scales get that asked for no blocks, in expert layout: one group, column by column, given as [M, n].
+_COLUMNS = ScaleBlocks(True, 4, 0)
 _PROCESS = secrets.token_hex(8)  # containers may share host names and process numbers
 
 
@@ -316,6 +319,8 @@ class NvlinkEngine(Engine):
         data, scales, top_k = _aligned(request.payload.data), request.payload.scales, 0 if idx is None else idx.size(1)
         send_slot, expert_tables = tables["send_slot"], tables.get("experts", {})
         weights = None if request.topk_weights is None else request.topk_weights.contiguous()
+        blocks = _blocks_of(request.payload, is_expert)
+        is_in_place = blocks is None
         self._describe_rows(d, Payload(data, scales), send_slot, expert_tables.get("send_row", send_slot), request.num_sms)
         d.signature = _signature("rows", {"number": ticket} | self._described(request))
         d.send_sources, d.num_local_experts, d.top_k = 1, num_local, top_k
@@ -325,7 +330,7 @@ class NvlinkEngine(Engine):
         def wanted(num_received: int, num_rows: int) -> list[Any]:
             return [
                 ((num_rows, data.size(1)), data.dtype),
-                None if scales is None or is_expert else ((num_received, scales.size(1)), scales.dtype),
+                ((num_received, scales.size(1)), scales.dtype) if scales is not None and is_in_place else None,
                 None if idx is None else ((num_received, top_k), torch.int32 if is_expert else torch.int64),
                 None if weights is None else ((num_rows,) if is_expert else (num_rows, top_k), torch.float32),
                 ((num_received,), torch.int32),
@@ -345,7 +350,7 @@ class NvlinkEngine(Engine):
                 self._explain(prepared, layout.out_of_range)
         landings = quickly or self._arena.land(wanted(num_received, num_rows))
         visible = [None if one is None else one.visible for one in landings]
-        if scales is not None and is_expert:
+        if scales is not None and not is_in_place:
             visible[1] = self._arena.temporary((num_received, scales.size(1)), scales.dtype)
         self._point(d, visible)
         self._comm.dispatch(d, stream)
@@ -362,11 +367,14 @@ class NvlinkEngine(Engine):
                 num_several=torch.zeros(1, dtype=torch.int32, device=self.device),
                 summed=self._ints(num_received),
                 num_summed=torch.zeros(1, dtype=torch.int32, device=self.device),
+                group_rows=tokens_per_expert,
             )
             self._arrange(experts, counting, top_k, request.num_sms, stream)
-        final_scales = self._expand(
-            visible, scales, experts, received, num_rows, top_k, request.num_sms, bool(request.num_worst_tokens), stream
-        )
+        self._expand(visible, experts, received, num_rows, top_k, request.num_sms, bool(request.num_worst_tokens), stream)
+        if blocks is not None and scales is not None:
+            splits = [num_rows] if counts is None or not is_expert else counts.per_expert
+            assert visible[1] is not None
+            scales = self._place_scales(visible[1], blocks, splits, experts, received, request.num_sms, stream)
         for landing in landings:
             if landing is not None and landing.tensor is not landing.visible:
                 landing.tensor.copy_(landing.visible)
@@ -396,7 +404,7 @@ class NvlinkEngine(Engine):
         assert received_rows is not None and source is not None
         source.deepep_train_ticket = ticket  # type: ignore[attr-defined] # for handles rebuilt from their tensors
         return Received(
-            payload=Payload(received_rows, final_scales if is_expert else got[1]),
+            payload=Payload(received_rows, got[1] if is_in_place else scales, request.payload.blocks),
             topk_idx=plan.recv_topk_idx,
             topk_weights=got[3],
             plan=plan,
@@ -436,7 +444,7 @@ class NvlinkEngine(Engine):
         return tables
 
     def _describe_rows(self, d: _C.DispatchParams, payload: Payload, send_slot: Tensor, send_row: Tensor, num_sms: int) -> None:
-        data, scales = payload
+        data, scales, _ = payload
         d.x, d.row_bytes, d.num_tokens = data.data_ptr(), data.size(1) * data.element_size(), data.size(0)
         d.send_slot, d.send_row = send_slot.data_ptr(), send_row.data_ptr()
         if scales is not None:
@@ -461,7 +469,6 @@ class NvlinkEngine(Engine):
     def _expand(
         self,
         visible: Sequence[Tensor | None],
-        scales: Tensor | None,
         experts: ExpertPlan | None,
         received: Tensor,
         num_rows: int,
@@ -469,33 +476,52 @@ class NvlinkEngine(Engine):
         num_sms: int,
         has_tail: bool,
         stream: int,
-    ) -> Tensor | None:
-        """The rows that are not sent. Gives the expert layout's scales: [M, n], column by column in memory, the columns a
-        multiple of 4 words long, as grouped GEMMs want them."""
+    ) -> None:
+        """The rows that are not sent."""
         if experts is None and not has_tail:
-            return None
-        x, slot_scales, indices, weights, _ = visible
+            return
+        x, row_scales, indices, weights, _ = visible
         assert x is not None
         p = _C.ExpandParams()
         p.x, p.row_bytes, p.num_rows = x.data_ptr(), x.size(1) * x.element_size(), num_rows
         p.num_received, p.top_k, p.num_sms = received.data_ptr(), top_k, self._sms(num_sms)
         p.weights = _address(weights)
-        final = None
         if experts is None:
             p.indices = _address(indices)
-            final = slot_scales
+            if row_scales is not None:
+                p.scales, p.scale_words = row_scales.data_ptr(), row_scales.size(1)
         else:
             p.rows_of, p.row_slot = experts.rows_of.data_ptr(), experts.row_slot.data_ptr()
             p.several, p.num_several = experts.several.data_ptr(), experts.num_several.data_ptr()
-            if scales is not None:
-                columns = torch.empty(scales.size(1), round_up(num_rows, 4), dtype=scales.dtype, device=self.device)
-                final = columns.t()[:num_rows]
-                p.slot_scales = _address(slot_scales)
-        if final is not None:
-            p.scales, p.scale_words = final.data_ptr(), final.size(1)
-            p.scale_row_stride, p.scale_word_stride = final.stride(0), final.stride(1)
         self._comm.expand(p, stream)
-        return final
+
+    def _place_scales(
+        self,
+        slot_scales: Tensor,
+        blocks: ScaleBlocks,
+        splits: list[int],
+        experts: ExpertPlan | None,
+        received: Tensor,
+        num_sms: int,
+        stream: int,
+    ) -> Tensor:
+        """The received tokens' scales [N, n] at their rows: flat blocks; or, with `_COLUMNS`, [M, n], column by column in
+        memory."""
+        num_rows, num_words = sum(splits), slot_scales.size(1)
+        if blocks is _COLUMNS:
+            splits = [num_rows]
+        flat = torch.empty(blocks.size(splits, num_words), dtype=slot_scales.dtype, device=self.device)
+        p = _C.ScalesParams()
+        p.scales, p.num_words, p.num_rows = flat.data_ptr(), flat.numel(), num_rows
+        p.slot_scales, p.scale_words, p.num_received = slot_scales.data_ptr(), num_words, received.data_ptr()
+        p.multiple, p.tokens_innermost, p.padding_word = blocks.multiple, int(blocks.tokens_innermost), blocks.padding_word
+        if experts is not None:
+            p.row_slot = experts.row_slot.data_ptr()
+            if blocks is not _COLUMNS:
+                p.group_rows, p.num_groups = experts.group_rows.data_ptr(), len(splits)
+        p.num_sms = self._sms(num_sms)
+        self._comm.scales(p, stream)
+        return flat.view(blocks.shape(num_rows, num_words)).t()[:num_rows] if blocks is _COLUMNS else flat
 
     def redispatch(self, prepared: Prepared[RedispatchRequest]) -> Payload:
         self.check()
@@ -505,11 +531,12 @@ class NvlinkEngine(Engine):
             plan = self._plan_for(request.plan, stream)
             data, scales = _aligned(request.payload.data), request.payload.scales
             wanted: list[Any] = [((plan.num_rows, data.size(1)), data.dtype), None, None, None, None]
-            if scales is not None and plan.experts is None:
+            blocks = _blocks_of(request.payload, plan.experts is not None)
+            if scales is not None and blocks is None:
                 wanted[1] = ((plan.num_rows, scales.size(1)), scales.dtype)
             landings = self._arena.land(wanted)
             visible = [None if one is None else one.visible for one in landings]
-            if scales is not None and plan.experts is not None:
+            if scales is not None and blocks is not None:
                 visible[1] = self._arena.temporary((plan.num_received, scales.size(1)), scales.dtype)
             d = _C.DispatchParams()
             send_row = plan.send_slot if plan.experts is None else plan.experts.send_row
@@ -519,15 +546,19 @@ class NvlinkEngine(Engine):
             self._comm.dispatch(d, stream)
             self._owes_rows = False
             self._arena.watch(landings)
-            final_scales = self._expand(
-                visible, scales, plan.experts, plan.received, plan.num_rows, plan.top_k, request.num_sms, plan.has_tail, stream
+            self._expand(
+                visible, plan.experts, plan.received, plan.num_rows, plan.top_k, request.num_sms, plan.has_tail, stream
             )
+            if visible[1] is not None and blocks is not None:
+                is_grouped = plan.experts is not None and blocks is not _COLUMNS
+                splits = plan.tokens_per_expert.tolist() if is_grouped else [plan.num_rows]
+                scales = self._place_scales(visible[1], blocks, splits, plan.experts, plan.received, request.num_sms, stream)
             for landing in landings:
                 if landing is not None and landing.tensor is not landing.visible:
                     landing.tensor.copy_(landing.visible)
             got = [None if one is None else one.tensor for one in landings]
             assert got[0] is not None
-            return Payload(got[0], final_scales if plan.experts is not None else got[1])
+            return Payload(got[0], got[1] if blocks is None else scales, request.payload.blocks)
 
     # Combine -----------------------------------------------------------------------------------------------------------
 
@@ -641,6 +672,13 @@ class NvlinkEngine(Engine):
                 raise
             finally:
                 del self._arena
+
+
+def _blocks_of(payload: Payload, is_expert: bool) -> ScaleBlocks | None:
+    """How scales are put in place after they came; None: they come by rows and stay so, or there are none."""
+    if payload.scales is None:
+        return None
+    return payload.blocks or (_COLUMNS if is_expert else None)
 
 
 def _address(t: Tensor | None) -> int:

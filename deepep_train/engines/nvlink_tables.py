@@ -16,7 +16,8 @@ from deepep_train.routing import RankLayout
 
 @dataclass(frozen=True)
 class ExpertPlan:
-    """The expert layout's part of a plan; see csrc/nvlink/params.hpp for what the tables mean."""
+    """The expert layout's part of a plan; see csrc/nvlink/params.hpp for what the tables mean. `group_rows`: int64 [L], the
+    padded counts, on the GPU."""
 
     send_row: Tensor
     pull_row: Tensor
@@ -28,6 +29,7 @@ class ExpertPlan:
     num_several: Tensor
     summed: Tensor
     num_summed: Tensor
+    group_rows: Tensor
 
 
 @dataclass(frozen=True)
