@@ -226,6 +226,11 @@ void Communicator::layout(uint64_t topk_idx, int num_tokens, int top_k, int num_
 uint32_t Communicator::count(CountParams p, uint64_t stream) {
     const OnDevice on(device_);
     p.ticket = ++tickets_;
+    p.tokens_per_expert = p.results;
+    p.rank_prefix_matrix = p.tokens_per_expert + sizeof(int64_t) * (p.num_experts / num_ranks_);
+    p.send_base = p.rank_prefix_matrix + sizeof(int32_t) * num_ranks_ * num_ranks_;
+    p.num_received = p.send_base + sizeof(int32_t) * num_ranks_;
+    p.expert_base = p.num_received + sizeof(int32_t);
     launch_count(state_->domain, p, as_stream(stream));
     return p.ticket;
 }

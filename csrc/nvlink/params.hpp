@@ -37,11 +37,12 @@ struct CountParams {
     uint64_t num_tokens_per_rank = 0;    // int32 [R], ignored if status is set
     uint64_t num_tokens_per_expert = 0;  // int32 [E]
     uint64_t out_of_range = 0;           // int32 [1], or 0
-    uint64_t rank_prefix_matrix = 0;     // int32 [R, R], out: tokens from ranks up to i to rank j
-    uint64_t send_base = 0;              // int32 [R], out: first token at each destination that is ours
-    uint64_t expert_base = 0;            // int32 [E], out: first row of each expert's group that is ours, or 0
-    uint64_t tokens_per_expert = 0;      // int64 [L], out: rows of each local expert, rounded up
-    uint64_t num_received = 0;           // int32 [1], out
+    uint64_t results = 0;                // out: what follows, one after another
+    uint64_t tokens_per_expert = 0;      // int64 [L]: rows of each local expert, rounded up
+    uint64_t rank_prefix_matrix = 0;     // int32 [R, R]: tokens from ranks up to i to rank j
+    uint64_t send_base = 0;              // int32 [R]: first token at each destination that is ours
+    uint64_t num_received = 0;           // int32 [1]
+    uint64_t expert_base = 0;            // int32 [E]: first row of each expert's group that is ours; unused in rank layout
     int64_t signature = 0;
     int64_t bound = 0;  // num_worst_tokens
     int status = 0;

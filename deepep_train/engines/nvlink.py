@@ -20,7 +20,7 @@ from torch import Tensor
 
 from deepep_train import _C  # type: ignore[attr-defined]
 from deepep_train.engines import processes
-from deepep_train.engines.arena import STAGING_SHARE, Arena, ArenaFull
+from deepep_train.engines.arena import STAGING_SHARE, Arena, ArenaFull, Parts
 from deepep_train.engines.base import (
     MAX_NVLINK_RANKS,
     CombineRequest,
@@ -209,16 +209,15 @@ class NvlinkEngine(Engine):
         idx = topk_idx.contiguous()
         num_tokens, size = idx.size(0), self.peers.size
         ints = self._ints(size + num_experts + 1 + num_tokens * size)
-        per_rank, per_expert, out_of_range, send_index = ints.split_with_sizes([size, num_experts, 1, num_tokens * size])
         in_rank = torch.empty(num_tokens, size, dtype=torch.bool, device=self.device)
         # One call: at 40 us for everything, setting ten attributes would show.
         self._comm.layout(
             idx.data_ptr(), num_tokens, idx.size(1), num_experts, ints.data_ptr(), in_rank.data_ptr(), self._stream()
         )
+        per_rank, per_expert, checked = ints.split_with_sizes([size, num_experts, 1 + num_tokens * size])
         layout = NvlinkLayout(per_rank, None, per_expert, in_rank)
-        layout.send_index, layout.out_of_range = send_index, out_of_range
-        layout.versions = versions(layout)
-        in_rank.deepep_train_layout = Known(per_rank, send_index, out_of_range, layout.versions)  # type: ignore[attr-defined]
+        layout.checked, layout.versions = checked, versions(layout)
+        in_rank.deepep_train_layout = Known(per_rank, checked, layout.versions)  # type: ignore[attr-defined]
         return layout
 
     def _known(self, layout: RankLayout, topk_idx: Tensor | None, num_experts: int) -> NvlinkLayout:
@@ -231,15 +230,15 @@ class NvlinkEngine(Engine):
         is_same = earlier is not None and earlier.versions is not None and earlier.versions == versions(layout)
         if earlier is not None and is_same and per_rank is earlier.num_tokens_per_rank:
             known = NvlinkLayout(*layout)
-            known.send_index, known.out_of_range = earlier.send_index, earlier.out_of_range
+            known.checked = earlier.checked
         else:
             known = NvlinkLayout(per_rank, layout.num_tokens_per_rdma_rank, layout.num_tokens_per_expert.contiguous(), in_rank)
             position = in_rank.cumsum(0, dtype=torch.int32) - 1
-            known.send_index = torch.where(in_rank, position, -1).to(torch.int32).view(-1)
             wrong = (in_rank.sum(0, dtype=torch.int32) != per_rank).any()
             if topk_idx is not None:
                 wrong = wrong | ((topk_idx < -1) | (topk_idx >= num_experts)).any()
-            known.out_of_range = wrong.to(torch.int32).reshape(1)
+            send_index = torch.where(in_rank, position, -1).to(torch.int32)
+            known.checked = torch.cat([wrong.to(torch.int32).view(1), send_index.view(-1)])
         known.versions = versions(known)
         return known
 
@@ -273,28 +272,18 @@ class NvlinkEngine(Engine):
                 shape = list(request.topk_idx.shape)
                 raise ArgumentError(f"the nvlink engine serves up to top-{MAX_TOP_K}, got topk_idx {shape}", "topk_idx")
             size, num_experts, is_expert = self.peers.size, request.num_experts, request.arrangement == "expert"
-            table, send_base, received, expert_base = self._ints(size * size + size + 1 + num_experts).split_with_sizes(
-                [size * size, size, 1, num_experts]
-            )
-            counting = Counting(
-                layout=self._known(request.layout, request.topk_idx, num_experts),
-                prefix_RR=table.view(size, size),
-                send_base=send_base,
-                received=received,
-                expert_base=expert_base if is_expert else None,
-                tokens_per_expert=torch.empty(num_experts // size, dtype=torch.int64, device=self.device),
-            )
+            layout = self._known(request.layout, request.topk_idx, num_experts)
+            described = self._described(request)
+            parts = [2 * (num_experts // size), size * size, size, 1, num_experts]  # as params.hpp's `results`
+            results = self._ints(sum(parts))
             p = _C.CountParams()
-            p.rank_prefix_matrix, p.send_base = counting.prefix_RR.data_ptr(), send_base.data_ptr()
-            p.num_received, p.tokens_per_expert = received.data_ptr(), counting.tokens_per_expert.data_ptr()
-            p.expert_base, p.num_experts = _address(counting.expert_base), num_experts
-            p.num_tokens_per_rank = counting.layout.num_tokens_per_rank.data_ptr()
-            p.num_tokens_per_expert = counting.layout.num_tokens_per_expert.data_ptr()
-            p.out_of_range = counting.layout.out_of_range.data_ptr()
+            p.results, p.num_experts = results.data_ptr(), num_experts
+            p.num_tokens_per_rank = layout.num_tokens_per_rank.data_ptr()
+            p.num_tokens_per_expert = layout.num_tokens_per_expert.data_ptr()
+            p.out_of_range = layout.checked.data_ptr()
             p.bound, p.alignment, p.expert_layout = request.num_worst_tokens, request.alignment, int(is_expert)
-            p.signature = _signature("dispatch", self._described(request))
-            counting.ticket = self._comm.count(p, stream)
-            return counting
+            p.signature = _signature("dispatch", described)
+            ticket = self._comm.count(p, stream)
         except Exception as error:
             prepared.request, prepared.error = None, error
             p = _C.CountParams()
@@ -303,10 +292,22 @@ class NvlinkEngine(Engine):
             if counts is None:  # some rank had a bound, so this is the end of the buffer: but first comes what is wrong here
                 raise
             self._explain(prepared, None)
+        # The GPU is at work: from here on there is time.
+        self._owes_rows = True
+        per_expert, table, send_base, received, expert_base = results.split_with_sizes(parts)
+        return Counting(
+            layout=layout,
+            prefix_RR=table.view(size, size),
+            send_base=send_base,
+            received=received,
+            expert_base=expert_base if is_expert else None,
+            tokens_per_expert=per_expert.view(torch.int64),
+            signature=p.signature,
+            ticket=ticket,
+        )
 
     def _dispatch(self, prepared: Prepared[DispatchRequest], stream: int) -> Received:
         counting = self._open_counts(prepared, stream)
-        self._owes_rows = True
         request, layout, ticket = prepared.require(), counting.layout, counting.ticket
         received, tokens_per_expert = counting.received, counting.tokens_per_expert
         num_experts, is_expert = request.num_experts, request.arrangement == "expert"
@@ -322,19 +323,20 @@ class NvlinkEngine(Engine):
         blocks = _blocks_of(request.payload, is_expert)
         is_in_place = blocks is None
         self._describe_rows(d, Payload(data, scales), send_slot, expert_tables.get("send_row", send_slot), request.num_sms)
-        d.signature = _signature("rows", {"number": ticket} | self._described(request))
+        d.signature = _hash("rows", ticket, counting.signature)
         d.send_sources, d.num_local_experts, d.top_k = 1, num_local, top_k
         d.topk_idx, d.topk_weights = _address(idx), _address(weights)
         d.pick_row = _address(expert_tables.get("pick_row"))
 
-        def wanted(num_received: int, num_rows: int) -> list[Any]:
-            return [
-                ((num_rows, data.size(1)), data.dtype),
-                ((num_received, scales.size(1)), scales.dtype) if scales is not None and is_in_place else None,
-                None if idx is None else ((num_received, top_k), torch.int32 if is_expert else torch.int64),
-                None if weights is None else ((num_rows,) if is_expert else (num_rows, top_k), torch.float32),
-                ((num_received,), torch.int32),
-            ]
+        def parts_of(num_received: int, num_rows: int) -> Parts:
+            return Parts(
+                [
+                    ((num_received, scales.size(1)), scales.dtype) if scales is not None and is_in_place else None,
+                    None if idx is None else ((num_received, top_k), torch.int32 if is_expert else torch.int64),
+                    None if weights is None else ((num_rows,) if is_expert else (num_rows, top_k), torch.float32),
+                    ((num_received,), torch.int32),
+                ]
+            )
 
         counts, quickly = None, None
         num_received = num_rows = request.num_worst_tokens
@@ -343,19 +345,32 @@ class NvlinkEngine(Engine):
                 counts = self._comm.wait_counts(ticket, num_local, stream)
                 if counts is not None and not counts.bad:
                     num_received, num_rows = counts.num_received, counts.num_rows
-                    quickly = land(wanted(num_received, num_rows))
+                    parts = parts_of(num_received, num_rows)
+                    quickly = land([((num_rows, data.size(1)), data.dtype), parts.whole])
             if counts is None or counts.bad:
                 self._owes_rows = False  # nobody waits for them
                 self.check()
-                self._explain(prepared, layout.out_of_range)
-        landings = quickly or self._arena.land(wanted(num_received, num_rows))
-        visible = [None if one is None else one.visible for one in landings]
+                self._explain(prepared, layout.checked[0])
+        else:
+            parts = parts_of(num_received, num_rows)
+        landings = quickly or self._arena.land([((num_rows, data.size(1)), data.dtype), parts.whole])
+        rows, along = landings
+        assert rows is not None and along is not None
+        slot_scales = None
         if scales is not None and not is_in_place:
-            visible[1] = self._arena.temporary((num_received, scales.size(1)), scales.dtype)
-        self._point(d, visible)
+            slot_scales = self._arena.temporary((num_received, scales.size(1)), scales.dtype)
+        offset = self._arena.offset
+        offsets = [offset(rows.visible), *parts.offsets(offset(along.visible))]
+        sizes = [rows.visible.nbytes, *parts.sizes]
+        if slot_scales is not None:
+            offsets[1], sizes[1] = offset(slot_scales), slot_scales.nbytes
+        d.offsets, d.sizes = offsets, sizes
         self._comm.dispatch(d, stream)
         self._owes_rows = False
         self._arena.watch(landings)
+        visible = [rows.visible, *parts.split(along.visible)]
+        if slot_scales is not None:
+            visible[1] = slot_scales
         experts: ExpertPlan | None = None
         if is_expert:
             assert visible[2] is not None
@@ -378,7 +393,7 @@ class NvlinkEngine(Engine):
         for landing in landings:
             if landing is not None and landing.tensor is not landing.visible:
                 landing.tensor.copy_(landing.visible)
-        got = [None if one is None else one.tensor for one in landings]
+        got = [rows.tensor, *parts.split(along.tensor)] if along.tensor is not along.visible else [rows.tensor, *visible[1:]]
         if experts is not None and got[2] is not experts.rows_of:
             experts = ExpertPlan(**{**vars(experts), "rows_of": got[2]})
         if counts is not None:
@@ -428,7 +443,8 @@ class NvlinkEngine(Engine):
         p = _C.PlaceParams()
         p.num_tokens, p.num_experts, p.num_ranks = num_tokens, request.num_experts, size
         send_slot = self._ints(num_tokens, size)
-        p.send_index, p.send_base, p.send_slot = layout.send_index.data_ptr(), send_base.data_ptr(), send_slot.data_ptr()
+        p.send_base, p.send_slot = send_base.data_ptr(), send_slot.data_ptr()
+        p.send_index = layout.checked.data_ptr() + layout.checked.element_size()
         tables: dict[str, Any] = {"send_slot": send_slot}
         if expert_base is not None:
             assert idx is not None

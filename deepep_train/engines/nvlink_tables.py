@@ -55,10 +55,9 @@ class NvlinkPlan(Plan):
 
 
 class NvlinkLayout(RankLayout):
-    """A `RankLayout` that carries `send_index` and the range check's result along."""
+    """A `RankLayout` that carries along `checked`, int32 [1 + T * R]: `out_of_range`, then `send_index` (params.hpp)."""
 
-    send_index: Tensor
-    out_of_range: Tensor
+    checked: Tensor
     versions: tuple[int, int] | None
 
 
@@ -66,8 +65,7 @@ class Known(NamedTuple):
     """What `is_token_in_rank` remembers of its layout: V1's callers hand the tensors back one by one."""
 
     num_tokens_per_rank: Tensor
-    send_index: Tensor
-    out_of_range: Tensor
+    checked: Tensor
     versions: tuple[int, int] | None
 
 
@@ -89,4 +87,5 @@ class Counting:
     received: Tensor
     expert_base: Tensor | None
     tokens_per_expert: Tensor
-    ticket: int = 0
+    signature: int
+    ticket: int
