@@ -27,6 +27,8 @@ class CommStream:
     def __init__(self, check: Callable[[], None], device: torch.device | None = None) -> None:
         self._check = check
         self._device = device
+        # What a call gives whose work the current stream has: nothing to wait for.
+        self.finished = EventOverlap(None, check=check)
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     @property
@@ -57,7 +59,7 @@ class CommStream:
                 return self.run(work, inputs, previous_event, async_finish)
         if previous_event is None and async_finish is False:
             # The caller's stream would wait for the communication stream in both directions: the same order at less cost.
-            return work(), EventOverlap(None, check=self._check)
+            return work(), self.finished
         # Wrong arguments are `work`'s to refuse, on every rank at once.
         if not isinstance(previous_event, EventOverlap):
             previous_event = None
@@ -85,7 +87,7 @@ class CommStream:
         if async_finish:
             return result, EventOverlap(event, tuple(tensors), check=self._check)
         event.current_stream_wait()
-        return result, EventOverlap(None, check=self._check)
+        return result, self.finished
 
 
 def _tensors_in(value: Any) -> Iterable[Tensor]:

@@ -206,8 +206,8 @@ void Communicator::leave(uint64_t stream) {
     }
 }
 
-void Communicator::layout(uint64_t topk_idx, int num_tokens, int top_k, int num_experts, uint64_t ints,
-                          uint64_t is_token_in_rank, uint64_t stream) const {
+void Communicator::layout(uint64_t topk_idx, int num_tokens, int top_k, int num_experts, uint64_t results,
+                          uint64_t stream) const {
     const OnDevice on(device_);
     LayoutParams p;
     p.topk_idx = topk_idx;
@@ -215,11 +215,11 @@ void Communicator::layout(uint64_t topk_idx, int num_tokens, int top_k, int num_
     p.top_k = top_k;
     p.num_experts = num_experts;
     p.num_ranks = num_ranks_;
-    p.is_token_in_rank = is_token_in_rank;
-    p.num_tokens_per_rank = ints;
+    p.num_tokens_per_rank = results;
     p.num_tokens_per_expert = p.num_tokens_per_rank + sizeof(int32_t) * num_ranks_;
     p.out_of_range = p.num_tokens_per_expert + sizeof(int32_t) * num_experts;
     p.send_index = p.out_of_range + sizeof(int32_t);
+    p.is_token_in_rank = p.send_index + sizeof(int32_t) * num_tokens * num_ranks_;
     launch_layout(p, as_stream(stream));
 }
 
