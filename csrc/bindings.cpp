@@ -49,8 +49,8 @@ void bind_params(py::module_& m) {
     {
         using P = CountParams;
         ParamsBinding<P>(m, "CountParams") DT_FIELD(num_tokens_per_rank) DT_FIELD(num_tokens_per_expert) DT_FIELD(out_of_range)
-            DT_FIELD(results) DT_FIELD(signature) DT_FIELD(bound) DT_FIELD(status) DT_FIELD(num_experts)
-                    DT_FIELD(alignment) DT_FIELD(expert_layout);
+            DT_FIELD(results) DT_FIELD(signature) DT_FIELD(bound) DT_FIELD(status) DT_FIELD(num_experts) DT_FIELD(alignment)
+                DT_FIELD(expert_layout);
     }
     {
         using P = PlaceParams;
