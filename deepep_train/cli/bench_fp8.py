@@ -63,10 +63,11 @@ def measure(plan: Plan) -> None:
 
 
 def _arena_bytes(shape: Shape, num_ranks: int) -> int:
-    """Two results of the dispatch of either side, a quarter of the arena being staging."""
+    """Two results of the dispatch of either side, and the input and result of combine's gradient; a quarter of the arena is
+    staging."""
     t = traffic_of(shape, num_ranks)
     padded = int(t.expert_rows.max()) + ALIGNMENT * (shape.num_experts // num_ranks)
-    return (2 * int(t.received.max()) * shape.hidden * 2 + 3 * padded * shape.hidden + (256 << 20)) * 4 // 3
+    return (2 * int(t.received.max()) * shape.hidden * 2 + (3 + 8) * padded * shape.hidden + (256 << 20)) * 4 // 3
 
 
 def _calls(buffer: Buffer, shape: Shape) -> tuple[dict[str, Callable[[], Any]], float]:

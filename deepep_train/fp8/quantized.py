@@ -17,6 +17,7 @@ from torch import Tensor
 
 from deepep_train.engines.base import Payload
 from deepep_train.errors import ArgumentError
+from deepep_train.fp8.deepep import scaled
 from deepep_train.scale_blocks import BLOCK_SCALING, MXFP8, ScaleBlocks
 
 HIDDEN_MULTIPLE = 128  # of every recipe, so that a row's scales always fill whole 32-bit words on the wire
@@ -238,9 +239,7 @@ class _Dequantize(torch.autograd.Function):
         scales = q.row_scales()
         if q.recipe is Recipe.MXFP8:
             scales = (scales.to(torch.int32) << 23).view(torch.float32)
-        num_rows, n = scales.shape
-        values = q.data.to(torch.float32).view(num_rows, n, q.data.size(1) // n) * scales.unsqueeze(2)
-        return values.view(q.data.shape).to(dtype)
+        return scaled(q.data, scales, dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
