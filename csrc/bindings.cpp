@@ -50,9 +50,8 @@ void bind_params(py::module_& m) {
     {
         using P = CountParams;
         ParamsBinding<P>(m, "CountParams") DT_FIELD(num_tokens_per_rank) DT_FIELD(num_tokens_per_expert) DT_FIELD(out_of_range)
-            DT_FIELD(rank_prefix_matrix) DT_FIELD(send_base) DT_FIELD(expert_base) DT_FIELD(tokens_per_expert)
-                DT_FIELD(num_received) DT_FIELD(signature) DT_FIELD(bound) DT_FIELD(status) DT_FIELD(num_experts)
-                    DT_FIELD(alignment) DT_FIELD(expert_layout);
+            DT_FIELD(results) DT_FIELD(signature) DT_FIELD(bound) DT_FIELD(status) DT_FIELD(num_experts) DT_FIELD(alignment)
+                DT_FIELD(expert_layout);
     }
     {
         using P = PlaceParams;
@@ -77,10 +76,15 @@ void bind_params(py::module_& m) {
     }
     {
         using P = ExpandParams;
-        ParamsBinding<P>(m, "ExpandParams") DT_FIELD(x) DT_FIELD(scales) DT_FIELD(weights) DT_FIELD(indices)
-            DT_FIELD(slot_scales) DT_FIELD(rows_of) DT_FIELD(row_slot) DT_FIELD(several) DT_FIELD(num_several)
-                DT_FIELD(num_received) DT_FIELD(row_bytes) DT_FIELD(scale_row_stride) DT_FIELD(scale_word_stride)
-                    DT_FIELD(num_rows) DT_FIELD(scale_words) DT_FIELD(top_k) DT_FIELD(num_sms);
+        ParamsBinding<P>(m, "ExpandParams") DT_FIELD(x) DT_FIELD(scales) DT_FIELD(weights) DT_FIELD(indices) DT_FIELD(rows_of)
+            DT_FIELD(row_slot) DT_FIELD(several) DT_FIELD(num_several) DT_FIELD(num_received) DT_FIELD(row_bytes)
+                DT_FIELD(num_rows) DT_FIELD(scale_words) DT_FIELD(top_k) DT_FIELD(num_sms);
+    }
+    {
+        using P = ScalesParams;
+        ParamsBinding<P>(m, "ScalesParams") DT_FIELD(scales) DT_FIELD(slot_scales) DT_FIELD(row_slot) DT_FIELD(group_rows)
+            DT_FIELD(num_received) DT_FIELD(num_words) DT_FIELD(num_rows) DT_FIELD(num_groups) DT_FIELD(scale_words)
+                DT_FIELD(multiple) DT_FIELD(tokens_innermost) DT_FIELD(padding_word) DT_FIELD(num_sms);
     }
     {
         using P = ReduceParams;
@@ -194,6 +198,7 @@ PYBIND11_MODULE(_C, m) {
         .def("refuse", &C::refuse)
         .def("arrange", &C::arrange)
         .def("expand", &C::expand)
+        .def("scales", &C::scales)
         .def("reduce", &C::reduce)
         .def("combine", &C::combine)
         .def("is_well", &C::is_well)

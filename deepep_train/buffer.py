@@ -298,6 +298,8 @@ class Buffer(LowLatencyCalls):
         checks.stream_arguments(previous_event, async_finish, allocate_on_comm_stream)
         checks.experts(num_experts, self.group_size)
         self._check_topk_idx(topk_idx, None, num_experts, None)
+        if previous_event is None and not async_finish:  # what `run` would do, in half the time
+            return *self._engine.layout(topk_idx, num_experts), self._comm.finished
         layout, event = self._comm.run(
             lambda: self._engine.layout(topk_idx, num_experts),
             [topk_idx],

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from deepep_train import checks, low_latency
-from deepep_train.engines.base import Engine
+from deepep_train.engines.base import Engine, Payload
 from deepep_train.errors import ArgumentError, DeepEPError
 from deepep_train.events import EventOverlap
 from deepep_train.routing import round_up
 from deepep_train.streams import CommStream
 
-PayloadArgument = Tensor | tuple[Tensor, Tensor]
+PayloadArgument = Tensor | tuple[Tensor, Tensor] | Payload
 
 
 class LowLatencyCalls:

@@ -110,17 +110,21 @@ def v1_handle(tensors: Sequence[Any], num_ranks: int, num_nodes: int) -> None:
 
 
 def payload(x: Any, argument: str = "x", num_tokens: int | None = None) -> Payload:
-    """`x`: a floating tensor [tokens, hidden], or an FP8 pair (data [tokens, hidden], scales [tokens, n])."""
+    """`x`: a floating tensor [tokens, hidden], or an FP8 pair (data [tokens, hidden], scales [tokens, n]), or a
+    `Payload` with `blocks`."""
     first = x[0] if isinstance(x, (tuple, list)) and x else x
     if isinstance(first, Tensor):
         need(first.device.type in ("cpu", "cuda"), argument, "on the CPU or a CUDA device", first)
     if isinstance(x, (tuple, list)):
-        need(len(x) == 2, argument, "a tensor or a pair (data, scales)", x)
+        blocks = x.blocks if isinstance(x, Payload) else None
+        need(len(x) == 2 or isinstance(x, Payload), argument, "a tensor or a pair (data, scales)", x)
         data = tensor(x[0], f"{argument}[0]", [num_tokens, None], FP8_DTYPES, None)
         scales = tensor(x[1], f"{argument}[1]", [data.size(0), None], SCALE_DTYPES, data.device)
         need(data.size(1) >= 1, f"{argument}[0]", "at least one element wide", data)
         need(scales.size(1) >= 1, f"{argument}[1]", "at least one scale wide", scales)
-        return Payload(data, scales)
+        if blocks is not None:
+            need(scales.element_size() == 4, f"{argument}[1]", "32-bit scales, to be put into blocks", scales)
+        return Payload(data, scales, blocks)
     if isinstance(x, Tensor) and x.dtype in FP8_DTYPES:
         raise ArgumentError(f"{argument} in FP8 must come as a pair (data, scales), got {shown(x)}", argument)
     data = tensor(x, argument, [num_tokens, None], PAYLOAD_DTYPES, None)
@@ -139,7 +143,9 @@ def topk_idx(
     value: Any, num_tokens: int | None, num_experts: int, device: torch.device | None, check_range: bool = True
 ) -> Tensor:
     """int64 [tokens, top_k] in [-1, num_experts). Reading the range waits for the GPU if the tensor is there."""
-    tensor(value, "topk_idx", [num_tokens, None], (torch.int64,), device)
+    known = isinstance(value, Tensor) and value.dtype is torch.int64 and value.dim() == 2 and value.layout is torch.strided
+    if not known or num_tokens is not None or device is not None:  # else: the layout call, whose time is the CPU's
+        tensor(value, "topk_idx", [num_tokens, None], (torch.int64,), device)
     need(value.size(1) >= 1, "topk_idx", "at least one choice wide", value)
     if check_range and value.numel():
         low, high = (int(v) for v in torch.aminmax(value))

@@ -71,7 +71,7 @@ def dispatch(
             payload = Payload(data, fp8.pack_ue8m0(scales) if use_ue8m0 else scales)
         # Token t's k-th pick is dispatched as token t * K + k.
         top_k = topk_idx.size(1)
-        payload = Payload(*(None if t is None else t.repeat_interleave(top_k, 0) for t in payload))  # type: ignore[arg-type]
+        payload = Payload(*(None if t is None else t.repeat_interleave(top_k, 0) for t in payload[:2]))  # type: ignore[arg-type]
         picks = topk_idx.reshape(-1, 1)
         token = torch.arange(x.size(0), device=x.device).repeat_interleave(top_k).unsqueeze(1)
         # The token's number travels in the place of its weight: exact in float32 up to 2**24 tokens.
@@ -80,7 +80,7 @@ def dispatch(
     got = engine.dispatch(Prepared(make))
     plan, counts = got.plan, got.plan.tokens_per_expert.tolist()
     slots = num_ranks * max_tokens
-    recv = [None if t is None else _spread(t, counts, slots) for t in got.payload]
+    recv = [None if t is None else _spread(t, counts, slots) for t in got.payload[:2]]
     assert got.topk_weights is not None
     source = _spread(got.topk_weights.to(torch.int32).unsqueeze(1), counts, slots).squeeze(2)
     recv_count = torch.tensor(counts, dtype=torch.int32, device=source.device)

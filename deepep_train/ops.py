@@ -14,6 +14,7 @@ from deepep_train.engines.base import Payload
 from deepep_train.errors import ArgumentError, DeepEPError
 from deepep_train.fp8 import te
 from deepep_train.handle import Handle
+from deepep_train.scale_blocks import ScaleBlocks
 
 
 class Dispatched(NamedTuple):
@@ -59,9 +60,9 @@ def dispatch(
 
     Args:
         x: [T, hidden], bfloat16, float16, float32 or float64; an FP8 pair (data [T, hidden], scales [T, n]); what
-            `fp8.quantize` made; or a Transformer Engine tensor: 1x128 block scaling, MXFP8, or per-tensor scaling with one
-            scale on all ranks. T may differ between ranks and be 0. Quantized values have gradients in the dtype that was
-            quantized.
+            `fp8.quantize` made; a `fp8.Payload`, such a pair with the `fp8.ScaleBlocks` to put its scales into; or a
+            Transformer Engine tensor: 1x128 block scaling, MXFP8, or per-tensor scaling with one scale on all ranks. T may
+            differ between ranks and be 0. Quantized values have gradients in the dtype that was quantized.
         topk_idx: int64 [T, K] in [-1, num_experts); -1 is not routed. Expert e lives on rank e // (num_experts / ranks).
         topk_weights: float32 [T, K], or None.
         buffer: the group's buffer.
@@ -83,8 +84,9 @@ def dispatch(
     if isinstance(x, fp8.Quantized) or te.is_te(x):
         rows, weights = _dispatch_quantized(x, topk_weights, call)
     else:
-        is_pair = isinstance(x, (tuple, list)) and len(x) == 2
-        data, scales = x if is_pair else (x, None)
+        is_pair = isinstance(x, Payload) or (isinstance(x, (tuple, list)) and len(x) == 2)
+        data, scales = x[:2] if is_pair else (x, None)
+        call.blocks = x.blocks if isinstance(x, Payload) else None
         data, scales, weights, _ = _Dispatch.apply(data, scales, topk_weights, call)
         rows = data if scales is None else (data, scales)
     assert call.handle is not None
@@ -103,7 +105,7 @@ def _dispatch_quantized(x: Any, topk_weights: Tensor | None, call: _DispatchCall
     assert call.quantized is not None and call.handle is not None
     plan = call.handle.plan
     splits = plan.tokens_per_expert.tolist() if plan.layout == "expert" else [plan.num_rows]
-    got = call.quantized.from_wire(data, scales, splits, rows)
+    got = call.quantized.arrived(Payload(data, scales), tuple(splits), rows)
     if isinstance(x, fp8.Quantized):
         return got, weights
     tensors = te.to_te(got, x)
@@ -159,15 +161,20 @@ class _DispatchCall:
     handle: Handle | None
     recv_topk_idx: Tensor | None = None
     quantized: fp8.Quantized | None = None
+    blocks: ScaleBlocks | None = None  # asked for by a pair
     refused: ArgumentError | None = None  # why a quantized `x` cannot be sent: raised where the peers hear of it
 
     @property
     def recipe(self) -> str:
         return "" if self.quantized is None else self.quantized.agreement()
 
+    @property
+    def has_blocks(self) -> bool:
+        return self.quantized is not None or self.blocks is not None
+
     def check_quantized(self, layout: Any, num_worst_tokens: Any) -> None:
-        if self.refused is None and self.quantized is not None and layout == "expert":
-            what = "0 in expert layout with a quantized x"
+        if self.refused is None and self.has_blocks and layout == "expert":
+            what = "0 in expert layout where scales go into experts' blocks"
             checks.need(num_worst_tokens == 0, "num_worst_tokens", what, num_worst_tokens)
         if self.refused is not None:
             raise self.refused
@@ -185,16 +192,18 @@ class _DispatchCall:
         for name, value, default, fixed in given:
             checks.need(value in (default, fixed), name, f"left out or the handle's own, {fixed!r}", value)
         self.check_quantized("rank", 0)
-        if self.quantized is not None and plan.layout == "expert":
+        if self.has_blocks and plan.layout == "expert":
             fits = int(plan.tokens_per_expert.sum()) == plan.num_rows
-            checks.need(fits, "handle", "without num_worst_tokens for a quantized x in expert layout", self.handle)
+            checks.need(
+                fits, "handle", "without num_worst_tokens in expert layout where scales go into experts' blocks", self.handle
+            )
 
 
 class _Dispatch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, data: Any, scales: Any, topk_weights: Any, call: _DispatchCall) -> tuple:
         quantized = call.quantized
-        x = quantized.to_wire() if quantized is not None else data if scales is None else (data, scales)
+        x = quantized.to_wire() if quantized is not None else data if scales is None else Payload(data, scales, call.blocks)
         if call.handle is not None:
             payload = call.buffer.redispatch(
                 x,
@@ -275,7 +284,7 @@ def _send_gradient(grad: Tensor, handle: Handle, grad_dtype: torch.dtype | None)
     if grad_dtype is None:
         return handle.buffer.redispatch(grad, handle).data
     q = fp8.quantize(grad.to(torch.float32), fp8.Recipe.BLOCK, fp8_dtype=grad_dtype)
-    data, scales = handle.buffer.redispatch(q.to_wire(), handle, recipe=q.agreement())
+    data, scales = handle.buffer.redispatch(Payload(*q.to_wire()[:2]), handle, recipe=q.agreement())[:2]
     assert scales is not None
     return fp8.dequantize_blocks(data, scales, grad.dtype)  # by rows as they came: nothing but this reads the scales
 

@@ -27,6 +27,8 @@ class CommStream:
     def __init__(self, check: Callable[[], None], device: torch.device | None = None) -> None:
         self._check = check
         self._device = device
+        # What a call gives whose work the current stream has: nothing to wait for.
+        self.finished = EventOverlap(None, check=check)
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     @property
@@ -40,7 +42,6 @@ class CommStream:
             self._streams[device] = torch.cuda.Stream(device, priority=-1)
         return self._streams[device]
 
-    @torch.no_grad()
     def run(
         self,
         work: Callable[[], T],
@@ -53,6 +54,12 @@ class CommStream:
         The current stream waits for it unless `async_finish`; then whoever uses the result must wait for the event.
         Results are always safe to use and free on the current stream after the wait.
         """
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self.run(work, inputs, previous_event, async_finish)
+        if previous_event is None and async_finish is False:
+            # The caller's stream would wait for the communication stream in both directions: the same order at less cost.
+            return work(), self.finished
         # Wrong arguments are `work`'s to refuse, on every rank at once.
         if not isinstance(previous_event, EventOverlap):
             previous_event = None
@@ -63,9 +70,6 @@ class CommStream:
                 previous_event.current_stream_wait()
             result = work()
             return result, EventOverlap(EventHandle() if async_finish else None, check=self._check)
-        if previous_event is None and not async_finish:
-            # The caller's stream would wait for the communication stream in both directions: the same order at less cost.
-            return work(), EventOverlap(None, check=self._check)
         current, comm = torch.cuda.current_stream(device), self._on(device)
         if previous_event is not None and previous_event.event is not None:
             with torch.cuda.stream(comm):
@@ -83,7 +87,7 @@ class CommStream:
         if async_finish:
             return result, EventOverlap(event, tuple(tensors), check=self._check)
         event.current_stream_wait()
-        return result, EventOverlap(None, check=self._check)
+        return result, self.finished
 
 
 def _tensors_in(value: Any) -> Iterable[Tensor]:

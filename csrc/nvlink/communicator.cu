@@ -213,8 +213,8 @@ void Communicator::leave(uint64_t stream) {
     }
 }
 
-void Communicator::layout(uint64_t topk_idx, int num_tokens, int top_k, int num_experts, uint64_t ints,
-                          uint64_t is_token_in_rank, uint64_t stream) const {
+void Communicator::layout(uint64_t topk_idx, int num_tokens, int top_k, int num_experts, uint64_t results,
+                          uint64_t stream) const {
     const OnDevice on(device_);
     LayoutParams p;
     p.topk_idx = topk_idx;
@@ -222,17 +222,22 @@ void Communicator::layout(uint64_t topk_idx, int num_tokens, int top_k, int num_
     p.top_k = top_k;
     p.num_experts = num_experts;
     p.num_ranks = num_ranks_;
-    p.is_token_in_rank = is_token_in_rank;
-    p.num_tokens_per_rank = ints;
+    p.num_tokens_per_rank = results;
     p.num_tokens_per_expert = p.num_tokens_per_rank + sizeof(int32_t) * num_ranks_;
     p.out_of_range = p.num_tokens_per_expert + sizeof(int32_t) * num_experts;
     p.send_index = p.out_of_range + sizeof(int32_t);
+    p.is_token_in_rank = p.send_index + sizeof(int32_t) * num_tokens * num_ranks_;
     launch_layout(p, as_stream(stream));
 }
 
 uint32_t Communicator::count(CountParams p, uint64_t stream) {
     const OnDevice on(device_);
     p.ticket = ++tickets_;
+    p.tokens_per_expert = p.results;
+    p.rank_prefix_matrix = p.tokens_per_expert + sizeof(int64_t) * (p.num_experts / num_ranks_);
+    p.send_base = p.rank_prefix_matrix + sizeof(int32_t) * num_ranks_ * num_ranks_;
+    p.num_received = p.send_base + sizeof(int32_t) * num_ranks_;
+    p.expert_base = p.num_received + sizeof(int32_t);
     launch_count(state_->domain, p, as_stream(stream));
     return p.ticket;
 }
@@ -287,6 +292,11 @@ void Communicator::arrange(const ArrangeParams& p, uint64_t stream) const {
 void Communicator::expand(const ExpandParams& p, uint64_t stream) const {
     const OnDevice on(device_);
     launch_expand(state_->domain, p, as_stream(stream));
+}
+
+void Communicator::scales(const ScalesParams& p, uint64_t stream) const {
+    const OnDevice on(device_);
+    launch_scales(state_->domain, p, as_stream(stream));
 }
 
 void Communicator::reduce(const ReduceParams& p, uint64_t stream) const {

@@ -75,9 +75,9 @@ public:
     void enter(uint64_t stream);
     void leave(uint64_t stream);
 
-    // `ints`: num_tokens_per_rank [R], num_tokens_per_expert [E], out_of_range [1] and send_index [T, R] in one piece.
-    void layout(uint64_t topk_idx, int num_tokens, int top_k, int num_experts, uint64_t ints, uint64_t is_token_in_rank,
-                uint64_t stream) const;
+    // `results`: int32 num_tokens_per_rank [R], num_tokens_per_expert [E], out_of_range [1] and send_index [T, R], then
+    // is_token_in_rank, bool [T, R], in one piece.
+    void layout(uint64_t topk_idx, int num_tokens, int top_k, int num_experts, uint64_t results, uint64_t stream) const;
     // The ticket to pass to `wait_counts`.
     uint32_t count(CountParams p, uint64_t stream);
     // Waits on the CPU; to be called without the GIL. Gives nothing if the domain has failed.
@@ -89,6 +89,7 @@ public:
     void refuse(int64_t bytes, uint64_t stream) const;
     void arrange(const ArrangeParams& p, uint64_t stream) const;
     void expand(const ExpandParams& p, uint64_t stream) const;
+    void scales(const ScalesParams& p, uint64_t stream) const;
     void reduce(const ReduceParams& p, uint64_t stream) const;
     void combine(const CombineParams& p, uint64_t stream) const;
 

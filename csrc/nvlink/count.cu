@@ -90,7 +90,7 @@ __device__ void digest_experts(const Domain& d, const CountParams& p, const Coun
             }
             const int padded = (all + p.alignment - 1) / p.alignment * p.alignment;
             const int upto = scan(padded, lane);
-            if (inside && expert_base != nullptr) expert_base[e] = group + upto - padded + before;
+            if (inside && p.expert_layout != 0) expert_base[e] = group + upto - padded + before;
             if (inside && owner == d.rank) {
                 tokens_per_expert[base + lane] = padded;
                 d.host->per_expert[base + lane] = padded;

@@ -1,5 +1,5 @@
 // At the destination, after a dispatch: the rows that were not sent. In expert layout a token's further rows, copies of its
-// first; the padding, zero; the scales, from their tokens' slots to their rows. With num_worst_tokens the rows behind the last.
+// first; the padding, zero. With num_worst_tokens the rows behind the last.
 #include "kernels.hpp"
 
 #include "../common/check.hpp"
@@ -68,43 +68,18 @@ __device__ void clear_rows(const ExpandParams& p, int first_warp, int num_warps)
         const int width = expert ? 1 : p.top_k;
         if (p.weights != 0 && lane < width) reinterpret_cast<float*>(p.weights)[m * width + lane] = 0.0f;
         if (p.indices != 0 && lane < width) reinterpret_cast<int64_t*>(p.indices)[m * width + lane] = -1;
-        if (p.slot_scales == 0 && p.scales != 0)
-            for (int i = lane; i < p.scale_words; i += 32)
-                reinterpret_cast<uint32_t*>(p.scales)[m * p.scale_row_stride + i * p.scale_word_stride] = 0;
+        if (p.scales != 0)
+            for (int i = lane; i < p.scale_words; i += 32) reinterpret_cast<uint32_t*>(p.scales)[m * p.scale_words + i] = 0;
     }
-}
-
-// Neighbouring threads take neighbouring rows, because the scales of the expert layout lie column by column.
-__device__ void place_scales(const ExpandParams& p) {
-    const auto* slot_scales = reinterpret_cast<const uint32_t*>(p.slot_scales);
-    const int64_t all = p.num_rows * p.scale_words, step = static_cast<int64_t>(gridDim.x) * blockDim.x;
-    for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < all; i += step) {
-        const int64_t m = i % p.num_rows, word = i / p.num_rows;
-        const int slot = reinterpret_cast<const int32_t*>(p.row_slot)[m];
-        reinterpret_cast<uint32_t*>(p.scales)[m * p.scale_row_stride + word * p.scale_word_stride] =
-            slot < 0 ? 0u : slot_scales[static_cast<int64_t>(slot) * p.scale_words + word];
-    }
-}
-
-// NaN, as float32 and as UE8M0.
-__device__ void spoil_scales(const ExpandParams& p) {
-    const int64_t all = p.num_rows * p.scale_words, step = static_cast<int64_t>(gridDim.x) * blockDim.x;
-    for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < all; i += step)
-        reinterpret_cast<uint32_t*>(p.scales)[i % p.num_rows * p.scale_row_stride + i / p.num_rows * p.scale_word_stride] =
-            0xffffffffu;
 }
 
 __global__ void __launch_bounds__(ScatterShape::kMaxWarps * 32, 1)
     expand_kernel(const __grid_constant__ Domain d, const __grid_constant__ ExpandParams p,
                   const __grid_constant__ ScatterShape shape) {
     extern __shared__ __align__(128) char shared[];
-    if (d.control(d.rank)->failed != 0) {  // the outputs are NaN, but for those that only this kernel writes
-        if (p.slot_scales != 0) spoil_scales(p);
-        return;
-    }
+    if (d.control(d.rank)->failed != 0) return;  // the outputs are NaN
     const int warps = blockDim.x / 32;
     clear_rows(p, static_cast<int>(threadIdx.x / 32 * gridDim.x + blockIdx.x), static_cast<int>(gridDim.x) * warps);
-    if (p.slot_scales != 0) place_scales(p);
     if (p.rows_of != 0) scatter_rows(Copy{p}, *reinterpret_cast<const int32_t*>(p.num_several), p.row_bytes, shape, shared);
 }
 

@@ -23,6 +23,7 @@ void launch_dispatch(const Domain& d, const DispatchParams& p, cudaStream_t stre
 void launch_refuse(const Domain& d, int64_t reason, int64_t bytes, cudaStream_t stream);
 void launch_arrange(const Domain& d, const ArrangeParams& p, cudaStream_t stream);
 void launch_expand(const Domain& d, const ExpandParams& p, cudaStream_t stream);
+void launch_scales(const Domain& d, const ScalesParams& p, cudaStream_t stream);
 void launch_reduce(const Domain& d, const ReduceParams& p, cudaStream_t stream);
 void launch_combine(const Domain& d, const CombineParams& p, cudaStream_t stream);
 

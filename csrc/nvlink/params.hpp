@@ -37,11 +37,12 @@ struct CountParams {
     uint64_t num_tokens_per_rank = 0;    // int32 [R], ignored if status is set
     uint64_t num_tokens_per_expert = 0;  // int32 [E]
     uint64_t out_of_range = 0;           // int32 [1], or 0
-    uint64_t rank_prefix_matrix = 0;     // int32 [R, R], out: tokens from ranks up to i to rank j
-    uint64_t send_base = 0;              // int32 [R], out: first token at each destination that is ours
-    uint64_t expert_base = 0;            // int32 [E], out: first row of each expert's group that is ours, or 0
-    uint64_t tokens_per_expert = 0;      // int64 [L], out: rows of each local expert, rounded up
-    uint64_t num_received = 0;           // int32 [1], out
+    uint64_t results = 0;                // out: what follows, one after another
+    uint64_t tokens_per_expert = 0;      // int64 [L]: rows of each local expert, rounded up
+    uint64_t rank_prefix_matrix = 0;     // int32 [R, R]: tokens from ranks up to i to rank j
+    uint64_t send_base = 0;              // int32 [R]: first token at each destination that is ours
+    uint64_t num_received = 0;           // int32 [1]
+    uint64_t expert_base = 0;            // int32 [E]: first row of each expert's group that is ours; unused in rank layout
     int64_t signature = 0;
     int64_t bound = 0;  // num_worst_tokens
     int status = 0;
@@ -116,22 +117,37 @@ struct ArrangeParams {
 
 // After every dispatch into expert layout, and after one into rank layout with num_worst_tokens: rows that are not sent.
 struct ExpandParams {
-    uint64_t x = 0;            // [M, row_bytes]
-    uint64_t scales = 0;       // [M, scale_words]; 0: none
-    uint64_t weights = 0;      // float32 [M] (rank layout: [M, K]); 0: none
-    uint64_t indices = 0;      // int64 [M, K], rank layout; 0: none
-    uint64_t slot_scales = 0;  // [N, scale_words]
-    uint64_t rows_of = 0;      // 0: rank layout
+    uint64_t x = 0;        // [M, row_bytes]
+    uint64_t scales = 0;   // [M, scale_words], rank layout by rows; 0: none
+    uint64_t weights = 0;  // float32 [M] (rank layout: [M, K]); 0: none
+    uint64_t indices = 0;  // int64 [M, K], rank layout; 0: none
+    uint64_t rows_of = 0;  // 0: rank layout
     uint64_t row_slot = 0;
     uint64_t several = 0;
     uint64_t num_several = 0;
     uint64_t num_received = 0;  // int32 [1]
     int64_t row_bytes = 0;
-    int64_t scale_row_stride = 0;  // in words
-    int64_t scale_word_stride = 0;
     int64_t num_rows = 0;
     int scale_words = 0;
     int top_k = 0;
+    int num_sms = 0;
+};
+
+// After every dispatch with scales but one into rank layout by rows: the scales of group g stand in one block of W words by
+// scale_words, W its rows rounded up to `multiple`; blocks follow each other without gaps.
+struct ScalesParams {
+    uint64_t scales = 0;        // out, num_words
+    uint64_t slot_scales = 0;   // [N, scale_words]
+    uint64_t row_slot = 0;      // 0: row m holds token m
+    uint64_t group_rows = 0;    // int64 [num_groups], their sum M; 0: one group of num_rows
+    uint64_t num_received = 0;  // int32 [1]
+    int64_t num_words = 0;
+    int64_t num_rows = 0;
+    int num_groups = 1;
+    int scale_words = 0;
+    int multiple = 1;
+    int tokens_innermost = 0;   // a block is [scale_words, W], else [W, scale_words]
+    uint32_t padding_word = 0;  // of rows that hold no token; the rest of a block is 0
     int num_sms = 0;
 };
 

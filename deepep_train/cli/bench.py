@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deepep_train.buffer import Buffer
-from deepep_train.cli import bench_gpu, bench_links, bench_low_latency, bench_megatron, bench_report, plain
+from deepep_train.cli import bench_fp8, bench_gpu, bench_links, bench_low_latency, bench_megatron, bench_report, plain
 from deepep_train.cli.bench_model import Shape
 from deepep_train.cli.launch import run_ranks
 from deepep_train.ops import combine, dispatch
@@ -89,8 +89,9 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument(
         "--table",
-        choices=("links", "gpu", "low-latency"),
+        choices=("links", "gpu", "fp8", "low-latency"),
         help="links: GB/s between GPUs, by default where every rank has one; gpu: all calls, by default where ranks share one; "
+        "fp8: from bf16 tokens to the experts' FP8 operand, beside Transformer Engine's permute and quantizer; "
         "low-latency: the low-latency kernels with few tokens",
     )
     parser.add_argument(
@@ -151,6 +152,10 @@ def run(args: argparse.Namespace) -> int:
         shape = Shape(work.num_tokens, work.hidden, work.num_experts, work.num_topk)
         small = bench_low_latency.Plan(shape, args.quick, args.out)
         run_ranks(args.num_processes, bench_low_latency.measure, small, deadline=args.deadline)
+    elif table == "fp8":
+        shape = Shape(work.num_tokens, work.hidden, work.num_experts, work.num_topk)
+        fp8_plan = bench_fp8.Plan(shape, max(args.sms or GPU_SMS), args.quick, args.out)
+        run_ranks(args.num_processes, bench_fp8.measure, fp8_plan, deadline=args.deadline)
     elif on_gpus:
         shape = Shape(work.num_tokens, work.hidden, work.num_experts, work.num_topk)
         plan = bench_gpu.Plan(shape, args.sms or GPU_SMS, args.quick, args.out, args.peer)

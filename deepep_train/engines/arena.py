@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -39,6 +41,37 @@ class Landing(NamedTuple):
 
     visible: Tensor
     tensor: Tensor
+
+
+class Parts:
+    """Several tensors out of one allocation, since each costs a CPU several microseconds; None stands for none.
+
+    They share a storage, so none of it is free before all of them are.
+    """
+
+    _STEP = 16  # bytes: what every dtype and vector access is aligned to
+
+    def __init__(self, wanted: Wanted) -> None:
+        self._wanted = wanted
+        self.sizes = [0 if one is None else math.prod(one[0]) * one[1].itemsize for one in wanted]
+        self._rooms = [-(-size // self._STEP) * self._STEP for size in self.sizes]
+
+    @property
+    def whole(self) -> tuple[Sequence[int], torch.dtype]:
+        """What to allocate."""
+        return (sum(self._rooms),), torch.uint8
+
+    def offsets(self, start: int) -> list[int]:
+        """Of the parts' first bytes, if the allocation's is at `start`; 0 for what is empty."""
+        ends = itertools.accumulate(self._rooms, initial=start)
+        return [at if size else 0 for at, size in zip(ends, self.sizes, strict=False)]
+
+    def split(self, whole: Tensor) -> list[Tensor | None]:
+        rooms = whole.split_with_sizes(self._rooms)
+        return [
+            None if one is None else room[:size].view(one[1]).view(tuple(one[0]))
+            for one, room, size in zip(self._wanted, rooms, self.sizes, strict=True)
+        ]
 
 
 @functools.lru_cache(maxsize=1)

@@ -13,21 +13,29 @@ from torch import Tensor
 from deepep_train.errors import ArgumentError, DeepEPError
 from deepep_train.handle import Plan
 from deepep_train.routing import RankLayout
+from deepep_train.scale_blocks import ScaleBlocks
 
 MAX_NVLINK_RANKS = 64  # that reach each other's memory; csrc/nvlink/params.hpp's kMaxRanks
 
 
 class Payload(NamedTuple):
-    """Rows to move: `data` [rows, hidden] of any floating dtype and, for FP8, `scales` [rows, n]."""
+    """Rows to move: `data` [rows, hidden] of any floating dtype and, for FP8, `scales` [rows, n].
+
+    With `blocks` they arrive flat, in blocks of the receiver's groups of rows: one for each local expert in expert layout,
+    one of all rows in rank layout. `scales` are then 32-bit words. Not in expert layout with `num_worst_tokens`.
+    """
 
     data: Tensor
     scales: Tensor | None = None
+    blocks: ScaleBlocks | None = None
 
     def signature(self) -> dict[str, object]:
         """What all ranks must agree on."""
         s = {"dtype": str(self.data.dtype), "hidden": self.data.size(1), "device": self.data.device.type}
         if self.scales is not None:
             s |= {"scales dtype": str(self.scales.dtype), "scales per row": self.scales.size(1)}
+        if self.blocks is not None:
+            s |= {"scale blocks": str(tuple(self.blocks))}
         return s
 
 

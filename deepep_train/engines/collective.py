@@ -137,7 +137,15 @@ class CollectiveEngine(Engine):
         return self._move(request.payload, _mine(request.plan))
 
     def _move(self, payload: Payload, plan: CollectivePlan) -> Payload:
-        return Payload(*(None if t is None else self._move_rows(t, plan) for t in payload))  # type: ignore[arg-type]
+        data = self._move_rows(payload.data, plan)
+        scales = None if payload.scales is None else self._move_rows(payload.scales, plan)
+        if scales is None or payload.blocks is None:
+            return Payload(data, scales)
+        if plan.experts is None:
+            splits, is_padding = [plan.num_rows], torch.arange(plan.num_rows, device=data.device) >= plan.num_received
+        else:
+            splits, is_padding = plan.tokens_per_expert.tolist(), plan.experts.source_row == plan.num_received
+        return Payload(data, payload.blocks.put(scales, splits, is_padding), payload.blocks)
 
     def _move_rows(self, rows: Tensor, plan: CollectivePlan) -> Tensor:
         """[num_tokens, n] -> [num_rows, n], bit for bit; rows that stand for nothing are zero."""

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from deepep_train import _C  # type: ignore[attr-defined]
 from deepep_train.engines import processes
-from deepep_train.engines.arena import STAGING_SHARE, Arena, ArenaFull
+from deepep_train.engines.arena import STAGING_SHARE, Arena, ArenaFull, Parts
 from deepep_train.engines.base import (
     MAX_NVLINK_RANKS,
     CombineRequest,
@@ -39,12 +39,15 @@ from deepep_train.engines.peers import Peers
 from deepep_train.engines.sms import default_sms, most_sms
 from deepep_train.errors import ArgumentError, DeepEPError
 from deepep_train.handle import Plan
-from deepep_train.routing import RankLayout, round_up
+from deepep_train.routing import RankLayout
+from deepep_train.scale_blocks import ScaleBlocks
 
 MAX_EXPERTS, MAX_TOP_K = 4096, 32
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _CHUNKS = 128  # params.hpp's kChunks
 _MAX_ALIGNMENT = 1 << 16  # with 4096 experts, row numbers still fit into 32 bits
+# What scales get that asked for no blocks, in expert layout: one group, column by column, given as [M, n].
+_COLUMNS = ScaleBlocks(True, 4, 0)
 _PROCESS = secrets.token_hex(8)  # containers may share host names and process numbers
 
 
@@ -221,17 +224,19 @@ class NvlinkEngine(Engine):
             raise ArgumentError(f"topk_idx must lie on {self.device}, this engine's device, got {topk_idx.device}", "topk_idx")
         idx = topk_idx.contiguous()
         num_tokens, size = idx.size(0), self.peers.size
-        ints = self._ints(size + num_experts + 1 + num_tokens * size)
-        per_rank, per_expert, out_of_range, send_index = ints.split_with_sizes([size, num_experts, 1, num_tokens * size])
-        in_rank = torch.empty(num_tokens, size, dtype=torch.bool, device=self.device)
-        # One call: at 40 us for everything, setting ten attributes would show.
-        self._comm.layout(
-            idx.data_ptr(), num_tokens, idx.size(1), num_experts, ints.data_ptr(), in_rank.data_ptr(), self._stream()
-        )
+        places = num_tokens * size
+        parts = [size, num_experts, 1 + places, -(-places // 4)]  # the last: bools
+        # One allocation and one call: at 40 us for everything, a second tensor or setting ten attributes would show.
+        block = self._ints(sum(parts))
+        self._comm.layout(idx.data_ptr(), num_tokens, idx.size(1), num_experts, block.data_ptr(), self._stream())
+        per_rank, per_expert, checked, bools = block.split_with_sizes(parts)
+        in_rank = bools.view(torch.bool)
+        if places % 4:
+            in_rank = in_rank[:places]
+        in_rank = in_rank.view(num_tokens, size)
         layout = NvlinkLayout(per_rank, None, per_expert, in_rank)
-        layout.send_index, layout.out_of_range = send_index, out_of_range
-        layout.versions = versions(layout)
-        in_rank.deepep_train_layout = Known(per_rank, send_index, out_of_range, layout.versions)  # type: ignore[attr-defined]
+        layout.checked, layout.versions = checked, versions(layout)
+        in_rank.deepep_train_layout = Known(per_rank, checked, layout.versions)  # type: ignore[attr-defined]
         return layout
 
     def _known(self, layout: RankLayout, topk_idx: Tensor | None, num_experts: int) -> NvlinkLayout:
@@ -244,15 +249,15 @@ class NvlinkEngine(Engine):
         is_same = earlier is not None and earlier.versions is not None and earlier.versions == versions(layout)
         if earlier is not None and is_same and per_rank is earlier.num_tokens_per_rank:
             known = NvlinkLayout(*layout)
-            known.send_index, known.out_of_range = earlier.send_index, earlier.out_of_range
+            known.checked = earlier.checked
         else:
             known = NvlinkLayout(per_rank, layout.num_tokens_per_rdma_rank, layout.num_tokens_per_expert.contiguous(), in_rank)
             position = in_rank.cumsum(0, dtype=torch.int32) - 1
-            known.send_index = torch.where(in_rank, position, -1).to(torch.int32).view(-1)
             wrong = (in_rank.sum(0, dtype=torch.int32) != per_rank).any()
             if topk_idx is not None:
                 wrong = wrong | ((topk_idx < -1) | (topk_idx >= num_experts)).any()
-            known.out_of_range = wrong.to(torch.int32).reshape(1)
+            send_index = torch.where(in_rank, position, -1).to(torch.int32)
+            known.checked = torch.cat([wrong.to(torch.int32).view(1), send_index.view(-1)])
         known.versions = versions(known)
         return known
 
@@ -286,28 +291,18 @@ class NvlinkEngine(Engine):
                 shape = list(request.topk_idx.shape)
                 raise ArgumentError(f"the nvlink engine serves up to top-{MAX_TOP_K}, got topk_idx {shape}", "topk_idx")
             size, num_experts, is_expert = self.peers.size, request.num_experts, request.arrangement == "expert"
-            table, send_base, received, expert_base = self._ints(size * size + size + 1 + num_experts).split_with_sizes(
-                [size * size, size, 1, num_experts]
-            )
-            counting = Counting(
-                layout=self._known(request.layout, request.topk_idx, num_experts),
-                prefix_RR=table.view(size, size),
-                send_base=send_base,
-                received=received,
-                expert_base=expert_base if is_expert else None,
-                tokens_per_expert=torch.empty(num_experts // size, dtype=torch.int64, device=self.device),
-            )
+            layout = self._known(request.layout, request.topk_idx, num_experts)
+            described = self._described(request)
+            parts = [2 * (num_experts // size), size * size, size, 1, num_experts]  # as params.hpp's `results`
+            results = self._ints(sum(parts))
             p = _C.CountParams()
-            p.rank_prefix_matrix, p.send_base = counting.prefix_RR.data_ptr(), send_base.data_ptr()
-            p.num_received, p.tokens_per_expert = received.data_ptr(), counting.tokens_per_expert.data_ptr()
-            p.expert_base, p.num_experts = _address(counting.expert_base), num_experts
-            p.num_tokens_per_rank = counting.layout.num_tokens_per_rank.data_ptr()
-            p.num_tokens_per_expert = counting.layout.num_tokens_per_expert.data_ptr()
-            p.out_of_range = counting.layout.out_of_range.data_ptr()
+            p.results, p.num_experts = results.data_ptr(), num_experts
+            p.num_tokens_per_rank = layout.num_tokens_per_rank.data_ptr()
+            p.num_tokens_per_expert = layout.num_tokens_per_expert.data_ptr()
+            p.out_of_range = layout.checked.data_ptr()
             p.bound, p.alignment, p.expert_layout = request.num_worst_tokens, request.alignment, int(is_expert)
-            p.signature = _signature("dispatch", self._described(request))
-            counting.ticket = self._comm.count(p, stream)
-            return counting
+            p.signature = _signature("dispatch", described)
+            ticket = self._comm.count(p, stream)
         except Exception as error:
             prepared.request, prepared.error = None, error
             p = _C.CountParams()
@@ -316,10 +311,22 @@ class NvlinkEngine(Engine):
             if counts is None:  # some rank had a bound, so this is the end of the buffer: but first comes what is wrong here
                 raise
             self._explain(prepared, None)
+        # The GPU is at work: from here on there is time.
+        self._owes_rows = True
+        per_expert, table, send_base, received, expert_base = results.split_with_sizes(parts)
+        return Counting(
+            layout=layout,
+            prefix_RR=table.view(size, size),
+            send_base=send_base,
+            received=received,
+            expert_base=expert_base if is_expert else None,
+            tokens_per_expert=per_expert.view(torch.int64),
+            signature=p.signature,
+            ticket=ticket,
+        )
 
     def _dispatch(self, prepared: Prepared[DispatchRequest], stream: int) -> Received:
         counting = self._open_counts(prepared, stream)
-        self._owes_rows = True
         request, layout, ticket = prepared.require(), counting.layout, counting.ticket
         received, tokens_per_expert = counting.received, counting.tokens_per_expert
         num_experts, is_expert = request.num_experts, request.arrangement == "expert"
@@ -332,20 +339,23 @@ class NvlinkEngine(Engine):
         data, scales, top_k = _aligned(request.payload.data), request.payload.scales, 0 if idx is None else idx.size(1)
         send_slot, expert_tables = tables["send_slot"], tables.get("experts", {})
         weights = None if request.topk_weights is None else request.topk_weights.contiguous()
+        blocks = _blocks_of(request.payload, is_expert)
+        is_in_place = blocks is None
         self._describe_rows(d, Payload(data, scales), send_slot, expert_tables.get("send_row", send_slot), request.num_sms)
-        d.signature = _signature("rows", {"number": ticket} | self._described(request))
+        d.signature = _hash("rows", ticket, counting.signature)
         d.send_sources, d.num_local_experts, d.top_k = 1, num_local, top_k
         d.topk_idx, d.topk_weights = _address(idx), _address(weights)
         d.pick_row = _address(expert_tables.get("pick_row"))
 
-        def wanted(num_received: int, num_rows: int) -> list[Any]:
-            return [
-                ((num_rows, data.size(1)), data.dtype),
-                None if scales is None or is_expert else ((num_received, scales.size(1)), scales.dtype),
-                None if idx is None else ((num_received, top_k), torch.int32 if is_expert else torch.int64),
-                None if weights is None else ((num_rows,) if is_expert else (num_rows, top_k), torch.float32),
-                ((num_received,), torch.int32),
-            ]
+        def parts_of(num_received: int, num_rows: int) -> Parts:
+            return Parts(
+                [
+                    ((num_received, scales.size(1)), scales.dtype) if scales is not None and is_in_place else None,
+                    None if idx is None else ((num_received, top_k), torch.int32 if is_expert else torch.int64),
+                    None if weights is None else ((num_rows,) if is_expert else (num_rows, top_k), torch.float32),
+                    ((num_received,), torch.int32),
+                ]
+            )
 
         counts, quickly = None, None
         num_received = num_rows = request.num_worst_tokens
@@ -354,19 +364,32 @@ class NvlinkEngine(Engine):
                 counts = self._comm.wait_counts(ticket, num_local, stream)
                 if counts is not None and not counts.bad:
                     num_received, num_rows = counts.num_received, counts.num_rows
-                    quickly = land(wanted(num_received, num_rows))
+                    parts = parts_of(num_received, num_rows)
+                    quickly = land([((num_rows, data.size(1)), data.dtype), parts.whole])
             if counts is None or counts.bad:
                 self._owes_rows = False  # nobody waits for them
                 self.check()
-                self._explain(prepared, layout.out_of_range)
-        landings = quickly or self._arena.land(wanted(num_received, num_rows))
-        visible = [None if one is None else one.visible for one in landings]
-        if scales is not None and is_expert:
-            visible[1] = self._arena.temporary((num_received, scales.size(1)), scales.dtype)
-        self._point(d, visible)
+                self._explain(prepared, layout.checked[0])
+        else:
+            parts = parts_of(num_received, num_rows)
+        landings = quickly or self._arena.land([((num_rows, data.size(1)), data.dtype), parts.whole])
+        rows, along = landings
+        assert rows is not None and along is not None
+        slot_scales = None
+        if scales is not None and not is_in_place:
+            slot_scales = self._arena.temporary((num_received, scales.size(1)), scales.dtype)
+        offset = self._arena.offset
+        offsets = [offset(rows.visible), *parts.offsets(offset(along.visible))]
+        sizes = [rows.visible.nbytes, *parts.sizes]
+        if slot_scales is not None:
+            offsets[1], sizes[1] = offset(slot_scales), slot_scales.nbytes
+        d.offsets, d.sizes = offsets, sizes
         self._comm.dispatch(d, stream)
         self._owes_rows = False
         self._arena.watch(landings)
+        visible = [rows.visible, *parts.split(along.visible)]
+        if slot_scales is not None:
+            visible[1] = slot_scales
         experts: ExpertPlan | None = None
         if is_expert:
             assert visible[2] is not None
@@ -378,15 +401,18 @@ class NvlinkEngine(Engine):
                 num_several=torch.zeros(1, dtype=torch.int32, device=self.device),
                 summed=self._ints(num_received),
                 num_summed=torch.zeros(1, dtype=torch.int32, device=self.device),
+                group_rows=tokens_per_expert,
             )
             self._arrange(experts, counting, top_k, request.num_sms, stream)
-        final_scales = self._expand(
-            visible, scales, experts, received, num_rows, top_k, request.num_sms, bool(request.num_worst_tokens), stream
-        )
+        self._expand(visible, experts, received, num_rows, top_k, request.num_sms, bool(request.num_worst_tokens), stream)
+        if blocks is not None and scales is not None:
+            splits = [num_rows] if counts is None or not is_expert else counts.per_expert
+            assert visible[1] is not None
+            scales = self._place_scales(visible[1], blocks, splits, experts, received, request.num_sms, stream)
         for landing in landings:
             if landing is not None and landing.tensor is not landing.visible:
                 landing.tensor.copy_(landing.visible)
-        got = [None if one is None else one.tensor for one in landings]
+        got = [rows.tensor, *parts.split(along.tensor)] if along.tensor is not along.visible else [rows.tensor, *visible[1:]]
         if experts is not None and got[2] is not experts.rows_of:
             experts = ExpertPlan(**{**vars(experts), "rows_of": got[2]})
         if counts is not None:
@@ -412,7 +438,7 @@ class NvlinkEngine(Engine):
         assert received_rows is not None and source is not None
         source.deepep_train_ticket = ticket  # type: ignore[attr-defined] # for handles rebuilt from their tensors
         return Received(
-            payload=Payload(received_rows, final_scales if is_expert else got[1]),
+            payload=Payload(received_rows, got[1] if is_in_place else scales, request.payload.blocks),
             topk_idx=plan.recv_topk_idx,
             topk_weights=got[3],
             plan=plan,
@@ -436,7 +462,8 @@ class NvlinkEngine(Engine):
         p = _C.PlaceParams()
         p.num_tokens, p.num_experts, p.num_ranks = num_tokens, request.num_experts, size
         send_slot = self._ints(num_tokens, size)
-        p.send_index, p.send_base, p.send_slot = layout.send_index.data_ptr(), send_base.data_ptr(), send_slot.data_ptr()
+        p.send_base, p.send_slot = send_base.data_ptr(), send_slot.data_ptr()
+        p.send_index = layout.checked.data_ptr() + layout.checked.element_size()
         tables: dict[str, Any] = {"send_slot": send_slot}
         if expert_base is not None:
             assert idx is not None
@@ -452,7 +479,7 @@ class NvlinkEngine(Engine):
         return tables
 
     def _describe_rows(self, d: _C.DispatchParams, payload: Payload, send_slot: Tensor, send_row: Tensor, num_sms: int) -> None:
-        data, scales = payload
+        data, scales, _ = payload
         d.x, d.row_bytes, d.num_tokens = data.data_ptr(), data.size(1) * data.element_size(), data.size(0)
         d.send_slot, d.send_row = send_slot.data_ptr(), send_row.data_ptr()
         if scales is not None:
@@ -477,7 +504,6 @@ class NvlinkEngine(Engine):
     def _expand(
         self,
         visible: Sequence[Tensor | None],
-        scales: Tensor | None,
         experts: ExpertPlan | None,
         received: Tensor,
         num_rows: int,
@@ -485,33 +511,52 @@ class NvlinkEngine(Engine):
         num_sms: int,
         has_tail: bool,
         stream: int,
-    ) -> Tensor | None:
-        """The rows that are not sent. Gives the expert layout's scales: [M, n], column by column in memory, the columns a
-        multiple of 4 words long, as grouped GEMMs want them."""
+    ) -> None:
+        """The rows that are not sent."""
         if experts is None and not has_tail:
-            return None
-        x, slot_scales, indices, weights, _ = visible
+            return
+        x, row_scales, indices, weights, _ = visible
         assert x is not None
         p = _C.ExpandParams()
         p.x, p.row_bytes, p.num_rows = x.data_ptr(), x.size(1) * x.element_size(), num_rows
         p.num_received, p.top_k, p.num_sms = received.data_ptr(), top_k, self._sms(num_sms)
         p.weights = _address(weights)
-        final = None
         if experts is None:
             p.indices = _address(indices)
-            final = slot_scales
+            if row_scales is not None:
+                p.scales, p.scale_words = row_scales.data_ptr(), row_scales.size(1)
         else:
             p.rows_of, p.row_slot = experts.rows_of.data_ptr(), experts.row_slot.data_ptr()
             p.several, p.num_several = experts.several.data_ptr(), experts.num_several.data_ptr()
-            if scales is not None:
-                columns = torch.empty(scales.size(1), round_up(num_rows, 4), dtype=scales.dtype, device=self.device)
-                final = columns.t()[:num_rows]
-                p.slot_scales = _address(slot_scales)
-        if final is not None:
-            p.scales, p.scale_words = final.data_ptr(), final.size(1)
-            p.scale_row_stride, p.scale_word_stride = final.stride(0), final.stride(1)
         self._comm.expand(p, stream)
-        return final
+
+    def _place_scales(
+        self,
+        slot_scales: Tensor,
+        blocks: ScaleBlocks,
+        splits: list[int],
+        experts: ExpertPlan | None,
+        received: Tensor,
+        num_sms: int,
+        stream: int,
+    ) -> Tensor:
+        """The received tokens' scales [N, n] at their rows: flat blocks; or, with `_COLUMNS`, [M, n], column by column in
+        memory."""
+        num_rows, num_words = sum(splits), slot_scales.size(1)
+        if blocks is _COLUMNS:
+            splits = [num_rows]
+        flat = torch.empty(blocks.size(splits, num_words), dtype=slot_scales.dtype, device=self.device)
+        p = _C.ScalesParams()
+        p.scales, p.num_words, p.num_rows = flat.data_ptr(), flat.numel(), num_rows
+        p.slot_scales, p.scale_words, p.num_received = slot_scales.data_ptr(), num_words, received.data_ptr()
+        p.multiple, p.tokens_innermost, p.padding_word = blocks.multiple, int(blocks.tokens_innermost), blocks.padding_word
+        if experts is not None:
+            p.row_slot = experts.row_slot.data_ptr()
+            if blocks is not _COLUMNS:
+                p.group_rows, p.num_groups = experts.group_rows.data_ptr(), len(splits)
+        p.num_sms = self._sms(num_sms)
+        self._comm.scales(p, stream)
+        return flat.view(blocks.shape(num_rows, num_words)).t()[:num_rows] if blocks is _COLUMNS else flat
 
     def redispatch(self, prepared: Prepared[RedispatchRequest]) -> Payload:
         self.check()
@@ -521,11 +566,12 @@ class NvlinkEngine(Engine):
             plan = self._plan_for(request.plan, stream)
             data, scales = _aligned(request.payload.data), request.payload.scales
             wanted: list[Any] = [((plan.num_rows, data.size(1)), data.dtype), None, None, None, None]
-            if scales is not None and plan.experts is None:
+            blocks = _blocks_of(request.payload, plan.experts is not None)
+            if scales is not None and blocks is None:
                 wanted[1] = ((plan.num_rows, scales.size(1)), scales.dtype)
             landings = self._arena.land(wanted)
             visible = [None if one is None else one.visible for one in landings]
-            if scales is not None and plan.experts is not None:
+            if scales is not None and blocks is not None:
                 visible[1] = self._arena.temporary((plan.num_received, scales.size(1)), scales.dtype)
             d = _C.DispatchParams()
             send_row = plan.send_slot if plan.experts is None else plan.experts.send_row
@@ -535,15 +581,19 @@ class NvlinkEngine(Engine):
             self._comm.dispatch(d, stream)
             self._owes_rows = False
             self._arena.watch(landings)
-            final_scales = self._expand(
-                visible, scales, plan.experts, plan.received, plan.num_rows, plan.top_k, request.num_sms, plan.has_tail, stream
+            self._expand(
+                visible, plan.experts, plan.received, plan.num_rows, plan.top_k, request.num_sms, plan.has_tail, stream
             )
+            if visible[1] is not None and blocks is not None:
+                is_grouped = plan.experts is not None and blocks is not _COLUMNS
+                splits = plan.tokens_per_expert.tolist() if is_grouped else [plan.num_rows]
+                scales = self._place_scales(visible[1], blocks, splits, plan.experts, plan.received, request.num_sms, stream)
             for landing in landings:
                 if landing is not None and landing.tensor is not landing.visible:
                     landing.tensor.copy_(landing.visible)
             got = [None if one is None else one.tensor for one in landings]
             assert got[0] is not None
-            return Payload(got[0], final_scales if plan.experts is not None else got[1])
+            return Payload(got[0], got[1] if blocks is None else scales, request.payload.blocks)
 
     # Combine -----------------------------------------------------------------------------------------------------------
 
@@ -659,6 +709,13 @@ class NvlinkEngine(Engine):
                 raise
             finally:
                 del self._arena, self.low_latency
+
+
+def _blocks_of(payload: Payload, is_expert: bool) -> ScaleBlocks | None:
+    """How scales are put in place after they came; None: they come by rows and stay so, or there are none."""
+    if payload.scales is None:
+        return None
+    return payload.blocks or (_COLUMNS if is_expert else None)
 
 
 def _address(t: Tensor | None) -> int:

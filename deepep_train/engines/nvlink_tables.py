@@ -16,7 +16,8 @@ from deepep_train.routing import RankLayout
 
 @dataclass(frozen=True)
 class ExpertPlan:
-    """The expert layout's part of a plan; see csrc/nvlink/params.hpp for what the tables mean."""
+    """The expert layout's part of a plan; see csrc/nvlink/params.hpp for what the tables mean. `group_rows`: int64 [L], the
+    padded counts, on the GPU."""
 
     send_row: Tensor
     pull_row: Tensor
@@ -28,6 +29,7 @@ class ExpertPlan:
     num_several: Tensor
     summed: Tensor
     num_summed: Tensor
+    group_rows: Tensor
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,9 @@ class NvlinkPlan(Plan):
 
 
 class NvlinkLayout(RankLayout):
-    """A `RankLayout` that carries `send_index` and the range check's result along."""
+    """A `RankLayout` that carries along `checked`, int32 [1 + T * R]: `out_of_range`, then `send_index` (params.hpp)."""
 
-    send_index: Tensor
-    out_of_range: Tensor
+    checked: Tensor
     versions: tuple[int, int] | None
 
 
@@ -64,8 +65,7 @@ class Known(NamedTuple):
     """What `is_token_in_rank` remembers of its layout: V1's callers hand the tensors back one by one."""
 
     num_tokens_per_rank: Tensor
-    send_index: Tensor
-    out_of_range: Tensor
+    checked: Tensor
     versions: tuple[int, int] | None
 
 
@@ -87,4 +87,5 @@ class Counting:
     received: Tensor
     expert_base: Tensor | None
     tokens_per_expert: Tensor
-    ticket: int = 0
+    signature: int
+    ticket: int

@@ -1,6 +1,7 @@
 """FP8 payloads: pairs with DeepEP's numerics (deepep.py), and tensors with Transformer Engine's numerics and layouts
 (quantized.py), which become Transformer Engine's own classes where it is installed (te.py)."""
 
+from deepep_train.engines.base import Payload
 from deepep_train.fp8.deepep import (
     BLOCK,
     E4M3_MAX,
@@ -10,7 +11,9 @@ from deepep_train.fp8.deepep import (
     quantize_blocks,
     unpack_ue8m0,
 )
+from deepep_train.fp8.grouped import grouped_linear
 from deepep_train.fp8.quantized import DTYPES, HIDDEN_MULTIPLE, Quantized, Recipe, placeholder, quantize
+from deepep_train.scale_blocks import ScaleBlocks
 
 __all__ = [
     "BLOCK",
@@ -18,9 +21,12 @@ __all__ = [
     "E4M3_MAX",
     "HIDDEN_MULTIPLE",
     "MIN_AMAX",
+    "Payload",
     "Quantized",
     "Recipe",
+    "ScaleBlocks",
     "dequantize_blocks",
+    "grouped_linear",
     "pack_ue8m0",
     "placeholder",
     "quantize",

@@ -41,8 +41,19 @@ def dequantize_blocks(data: Tensor, scales: Tensor, dtype: torch.dtype = torch.b
     """data [rows, hidden] times its blocks' scales: float32 [rows, hidden / 128], or int32 [rows, hidden / 512] packed."""
     if scales.dtype == torch.int32:
         scales = unpack_ue8m0(scales)
-    blocks = data.to(torch.float32).view(*scales.shape, BLOCK)
-    return (blocks * scales.unsqueeze(-1)).view(data.shape).to(dtype)
+    return scaled(data, scales, dtype)
+
+
+def scaled(data: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """FP8 [rows, hidden] times float32 [rows, n], one for each hidden / n values: in float32, rounded once to `dtype`.
+
+    Every FP8 value is one of `dtype`'s, so the product is rounded in place and no float32 copy of the rows is written.
+    """
+    values = data.to(dtype)
+    num_rows, n = scales.shape
+    blocks = values.view(num_rows, n, data.size(1) // n)
+    torch.mul(blocks, scales.unsqueeze(2), out=blocks)
+    return values
 
 
 def pack_ue8m0(scales: Tensor) -> Tensor:

@@ -9,15 +9,16 @@ groups of rows, M_e rows of one group, padding included.
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from deepep_train.engines.base import Payload
 from deepep_train.errors import ArgumentError
-from deepep_train.routing import round_up
+from deepep_train.fp8.deepep import scaled
+from deepep_train.scale_blocks import BLOCK_SCALING, MXFP8, ScaleBlocks
 
 HIDDEN_MULTIPLE = 128  # of every recipe, so that a row's scales always fill whole 32-bit words on the wire
 _PER_SCALE = {"block": 128, "mxfp8": 32}
@@ -32,6 +33,11 @@ class Recipe(enum.Enum):
     MXFP8 = "mxfp8"
     TENSOR = "tensor"
 
+    @property
+    def blocks(self) -> ScaleBlocks | None:
+        """Where GEMMs read them; None: one for all rows."""
+        return {Recipe.BLOCK: BLOCK_SCALING, Recipe.MXFP8: MXFP8}.get(self)
+
     def scales_per_row(self, hidden: int) -> int:
         return 1 if self is Recipe.TENSOR else hidden // _PER_SCALE[self.value]
 
@@ -43,7 +49,7 @@ class Quantized:
     Attributes:
         recipe: which values share a scale.
         data: float8_e4m3fn or float8_e5m2 [M, K].
-        scales: flat, one contiguous block for each group of rows, zeros in its padding. BLOCK: float32
+        scales: flat, one contiguous block for each group of rows (scale_blocks.py). BLOCK: float32
             [K / 128, roundup(M_e, 4)], tokens innermost; MXFP8: uint8 E8M0 [roundup(M_e, 128), K / 32]; TENSOR: float32 [1]
             for all groups together.
         splits: M_e of every group, their sum M: (M,) if there is one.
@@ -64,36 +70,39 @@ class Quantized:
 
     def groups(self) -> list[tuple[Tensor, Tensor]]:
         """(data [M_e, K], scales of the shape above) of every group: contiguous views."""
-        data = self.data.split(list(self.splits))
-        if self.recipe is Recipe.TENSOR:
+        data, blocks, num_words = self.data.split(list(self.splits)), self.recipe.blocks, self.data.size(1) // 128
+        if blocks is None:
             return [(d, self.scales) for d in data]
-        shapes = [_block_shape(self.recipe, m, self.data.size(1)) for m in self.splits]
-        scales = self.scales.split([a * b for a, b in shapes])
+        per_word = 4 // self.scales.element_size()
+        scales = self.scales.split([blocks.size([m], num_words) * per_word for m in self.splits])
+        shapes = [scale_shape(self.recipe, m, self.data.size(1)) for m in self.splits]
         return [(d, s.view(shape)) for d, s, shape in zip(data, scales, shapes, strict=True)]
 
     def row_scales(self) -> Tensor:
-        """[M, n]: float32, or uint8 E8M0 under MXFP8."""
+        """[M, n]: float32, or uint8 E8M0 under MXFP8; of one group a view."""
         num_rows, hidden = self.data.shape
-        if self.recipe is Recipe.TENSOR:
+        blocks = self.recipe.blocks
+        if blocks is None:
             return self.scales.view(1, 1).expand(num_rows, 1)
-        return self.scales[_places(self.recipe, self.splits, hidden, self.scales.device)]
+        groups = blocks.by_row(self.scales.view(torch.int32), self.splits, hidden // 128)
+        words = groups[0] if len(groups) == 1 else torch.cat(groups)
+        return words.view(self.scales.dtype)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The values [M, K] in `dtype` (None: the one that was quantized), differentiable."""
         return _Dequantize.apply(self.rows, self, dtype or self.dtype)
 
-    def to_wire(self) -> tuple[Tensor, Tensor]:
-        """(data, scales [M, n']): what crosses, a row's scales beside it in 32-bit words; n' is K / 128, TENSOR: 1."""
-        scales = self.row_scales().contiguous()
-        return self.data, scales.view(torch.int32) if self.recipe is Recipe.MXFP8 else scales
+    def to_wire(self) -> Payload:
+        """What crosses: every row with its scales beside it in 32-bit words, K / 128 of them or, under TENSOR, one."""
+        # Side by side in memory: the dispatch reads a row's scales once for each destination.
+        scales, blocks = self.row_scales().contiguous(), self.recipe.blocks
+        return Payload(self.data, scales.view(torch.int32) if self.recipe is Recipe.MXFP8 else scales, blocks)
 
-    def from_wire(self, data: Tensor, scales: Tensor, splits: Sequence[int], rows: Tensor) -> Quantized:
-        """What arrived of a tensor like this one, its scales put into the layout above."""
-        if self.recipe is Recipe.TENSOR:
-            return Quantized(self.recipe, data, self.scales, tuple(splits), rows)
-        if self.recipe is Recipe.MXFP8:
-            scales = scales.contiguous().view(torch.uint8)
-        return Quantized(self.recipe, data, gemm_scales(self.recipe, scales, splits, data.size(1)), tuple(splits), rows)
+    def arrived(self, payload: Payload, splits: tuple[int, ...], rows: Tensor) -> Quantized:
+        """What came of a tensor like this one, in these groups."""
+        assert payload.scales is not None
+        scales = self.scales if self.recipe is Recipe.TENSOR else payload.scales.view(self.scales.dtype)
+        return Quantized(self.recipe, payload.data, scales, splits, rows)
 
     def agreement(self) -> str:
         """What must be the same on all ranks, besides dtypes and shapes. TENSOR reads its scale, and so waits for a GPU."""
@@ -111,6 +120,8 @@ def quantize(
     scale: Tensor | None = None,
 ) -> Quantized:
     """Quantize rows for `deepep_train.dispatch`; differentiable: the gradient of the values passes through unchanged.
+
+    By Transformer Engine's kernels on GPUs where it is installed, else in torch; the bits are the same.
 
     Args:
         x: [M, K] bfloat16, float16 or float32, K a multiple of 128.
@@ -133,7 +144,16 @@ def quantize(
     if is_scale != (recipe is Recipe.TENSOR):
         raise ArgumentError(f"scale must be float32 [1] with {Recipe.TENSOR} and None otherwise, got {scale!r}", "scale")
     with torch.no_grad():
-        data, scales = _quantized(x, recipe, fp8_dtype, power_of_two, min_amax, scale)
+        from deepep_train.fp8 import te_present
+
+        # Its MXFP8 kernel wants a multiple of 32 rows.
+        is_easy = x.size(0) and (recipe is Recipe.BLOCK or (recipe is Recipe.MXFP8 and x.size(0) % 32 == 0))
+        if is_easy and te_present.has_te_kernels(x.device, recipe):
+            from deepep_train.fp8 import gemm_te
+
+            data, scales = gemm_te.quantize(x, recipe, fp8_dtype, power_of_two, min_amax)
+        else:
+            data, scales = quantize_in_torch(x, recipe, fp8_dtype, power_of_two, min_amax, scale)
     return Quantized(recipe, data, scales, (x.size(0),), _Rows.apply(x))
 
 
@@ -144,12 +164,11 @@ def check_hidden(hidden: int, argument: str) -> None:
         )
 
 
-def gemm_scales(recipe: Recipe, row_scales: Tensor, splits: Sequence[int], hidden: int) -> Tensor:
-    """Scales by row [M, n] -> `Quantized.scales` (BLOCK and MXFP8)."""
-    size = sum(a * b for a, b in (_block_shape(recipe, m, hidden) for m in splits))
-    flat = row_scales.new_zeros(size)
-    flat[_places(recipe, splits, hidden, row_scales.device)] = row_scales
-    return flat
+def scale_shape(recipe: Recipe, num_rows: int, hidden: int) -> tuple[int, int]:
+    """Of one group's scales, BLOCK or MXFP8, as `Quantized.groups` gives them."""
+    assert recipe.blocks is not None
+    height, width = recipe.blocks.shape(num_rows, hidden // 128)
+    return height, width * (4 if recipe is Recipe.MXFP8 else 1)
 
 
 def placeholder(num_rows: int, hidden: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -157,7 +176,7 @@ def placeholder(num_rows: int, hidden: int, dtype: torch.dtype, device: torch.de
     return torch.full((), float("nan"), dtype=dtype, device=device).expand(num_rows, hidden)
 
 
-def _quantized(
+def quantize_in_torch(
     x: Tensor, recipe: Recipe, fp8_dtype: torch.dtype, power_of_two: bool, min_amax: float, scale: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """(data, `Quantized.scales`)."""
@@ -182,7 +201,8 @@ def _quantized(
         factor = torch.where((amax == 0) | amax.isinf() | amax.isnan(), 1.0, factor)
         row_scales = 1.0 / factor
     data = _cast(blocks * factor.unsqueeze(2), fp8_dtype).view(num_rows, hidden)
-    return data, gemm_scales(recipe, row_scales, (num_rows,), hidden)
+    assert recipe.blocks is not None
+    return data, recipe.blocks.put(row_scales, [num_rows])
 
 
 def _cast(values: Tensor, fp8_dtype: torch.dtype) -> Tensor:
@@ -198,25 +218,6 @@ def _e8m0(scale: Tensor) -> Tensor:
     up = (mantissa > 0) & (exponent != 0xFE) & ~((exponent == 0) & (mantissa <= 0x400000))
     exponent = torch.where(scale.isnan(), 0xFF, torch.where(scale.isinf(), 0xFE, exponent + up.to(torch.int32)))
     return exponent.to(torch.uint8)
-
-
-def _block_shape(recipe: Recipe, num_rows: int, hidden: int) -> tuple[int, int]:
-    """Of one group's scales."""
-    n = recipe.scales_per_row(hidden)
-    return (n, round_up(num_rows, 4)) if recipe is Recipe.BLOCK else (round_up(num_rows, 128), n)
-
-
-def _places(recipe: Recipe, splits: Sequence[int], hidden: int, device: torch.device) -> Tensor:
-    """int64 [M, n]: where row t's scale number j stands in the flat scales."""
-    sizes = torch.tensor(list(splits), dtype=torch.int64)
-    shapes = torch.tensor([_block_shape(recipe, m, hidden) for m in splits], dtype=torch.int64).view(-1, 2)
-    ends = torch.stack([sizes.cumsum(0), shapes.prod(1).cumsum(0)], 1)
-    first = ends - torch.stack([sizes, shapes.prod(1)], 1)  # each group's first row and first scale
-    of_row = torch.cat([first, shapes[:, 1:]], 1).repeat_interleave(sizes, 0).to(device)
-    row, start, width = (of_row[:, i : i + 1] for i in range(3))
-    within = torch.arange(of_row.size(0), device=device).unsqueeze(1) - row
-    number = torch.arange(recipe.scales_per_row(hidden), device=device).unsqueeze(0)
-    return start + (number * width + within if recipe is Recipe.BLOCK else within * width + number)
 
 
 class _Rows(torch.autograd.Function):
@@ -238,9 +239,7 @@ class _Dequantize(torch.autograd.Function):
         scales = q.row_scales()
         if q.recipe is Recipe.MXFP8:
             scales = (scales.to(torch.int32) << 23).view(torch.float32)
-        num_rows, n = scales.shape
-        values = q.data.to(torch.float32).view(num_rows, n, q.data.size(1) // n) * scales.unsqueeze(2)
-        return values.view(q.data.shape).to(dtype)
+        return scaled(q.data, scales, dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:

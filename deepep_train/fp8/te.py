@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from deepep_train.errors import ArgumentError
-from deepep_train.fp8.quantized import Quantized, Recipe, check_hidden, gemm_scales, placeholder
+from deepep_train.fp8.quantized import Quantized, Recipe, check_hidden, placeholder, scale_shape
 
 
 def is_te(x: Any) -> bool:
@@ -54,10 +54,15 @@ def from_te(x: Any, argument: str = "x") -> Quantized:
         raise ArgumentError(f"{argument} must be [tokens, hidden], got a {name} of shape {list(data.shape)}", argument)
     num_rows, hidden = data.shape
     check_hidden(hidden, argument)
-    if recipe is Recipe.BLOCK:
-        scales = gemm_scales(recipe, scales[:, :num_rows].t(), (num_rows,), hidden)
-    elif recipe is Recipe.MXFP8:
-        scales = gemm_scales(recipe, scales[:num_rows, : hidden // 32], (num_rows,), hidden)
+    if recipe is not Recipe.TENSOR:
+        expected = scale_shape(recipe, num_rows, hidden)
+        if not scales.is_contiguous() or tuple(scales.shape) != expected:
+            raise ArgumentError(
+                f"{argument}: the scales of a {name} of shape {[num_rows, hidden]} must be {list(expected)} and contiguous, "
+                f"got {list(scales.shape)}",
+                argument,
+            )
+        scales = scales.view(-1)
     from transformer_engine.pytorch.constants import TE_DType_To_Torch
 
     # A tensor is its own place in autograd; a bare storage has none.

@@ -7,6 +7,7 @@ Shape letters: T tokens of this rank, E experts, K picks of a token, H hidden, M
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -14,11 +15,14 @@ from megatron.core.transformer.moe.moe_utils import get_align_size_for_quantizat
 from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from torch import Tensor
 
-from deepep_train import ops
+from deepep_train import fp8, ops
 from deepep_train.buffer import Buffer
 from deepep_train.errors import ArgumentError
 from deepep_train.group_buffers import buffer_of
 from deepep_train.handle import Handle
+from deepep_train.megatron import quantized_experts
+
+FP8_SWITCH = "DEEPEP_TRAIN_FP8_DISPATCH"  # of the environment: 0 sends tokens as they are under every recipe
 
 
 class TokenDispatcher(MoETokenDispatcher):
@@ -53,11 +57,13 @@ class TokenDispatcher(MoETokenDispatcher):
         if num_sms is not None:
             Buffer.set_num_sms(num_sms)
         self.buffer = buffer_of(self.tp_ep_group)
+        self.may_send_fp8 = _may_send_fp8(config)
         # What a forward pass leaves for its later steps.
         self.hidden_shape: torch.Size | None = None
         self.topk_idx: Tensor | None = None
         self.tokens_per_expert: Tensor | None = None
         self.handle: Handle | None = None
+        self.received: fp8.Quantized | None = None
         self.cudagraph_attrs = ["topk_idx"]
 
     def dispatch_preprocess(self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,11 +76,14 @@ class TokenDispatcher(MoETokenDispatcher):
         return hidden_states.reshape(-1, hidden_states.size(-1)), weights.float().repeat(1, self.tp_size)
 
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
-        """[T, H], [T, K] -> rows by expert [M, H] and their weights float32 [M]."""
+        """[T, H], [T, K] -> rows by expert [M, H] and their weights float32 [M]. Under an FP8 recipe with scales by blocks the
+        rows cross in FP8; what is returned then only stands for them, until `dispatch_postprocess`."""
         if self.shared_experts is not None:
             self.shared_experts.wait_current_stream()
+        how = quantized_experts.settings() if self.may_send_fp8 else None
+        sent = hidden_states if how is None else fp8.quantize(hidden_states, **how._asdict())
         out = ops.dispatch(
-            hidden_states,
+            sent,
             self.topk_idx,
             probs,
             buffer=self.buffer,
@@ -83,17 +92,21 @@ class TokenDispatcher(MoETokenDispatcher):
             alignment=self.alignment,
         )
         self.topk_idx, self.handle, self.tokens_per_expert = None, out.handle, out.tokens_per_expert
+        self.received = None if how is None else out.x
+        rows = out.x if how is None else out.x.rows
         if self.shared_experts is not None:
             self.shared_experts.pre_forward_comm(hidden_states, wait_current_stream=False)
-            self.shared_experts.linear_fc1_forward_and_act(out.x)
+            self.shared_experts.linear_fc1_forward_and_act(rows)
         assert out.topk_weights is not None
-        return out.x, out.topk_weights
+        return rows, out.topk_weights
 
     def dispatch_postprocess(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The rows as they are, tokens per local expert (int64, on the CPU, padding counted in), the weights as they are."""
         assert self.tokens_per_expert is not None
         if self.config.moe_router_dtype == "fp64":
             probs = probs.double()
+        if self.received is not None:
+            hidden_states, self.received = quantized_experts.carry(hidden_states, self.received), None
         return hidden_states, self.tokens_per_expert, probs
 
     def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
@@ -154,6 +167,22 @@ def _on_every_tp_rank(idx: Tensor, num_local_experts: int, tp_size: int) -> Tens
     first = idx // num_local_experts * tp_size * num_local_experts + idx % num_local_experts
     shards = [torch.where(idx < 0, -1, first + tp * num_local_experts) for tp in range(tp_size)]
     return torch.cat(shards, dim=1)
+
+
+def _may_send_fp8(config: Any) -> bool:
+    """Whether the experts are Transformer Engine's GroupedLinear, fed with the rows as they come, when a recipe quantizes."""
+    is_grouped = config.moe_grouped_gemm and not getattr(config, "moe_use_legacy_grouped_gemm", False)
+    is_fused = getattr(config, "use_transformer_engine_op_fuser", False)
+    is_inference = getattr(config, "transformer_impl", "") == "inference_optimized"
+    width = getattr(config, "moe_latent_size", None) or config.hidden_size
+    return bool(
+        config.fp8
+        and os.environ.get(FP8_SWITCH, "1") != "0"
+        and quantized_experts.is_installed()
+        and is_grouped
+        and not (is_fused or is_inference or config.moe_apply_probs_on_input)
+        and width % fp8.HIDDEN_MULTIPLE == 0
+    )
 
 
 def _check(config: Any) -> None:

@@ -1,7 +1,8 @@
 """Makes stock Megatron-Core know a flex backend of the name "deepep_train"; `uninstall` takes that back.
 
 Megatron has no registry of dispatchers, so two of its functions are replaced by ones that look at the configuration: what
-`MoELayer` builds for type "flex", and what its 1F1B schedule frees early, which goes by the backend's name.
+`MoELayer` builds for type "flex", and what its 1F1B schedule frees early, which goes by the backend's name. In
+Transformer Engine, experts learn to take rows that were quantized before the wire (quantized_experts.py).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from deepep_train.errors import DeepEPError
+from deepep_train.megatron import quantized_experts
 from deepep_train.megatron.replacements import Replacements
 
 BACKEND = "deepep_train"
@@ -40,10 +42,12 @@ def install() -> None:
         module = _imported(name)
         if module is not None and "should_free_input" in vars(module):
             _replaced.put(module, "should_free_input", _policy(module.should_free_input))
+    quantized_experts.install()
 
 
 def uninstall() -> None:
     """Put Megatron's own functions back; layers already made keep their dispatchers."""
+    quantized_experts.uninstall()
     _replaced.take_back()
 
 

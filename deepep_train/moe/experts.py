@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deepep_train import fp8
 from deepep_train.errors import ArgumentError
 
 ACTIVATIONS = ("swiglu", "gelu")
@@ -28,6 +32,7 @@ class GroupedExperts(nn.Module):
 
     w1: nn.Parameter
     w2: nn.Parameter
+    delayed: list[Callable[[], None]] | None = None  # see `fp8.grouped_linear`
 
     def __init__(
         self,
@@ -61,20 +66,28 @@ class GroupedExperts(nn.Module):
                 bound = w.size(0) ** -0.5
                 w.uniform_(-bound, bound, generator=generator)
 
-    def forward(self, x_MH: Tensor, tokens_per_expert: Tensor, weights_M: Tensor | None = None) -> Tensor:
+    def forward(self, x_MH: Tensor | fp8.Quantized, tokens_per_expert: Tensor, weights_M: Tensor | None = None) -> Tensor:
         """[M, H] -> [M, H].
 
         Args:
-            x_MH: rows grouped by expert.
+            x_MH: rows grouped by expert; quantized ones keep both linears in FP8.
             tokens_per_expert: int64 [L], rows of each group; the sum is M.
             weights_M: float32 [M], multiplies each row's result. It is applied to the activations, which are narrower than
                 the result and give the same product.
         """
-        h = _grouped_matmul(x_MH, self.w1, tokens_per_expert)
+        matmul: Callable[..., Tensor] = _grouped_matmul if isinstance(x_MH, Tensor) else self._matmul_in_fp8(x_MH.recipe)
+        h = matmul(x_MH, self.w1, tokens_per_expert)
         h = swiglu(h) if self.activation == "swiglu" else F.gelu(h)
         if weights_M is not None:
             h = (h * weights_M.unsqueeze(1)).to(h.dtype)
-        return _grouped_matmul(h, self.w2, tokens_per_expert)
+        return matmul(h, self.w2, tokens_per_expert)
+
+    def _matmul_in_fp8(self, recipe: fp8.Recipe) -> Callable[[Any, Tensor, Tensor], Tensor]:
+        def matmul(x: Any, w: Tensor, tokens_per_expert: Tensor) -> Tensor:
+            splits = tokens_per_expert.tolist() if isinstance(x, Tensor) else None
+            return fp8.grouped_linear(x, w, splits, recipe=recipe, is_transposed=True, delayed=self.delayed)
+
+        return matmul
 
 
 def _grouped_matmul(x: Tensor, w: Tensor, tokens_per_expert: Tensor) -> Tensor:

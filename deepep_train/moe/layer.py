@@ -9,13 +9,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepep_train import checks
+from deepep_train import checks, fp8
 from deepep_train.buffer import Buffer
 from deepep_train.errors import ArgumentError
 from deepep_train.group_buffers import buffer_of
 from deepep_train.moe.experts import GroupedExperts, swiglu
 from deepep_train.moe.router import TopKRouter, picks_per_expert
 from deepep_train.ops import combine, dispatch
+
+_FP8_ALIGNMENT = {fp8.Recipe.BLOCK: 16, fp8.Recipe.MXFP8: 32}
 
 
 class LoadBalance(NamedTuple):
@@ -56,7 +58,12 @@ class MoELayer(nn.Module):
         low_latency: in `eval()` without gradients, exchange tokens by DeepEP V1's low-latency calls, for small batches such as
             decoding's; rows then travel as bfloat16. All ranks must be in eval mode together.
         low_latency_tokens: the most tokens of a rank in such a pass; the same on all ranks, memory grows with it.
-        alignment: groups of rows are padded to a multiple of it; None takes what grouped matmul wants (16 on CUDA, else 1).
+        alignment: groups of rows are padded to a multiple of it; None takes what grouped matmul wants (16 on CUDA, else 1; 16
+            with `fp8_recipe` BLOCK, 32 with MXFP8).
+        fp8_recipe: BLOCK or MXFP8: tokens are quantized before the dispatch and the experts compute in FP8; both sizes must
+            be multiples of 128. None: neither.
+        grad_dtype: what combine's backward sends, see `deepep_train.combine`.
+        delay_wgrad: with `fp8_recipe`, the experts' weight gradients wait for `backward_dw`.
         dtype, device: of the experts; the router stays in float32.
 
     Attributes:
@@ -88,6 +95,9 @@ class MoELayer(nn.Module):
         low_latency: bool = False,
         low_latency_tokens: int = 128,
         alignment: int | None = None,
+        fp8_recipe: fp8.Recipe | None = None,
+        grad_dtype: torch.dtype | None = None,
+        delay_wgrad: bool = False,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -107,7 +117,17 @@ class MoELayer(nn.Module):
             checks.number(weight, name)
         checks.number(scaling_factor, "scaling_factor")
         checks.flag(low_latency, "low_latency")
+        checks.need(fp8_recipe is None or not low_latency, "low_latency", "False with fp8_recipe", low_latency)
         checks.need(dtype is None or dtype.is_floating_point, "dtype", "a floating dtype", dtype)
+        if fp8_recipe is not None:
+            is_served = fp8_recipe in _FP8_ALIGNMENT
+            checks.need(is_served, "fp8_recipe", "None, fp8.Recipe.BLOCK or fp8.Recipe.MXFP8", fp8_recipe)
+            for name, value in (("hidden_size", hidden_size), ("ffn_hidden_size", ffn_hidden_size)):
+                checks.need(value % fp8.HIDDEN_MULTIPLE == 0, name, f"a multiple of {fp8.HIDDEN_MULTIPLE} in FP8", value)
+            least = _FP8_ALIGNMENT[fp8_recipe]
+            alignment = least if alignment is None else alignment
+            checks.need(alignment % least == 0, "alignment", f"a multiple of {least} under {fp8_recipe}", alignment)
+        checks.need(fp8_recipe is not None or not delay_wgrad, "delay_wgrad", "False without fp8_recipe", delay_wgrad)
         if buffer is not None and group is not None and buffer.group is not group:
             raise ArgumentError("buffer belongs to another group than the group given", "buffer")
         self.buffer = buffer if buffer is not None else buffer_of(group)
@@ -116,6 +136,7 @@ class MoELayer(nn.Module):
         self.num_experts, self.top_k, self.alignment = num_experts, top_k, alignment
         self.hidden_size = hidden_size
         self.low_latency, self.low_latency_tokens = low_latency, low_latency_tokens
+        self.fp8_recipe, self.grad_dtype = fp8_recipe, grad_dtype
         self.aux_loss_coeff, self.aux_loss_scale = aux_loss_coeff, 1.0
         self.bias_update_rate = bias_update_rate
         self.router = TopKRouter(
@@ -139,6 +160,7 @@ class MoELayer(nn.Module):
             dtype=dtype,
             device=device,
         )
+        self.experts.delayed = [] if delay_wgrad else None
         self.shared_experts: nn.Module | None = None
         if num_shared_experts:
             width = ffn_hidden_size * num_shared_experts
@@ -172,11 +194,12 @@ class MoELayer(nn.Module):
     def _exchange(self, x_TH: Tensor, topk_idx: Tensor, weights_TK: Tensor) -> Tensor:
         """What the experts make of the tokens."""
         alignment = self.alignment or (16 if x_TH.is_cuda else 1)
+        sent = x_TH if self.fp8_recipe is None else fp8.quantize(self._in_experts_dtype(x_TH), self.fp8_recipe)
         got = dispatch(
-            x_TH, topk_idx, weights_TK, buffer=self.buffer, num_experts=self.num_experts, layout="expert", alignment=alignment
+            sent, topk_idx, weights_TK, buffer=self.buffer, num_experts=self.num_experts, layout="expert", alignment=alignment
         )
         y_MH = self.experts(got.x, got.tokens_per_expert, got.topk_weights)
-        return combine(y_MH, got.handle)
+        return combine(y_MH, got.handle, grad_dtype=self.grad_dtype)
 
     def _exchange_hurriedly(self, x_TH: Tensor, topk_idx: Tensor, weights_TK: Tensor) -> Tensor:
         """The same by the low-latency calls. The CPU waits for the counts, so that the experts see the rows alone."""
@@ -191,6 +214,17 @@ class MoELayer(nn.Module):
         for e, group in enumerate(results.split(counts)):
             y[e, : len(group)] = group
         return self.buffer.low_latency_combine(y, topk_idx, weights_TK.float(), handle, zero_copy=True)[0].to(dtype)
+
+    def backward_dw(self) -> None:
+        """Compute the experts' weight gradients that `delay_wgrad` put off, in the order of the backward passes."""
+        waiting = self.experts.delayed or []
+        while waiting:
+            waiting.pop(0)()
+
+    @staticmethod
+    def _in_experts_dtype(x: Tensor) -> Tensor:
+        is_autocast = torch.is_autocast_enabled(x.device.type)
+        return x.to(torch.get_autocast_dtype(x.device.type)) if is_autocast else x
 
     def _check_input(self, x: Any) -> None:
         fits = isinstance(x, Tensor) and x.dim() >= 1 and x.size(-1) == self.hidden_size

@@ -14,8 +14,8 @@ nvlink = pytest.importorskip("deepep_train.engines.nvlink", reason="built withou
 def given() -> RankLayout:
     """As V1's callers hand it back, with what `is_token_in_rank` remembers: numbers that no recount would give."""
     layout = rank_layout(torch.tensor([[0], [1], [-1]]), 2, 2)
-    mark = torch.full((1,), 77, dtype=torch.int32)
-    layout.is_token_in_rank.deepep_train_layout = Known(layout.num_tokens_per_rank, mark, mark, versions(layout))
+    mark = torch.tensor([0, 77], dtype=torch.int32)
+    layout.is_token_in_rank.deepep_train_layout = Known(layout.num_tokens_per_rank, mark, versions(layout))
     return layout
 
 
@@ -24,29 +24,29 @@ def known(layout: RankLayout, topk_idx: torch.Tensor | None = None) -> NvlinkLay
 
 
 def test_an_untouched_layout_is_trusted() -> None:
-    assert known(given()).send_index.tolist() == [77]
+    assert known(given()).checked.tolist() == [0, 77]
 
 
 def test_a_changed_layout_is_counted_again() -> None:
     layout = given()
     layout.is_token_in_rank[2, 1] = True
     found = known(layout)
-    assert found.send_index.tolist() == [0, -1, -1, 0, -1, 1]
-    assert found.out_of_range.item() == 1  # its counts are no longer those of num_tokens_per_rank
+    assert found.checked[1:].tolist() == [0, -1, -1, 0, -1, 1]
+    assert found.checked[0].item() == 1  # its counts are no longer those of num_tokens_per_rank
 
 
 def test_writes_in_inference_mode_cannot_be_seen_so_it_is_counted_again() -> None:
     with torch.inference_mode():
         layout = given()
         assert versions(layout) is None
-        assert known(layout).send_index.tolist() == [0, -1, -1, 0, -1, -1]
+        assert known(layout).checked[1:].tolist() == [0, -1, -1, 0, -1, -1]
         layout.is_token_in_rank[2, 1] = True
-        assert known(layout).out_of_range.item() == 1
+        assert known(layout).checked[0].item() == 1
 
 
 @pytest.mark.parametrize("wrong", [-2, 2])
 def test_a_recount_looks_at_the_indices_too(wrong: int) -> None:
     with torch.inference_mode():
         layout = given()
-        assert known(layout, torch.tensor([[0], [1], [-1]])).out_of_range.item() == 0
-        assert known(layout, torch.tensor([[0], [1], [wrong]])).out_of_range.item() == 1
+        assert known(layout, torch.tensor([[0], [1], [-1]])).checked[0].item() == 0
+        assert known(layout, torch.tensor([[0], [1], [wrong]])).checked[0].item() == 1

@@ -44,3 +44,14 @@ def test_wrong_width_is_named() -> None:
         fp8.quantize_blocks(torch.zeros(2, 100))
     with pytest.raises(ArgumentError, match="multiple of 4"):
         fp8.pack_ue8m0(torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("fp8_dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_products_are_rounded_once(fp8_dtype: torch.dtype, dtype: torch.dtype) -> None:
+    data = torch.arange(256, dtype=torch.uint8).view(fp8_dtype).repeat(3, 2)
+    scales = torch.tensor([[1.0, 1.0000001], [3.3e-4, 1e-37], [2.0**-9, 0.7]])
+    want = (data.float().view(3, 2, 256) * scales.unsqueeze(2)).view(3, 512).to(dtype)
+    got = fp8.deepep.scaled(data, scales, dtype)
+    assert torch.equal(got.isnan(), want.isnan())
+    assert torch.equal(got.nan_to_num(), want.nan_to_num())

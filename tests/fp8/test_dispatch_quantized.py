@@ -66,7 +66,7 @@ def test_what_arrives_is_what_the_quantizer_makes_of_the_same_rows(recipe: Recip
         expected = quantized(x, recipe)
         assert_same_bits(got["data"], expected.data, "data")
         assert_same_bits(got["values"], expected.dequantize(), "values")
-        assert_same_bits(got["scales"], scales_in_place(expected, rows, splits), "scales")
+        assert_same_bits(got["scales"], scales_in_place(expected, splits), "scales")
         for name in ("data", "scales", "values"):
             assert_same_bits(again[name], got[name], name)
         # The gradient is the combine of the values' gradients, in bfloat16; a pick that went nowhere has none.
@@ -74,8 +74,8 @@ def test_what_arrives_is_what_the_quantizer_makes_of_the_same_rows(recipe: Recip
         assert_same_bits(grad_w, (given[rank].topk_idx >= 0).float())
 
 
-def scales_in_place(q: fp8.Quantized, rows: list, splits: list[int]) -> Tensor:
-    """The scales of rows that came from somewhere, one block for each group, zeros between: element by element."""
+def scales_in_place(q: fp8.Quantized, splits: list[int]) -> Tensor:
+    """The scales of all rows, those of zeros included, one block for each group, zeros between: element by element."""
     if q.recipe is Recipe.TENSOR:
         return q.scales
     scales, n = q.row_scales(), q.row_scales().size(1)
@@ -84,8 +84,7 @@ def scales_in_place(q: fp8.Quantized, rows: list, splits: list[int]) -> Tensor:
         part = scales.new_zeros((n, -(-m // 4) * 4) if q.recipe is Recipe.BLOCK else (-(-m // 128) * 128, n))
         for t in range(m):
             for kb in range(n):
-                if rows[first + t] is not None:
-                    part[(kb, t) if q.recipe is Recipe.BLOCK else (t, kb)] = scales[first + t, kb]
+                part[(kb, t) if q.recipe is Recipe.BLOCK else (t, kb)] = scales[first + t, kb]
         parts.append(part.reshape(-1))
         first += m
     return torch.cat(parts)
@@ -111,7 +110,7 @@ def test_num_worst_tokens_in_rank_layout() -> None:
         assert got["splits"] == (50,)
         expected = quantized(arrived.x, Recipe.BLOCK)
         assert_same_bits(got["data"], expected.data)
-        assert_same_bits(got["scales"], scales_in_place(expected, arrived.rows, [50]))
+        assert_same_bits(got["scales"], scales_in_place(expected, [50]))
 
 
 # Combine's backward ------------------------------------------------------------------------------------------------------
@@ -185,7 +184,7 @@ def _pair_among_them(me: bool, x: Tensor, good: dict) -> None:
 
 def _groups(me: bool, x: Tensor, good: dict) -> None:
     q = fp8.quantize(x)
-    dt.dispatch(q.from_wire(*q.to_wire(), [1, 3], q.rows) if me else q, **good)
+    dt.dispatch(fp8.Quantized(q.recipe, q.data, q.scales, (4, 0), q.rows) if me else q, **good)
 
 
 def _groups_with_a_handle(me: bool, x: Tensor, good: dict) -> None:
@@ -233,8 +232,8 @@ WRONG: dict[str, Callable[[bool, Tensor, dict], None]] = {
         ("recipes differ", "scales dtype", ["int32 on rank 1"]),
         ("dtypes differ", "recipe", ["block of float32 on rank 1"]),
         ("pair among them", "recipe", ["block of bfloat16 on rank 0, 2"]),
-        ("groups", "x", ["rank 1", "(1, 3)"]),
-        ("groups with a handle", "x", ["rank 1", "(1, 3)"]),
+        ("groups", "x", ["rank 1", "(4, 0)"]),
+        ("groups with a handle", "x", ["rank 1", "(4, 0)"]),
         ("bound", "num_worst_tokens", ["rank 1", "64"]),
         ("handle with a bound", "handle", ["rank 0", "rank 2"]),
         ("grad_dtype", "grad_dtype", ["rank 1", "float16"]),
@@ -246,3 +245,35 @@ def test_an_error_on_one_rank_is_an_error_on_all(name: str, argument: str, texts
         assert named == argument, text
         assert all(t in text for t in texts), text
         assert ranks == ((0, 1, 2) if name == "handle with a bound" else (1,)), text
+
+
+# Plain pairs that ask for blocks ------------------------------------------------------------------------------------------
+
+
+def pair_in_blocks(rank: int, size: int, group: dist.ProcessGroup, exchange: Exchange, given: list[Given]) -> list[Tensor]:
+    """Packed UE8M0 words: in blocks, along the handle, by rows; and the counts."""
+    buffer, mine = dt.Buffer(group, timeout=20), given[rank]
+    how = {"num_experts": exchange.num_experts, "layout": exchange.layout, "alignment": exchange.alignment}
+    data, scales = fp8.quantize_blocks(mine.x.repeat(1, 2), power_of_two=True)
+    pair = fp8.Payload(data, fp8.pack_ue8m0(scales), fp8.ScaleBlocks(True, 4, 7))
+    out = dt.dispatch(pair, mine.topk_idx, buffer=buffer, **how)
+    again = dt.dispatch(pair, buffer=buffer, handle=out.handle)
+    by_row = dt.dispatch(pair[:2], buffer=buffer, handle=out.handle)
+    return [out.x[1], again.x[1], by_row.x[1], out.tokens_per_expert]
+
+
+@pytest.mark.parametrize("layout", ["rank", "expert"])
+def test_a_pair_may_ask_for_blocks(layout: str) -> None:
+    exchange, given = case(layout, alignment=6)
+    picture = Picture(given, exchange.num_experts)
+    for rank, (got, again, by_row, counts) in enumerate(run_ranks(3, pair_in_blocks, exchange, given)):
+        rows = picture.arrive(rank, layout, exchange.alignment).rows
+        expected, first = [], 0
+        for m in counts.tolist() if layout == "expert" else [len(rows)]:
+            block = torch.zeros(1, -(-m // 4) * 4, dtype=torch.int32)
+            for t in range(m):
+                block[0, t] = 7 if rows[first + t] is None else by_row[first + t, 0]
+            expected.append(block.view(-1))
+            first += m
+        assert_same_bits(got, torch.cat(expected))
+        assert_same_bits(again, got)

@@ -135,9 +135,9 @@ def test_scales_stand_where_grouped_gemm_reads_them(splits: list[int], blocks: i
     dtype = torch.float32 if recipe is Recipe.BLOCK else torch.uint8
     row_scales = torch.arange(1, sum(splits) * n + 1).to(dtype).view(sum(splits), n)
     rows = torch.zeros(sum(splits), hidden)
-    like = fp8.quantize(rows, recipe)
-    q = like.from_wire(like.data, row_scales.view(torch.int32) if recipe is Recipe.MXFP8 else row_scales, splits, like.rows)
-    assert_same_bits(q.row_scales(), row_scales)
+    assert recipe.blocks is not None
+    q = Quantized(recipe, rows.to(torch.float8_e4m3fn), recipe.blocks.put(row_scales, splits), tuple(splits), rows)
+    assert q.row_scales().tolist() == row_scales.tolist()
     flat: list[float] = []
     first = 0
     for m in splits:
@@ -180,3 +180,13 @@ def test_wrong_arguments_are_named(argument: str, value: Any, text: str) -> None
     with pytest.raises(ArgumentError, match=text) as caught:
         fp8.quantize(**arguments)
     assert caught.value.argument == argument
+
+
+@pytest.mark.parametrize("hidden", [2048, 7168])
+@pytest.mark.parametrize("recipe", Recipe)
+def test_bytes_on_the_wire(recipe: Recipe, hidden: int) -> None:
+    x = torch.ones(3, hidden, dtype=torch.bfloat16)
+    wire = fp8.quantize(x, recipe, scale=torch.ones(1) if recipe is Recipe.TENSOR else None).to_wire()
+    assert wire.scales is not None
+    crossing = wire.data.numel() * wire.data.element_size() + wire.scales.numel() * wire.scales.element_size()
+    assert crossing <= 0.53 * x.nbytes

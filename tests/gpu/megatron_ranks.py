@@ -5,6 +5,7 @@ Megatron looks for `deep_ep` when it is imported, so that these processes have i
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,8 @@ import gloo_on_cuda  # noqa: E402
 import megatrons_own  # noqa: E402
 import small  # noqa: E402
 
-from deepep_train.megatron import TokenDispatcher  # noqa: E402
+from deepep_train.megatron import TokenDispatcher, quantized_experts  # noqa: E402
+from deepep_train.megatron.dispatcher import FP8_SWITCH  # noqa: E402
 from deepep_train.megatron.replacements import Replacements  # noqa: E402
 
 compat.uninstall()  # Megatron keeps what it found
@@ -27,6 +29,20 @@ DEEPEP = {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "d
 
 # Buffers take 2 GiB unless told to take more, and every training makes one.
 engines.DEFAULT_ARENA_BYTES = 128 << 20
+
+MODEL = {"hidden_size": 256, "moe_ffn_hidden_size": 128, "attention_backend": "unfused"}
+
+
+def setup_of(config: dict[str, Any] | None = None, **how: Any) -> Any:
+    # At higher rates bf16's rounding grows to several percent within 20 steps, between Megatron's own dispatchers as well.
+    how = {"ep": 4, "in_bf16": True, "with_te": True, "micro_batch_size": 8, "learning_rate": 5e-4} | how
+    return small.Setup(config=MODEL | (config or {}), **how)
+
+
+def apart(a: list[list[float]], b: list[list[float]]) -> float:
+    """The largest relative difference of losses; all of them are 0 on a rank of an earlier pipeline stage."""
+    assert all(math.isfinite(number) for step in a + b for number in step), (a, b)
+    return max(abs(x - y) / abs(y) if x != y else 0.0 for (x, _), (y, _) in zip(a, b, strict=True))
 
 
 @contextmanager
@@ -99,3 +115,29 @@ def fused_trainings(
     finally:
         del os.environ["NVTE_CUTEDSL_FUSED_GROUPED_MLP"]
         spy.take_back()
+
+
+def fp8_trainings(
+    rank: int, size: int, group: Any, setup: small.Setup, dispatcher: dict[str, Any], steps: int
+) -> tuple[list[list[list[float]]], list[str], list[int]]:
+    """Curves with tokens sent as they are and sent in FP8; the engines; how many dispatches crossed in FP8 in each."""
+    curves, made, sent = [], [], []
+    for switch in ("0", "1"):
+        spy = Replacements()
+        count = [0]
+
+        def carry(rows: Any, quantized: Any, count: list[int] = count, stock: Any = quantized_experts.carry) -> Any:
+            count[0] += 1
+            return stock(rows, quantized)
+
+        spy.put(quantized_experts, "carry", carry)
+        os.environ[FP8_SWITCH] = switch
+        try:
+            (curve,), engines = trainings(rank, size, group, setup, [dispatcher], steps)
+        finally:
+            del os.environ[FP8_SWITCH]
+            spy.take_back()
+        curves.append(curve)
+        made += engines
+        sent.append(count[0])
+    return curves, made, sent

@@ -26,24 +26,20 @@ def main() -> None:
     buffer = dt.Buffer(dist.group.WORLD, engine="nvlink")
     engine = buffer._engine
     idx = torch.rand(TOKENS, EXPERTS, device="cuda").topk(TOP_K, 1).indices
-    ints = torch.empty(ranks + EXPERTS + 1 + TOKENS * ranks, dtype=torch.int32, device="cuda")
-    in_rank = torch.empty(TOKENS, ranks, dtype=torch.bool, device="cuda")
+    block = torch.empty(ranks + EXPERTS + 1 + 2 * TOKENS * ranks, dtype=torch.int32, device="cuda")
     small = torch.zeros(64, device="cuda")
 
     def launch() -> None:
-        engine._comm.layout(
-            idx.data_ptr(), TOKENS, TOP_K, EXPERTS, ints.data_ptr(), in_rank.data_ptr(), torch.cuda.current_stream().cuda_stream
-        )
+        engine._comm.layout(idx.data_ptr(), TOKENS, TOP_K, EXPERTS, block.data_ptr(), torch.cuda.current_stream().cuda_stream)
 
-    def tensors() -> None:
-        torch.empty(ints.numel(), dtype=torch.int32, device="cuda")
-        torch.empty(TOKENS, ranks, dtype=torch.bool, device="cuda")
+    def tensor() -> None:
+        torch.empty(block.numel(), dtype=torch.int32, device="cuda")
 
     graph = captured(launch, IN_GRAPH)
     for name, call, calls, inner in (
         ("from a CUDA graph", graph, CALLS // IN_GRAPH, IN_GRAPH),
         ("the launch alone", launch, CALLS, 1),
-        ("its two tensors alone", tensors, CALLS, 1),
+        ("its memory alone", tensor, CALLS, 1),
         ("the engine's part", lambda: engine.layout(idx, EXPERTS), CALLS, 1),
         ("the whole call", lambda: buffer.get_dispatch_layout(idx, EXPERTS), CALLS, 1),
         ("torch's add_ of 64 elements, for comparison", lambda: small.add_(1), CALLS, 1),

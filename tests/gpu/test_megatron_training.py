@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -22,19 +21,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 OURS, ALLTOALL, ALLGATHER = small.OURS, small.STOCK["alltoall"], small.STOCK["allgather"]
-MODEL = {"hidden_size": 256, "moe_ffn_hidden_size": 128, "attention_backend": "unfused"}
-
-
-def setup_of(config: dict[str, Any] | None = None, **how: Any) -> Any:
-    # At higher rates bf16's rounding grows to several percent within 20 steps, between Megatron's own dispatchers as well.
-    how = {"ep": 4, "in_bf16": True, "with_te": True, "micro_batch_size": 8, "learning_rate": 5e-4} | how
-    return small.Setup(config=MODEL | (config or {}), **how)
-
-
-def apart(a: list[list[float]], b: list[list[float]]) -> float:
-    """The largest relative difference of losses; all of them are 0 on a rank of an earlier pipeline stage."""
-    assert all(math.isfinite(number) for step in a + b for number in step), (a, b)
-    return max(abs(x - y) / abs(y) if x != y else 0.0 for (x, _), (y, _) in zip(a, b, strict=True))
+apart, setup_of = ranks.apart, ranks.setup_of
 
 
 def same_losses(

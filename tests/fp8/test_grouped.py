@@ -1,0 +1,166 @@
+"""`grouped_linear` without Transformer Engine: roundings of its operands, gradients, delayed ones; `MoELayer` on it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from harness import assert_same_bits, run_ranks
+from torch import Tensor
+
+import deepep_train as dt
+from deepep_train import fp8, moe
+from deepep_train.fp8 import Quantized, Recipe, gemm_reference
+
+SPLITS, IN, OUT = (16, 0, 48), 256, 128
+# Products of values that carry 3 bits of mantissa: measured 0.037 (two operands, each 0.027).
+BOUND = 0.05
+
+
+def error(got: Tensor, exact: Tensor) -> float:
+    return float((got.detach().double() - exact).norm() / exact.norm())
+
+
+def operands(is_transposed: bool, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(3)
+    x, grad = torch.randn(sum(SPLITS), IN, generator=g), torch.randn(sum(SPLITS), OUT, generator=g)
+    w = torch.randn(len(SPLITS), *((IN, OUT) if is_transposed else (OUT, IN)), generator=g) * 0.1
+    return x.to(dtype), w.to(dtype), grad.to(dtype)
+
+
+def received(x: Tensor, recipe: Recipe) -> Quantized:
+    """x in groups, as a dispatch into expert layout gives it."""
+    q = fp8.quantize(x, recipe)
+    assert recipe.blocks is not None
+    scales = recipe.blocks.put(q.row_scales().contiguous(), SPLITS)
+    return Quantized(recipe, q.data, scales, SPLITS, q.rows)
+
+
+def exact(x: Tensor, w: Tensor, grad: Tensor, is_transposed: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """y and the gradients of x and w in float64."""
+    x, w = x.double().requires_grad_(), w.double().requires_grad_()
+    parts = [a @ (b if is_transposed else b.t()) for a, b in zip(x.split(SPLITS), w, strict=True)]
+    y = torch.cat(parts)
+    y.backward(grad.double())
+    assert x.grad is not None and w.grad is not None
+    return y.detach(), x.grad, w.grad
+
+
+@pytest.mark.parametrize("is_received", [False, True], ids=["quantized here", "received"])
+@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize("recipe", [Recipe.BLOCK, Recipe.MXFP8])
+def test_against_float64(recipe: Recipe, is_transposed: bool, is_received: bool) -> None:
+    x, w, grad = operands(is_transposed)
+    y_exact, x_exact, w_exact = exact(x, w, grad, is_transposed)
+    x.requires_grad_()
+    w.requires_grad_()
+    given = received(x, recipe) if is_received else x
+    y = fp8.grouped_linear(given, w, None if is_received else SPLITS, recipe=recipe, is_transposed=is_transposed)
+    y.backward(grad)
+    for got, expected in ((y, y_exact), (x.grad, x_exact), (w.grad, w_exact)):
+        assert BOUND / 5 < error(got, expected) < BOUND
+    assert float(w.grad[1].abs().max()) == 0.0, "an expert without tokens has a gradient of zeros"
+
+
+def test_received_rows_enter_the_product_as_they_came() -> None:
+    """The forward product is that of the sent values: not one more rounding."""
+    x, w, _ = operands(False)
+    q = received(x * 3, Recipe.BLOCK)
+    weights = [gemm_reference.rounded_weight(one, Recipe.BLOCK, torch.float8_e4m3fn)[0].double() for one in w]
+    expected = torch.cat([a @ b.t() for a, b in zip(q.dequantize().double().split(SPLITS), weights, strict=True)])
+    assert error(fp8.grouped_linear(q, w), expected) < 1e-6
+
+
+def test_weights_share_a_scale_in_tiles_of_128() -> None:
+    w = torch.rand(256, 256) + 1
+    w[0, 0] = 2.0**9  # one large value: its tile alone becomes coarse
+    values, _ = gemm_reference.rounded_weight(w, Recipe.BLOCK, torch.float8_e4m3fn)
+    scale = 2.0  # 512 / 2 is the largest power of two's worth below 448
+    tile = (w[:128, :128] / scale).to(torch.float8_e4m3fn).float() * scale
+    assert_same_bits(values[:128, :128].contiguous(), tile)
+    fine = (w[128:] * 128).to(torch.float8_e4m3fn).float() / 128
+    assert_same_bits(values[128:].contiguous(), fine)
+
+
+def test_delayed_weight_gradient() -> None:
+    x, w, grad = operands(True)
+    at_once, later = w.clone().requires_grad_(), w.clone().requires_grad_()
+    fp8.grouped_linear(received(x, Recipe.BLOCK), at_once, is_transposed=True).backward(grad)
+    waiting: list[Any] = []
+    for _ in range(2):
+        fp8.grouped_linear(received(x, Recipe.BLOCK), later, is_transposed=True, delayed=waiting).backward(grad)
+    assert later.grad is None and len(waiting) == 2
+    waiting[0]()
+    assert_same_bits(later.grad, at_once.grad)
+    waiting[1]()
+    assert_same_bits(later.grad, at_once.grad * 2)
+
+
+@pytest.mark.parametrize(
+    ("argument", "how"),
+    [
+        ("splits", {"splits": (1, 2, 3)}),
+        ("weight", {"weight": torch.zeros(2, OUT, IN)}),
+        ("weight", {"weight": torch.zeros(3, OUT, 128)}),
+        ("weight", {"weight": torch.zeros(3, 100, IN)}),
+    ],
+)
+def test_wrong_arguments_are_named(argument: str, how: dict[str, Any]) -> None:
+    x, w, _ = operands(False)
+    with pytest.raises(dt.ArgumentError) as caught:
+        fp8.grouped_linear(x, **({"weight": w, "splits": SPLITS} | how))
+    assert caught.value.argument == argument
+
+
+# The layer ----------------------------------------------------------------------------------------------------------------
+
+
+def layer_of(buffer: dt.Buffer, **how: Any) -> moe.MoELayer:
+    torch.manual_seed(5)
+    return moe.MoELayer(128, 256, 4, 2, buffer=buffer, **how)
+
+
+def step(layer: moe.MoELayer, x: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    x = x.clone().requires_grad_()
+    y = layer(x)
+    (y * torch.linspace(-1, 1, y.size(1))).sum().backward()
+    layer.backward_dw()
+    assert x.grad is not None
+    return y.detach(), x.grad, {n: p.grad for n, p in layer.named_parameters() if p.grad is not None}
+
+
+def layers(rank: int, size: int, group: dist.ProcessGroup, recipe: Recipe) -> list[float]:
+    """How far FP8 lies from float32, and delayed weight gradients from those computed at once."""
+    buffer = dt.Buffer(group, timeout=20)
+    x = torch.randn(20 + rank, 128, generator=torch.Generator().manual_seed(rank))
+    plain, in_fp8, delayed = (
+        step(layer_of(buffer, **how), x) for how in ({}, {"fp8_recipe": recipe}, {"fp8_recipe": recipe, "delay_wgrad": True})
+    )
+    for name, grad in in_fp8[2].items():
+        assert_same_bits(delayed[2][name], grad, name)
+    both = [(in_fp8[0], plain[0]), (in_fp8[1], plain[1])]
+    both += [(in_fp8[2][f"experts.{w}"], plain[2][f"experts.{w}"]) for w in ("w1", "w2")]
+    return [error(a, b.double()) for a, b in both]
+
+
+@pytest.mark.parametrize("recipe", [Recipe.BLOCK, Recipe.MXFP8])
+def test_the_layer_in_fp8_follows_float32(recipe: Recipe) -> None:
+    for errors in run_ranks(2, layers, recipe):
+        assert all(0.005 < e < 0.12 for e in errors), errors
+
+
+@pytest.mark.parametrize(
+    ("argument", "how"),
+    [
+        ("fp8_recipe", {"fp8_recipe": Recipe.TENSOR}),
+        ("ffn_hidden_size", {"ffn_hidden_size": 192, "fp8_recipe": Recipe.BLOCK}),
+        ("alignment", {"alignment": 8, "fp8_recipe": Recipe.BLOCK}),
+        ("delay_wgrad", {"delay_wgrad": True}),
+    ],
+)
+def test_the_layers_wrong_arguments_are_named(argument: str, how: dict[str, Any]) -> None:
+    with pytest.raises(dt.ArgumentError) as caught:
+        moe.MoELayer(**({"hidden_size": 128, "ffn_hidden_size": 256, "num_experts": 4, "top_k": 2} | how))
+    assert caught.value.argument == argument
