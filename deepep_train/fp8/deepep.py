@@ -66,5 +66,6 @@ def pack_ue8m0(scales: Tensor) -> Tensor:
 
 def unpack_ue8m0(packed: Tensor) -> Tensor:
     """The reverse of `pack_ue8m0`."""
-    exponent = packed.contiguous().view(torch.uint8).to(torch.int32)
+    flat = packed.contiguous().view(-1)  # a single column counts as contiguous, whatever its stride, but has no bytes to view
+    exponent = flat.view(torch.uint8).view(packed.size(0), 4 * packed.size(1)).to(torch.int32)
     return (exponent << 23).view(torch.float32)
