@@ -14,7 +14,7 @@ from torch import Tensor
 
 import deepep_train as dt
 
-ARENA = 512 << 20
+ARENA = 2 << 30
 _buffers: dict[int, dt.Buffer] = {}
 
 
