@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -24,6 +25,7 @@ class Case:
         tokens: of every rank.
         kind: how rows travel.
         hook, zero_copy: as the calls take them.
+        logfmt: combine sends 10 bits a value, so that its result is only near.
     """
 
     tokens: tuple[int, ...]
@@ -36,6 +38,7 @@ class Case:
     hook: bool = False
     zero_copy: bool = False
     seed: int = 0
+    logfmt: bool = False
 
     @property
     def size(self) -> int:
@@ -91,6 +94,14 @@ class Case:
 
     def combined(self, rank: int, without: frozenset[int] = frozenset()) -> Tensor:
         """[T, hidden], as `low_latency_combine` must give it; without the ranks' experts."""
+        return self._sum(rank, without, lambda weights, rows: weights * rows).bfloat16()
+
+    def allowance(self, rank: int, without: frozenset[int] = frozenset()) -> Tensor:
+        """How far LogFMT's rounding, and then bfloat16's, may take each value from `combined`."""
+        apart = self._sum(rank, without, lambda weights, rows: weights.abs() * logfmt_error(rows))
+        return apart + self.combined(rank, without).float().abs() * 2**-7 + 1e-30
+
+    def _sum(self, rank: int, without: frozenset[int], term: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         _, idx, weights = self.inputs(rank)
         x = self.arrived(*self.sent(rank))
         local = self.num_experts // self.size
@@ -100,8 +111,20 @@ class Case:
                 if e < 0 or e // local in without:
                     continue
                 tokens = (idx[:, k] == e).nonzero().flatten()
-                total[tokens] += weights[tokens, k : k + 1] * self.results(x[tokens], e).float()
-        return total.bfloat16()
+                total[tokens] += term(weights[tokens, k : k + 1], self.results(x[tokens], e).float())
+        return total
+
+
+def logfmt_error(rows: Tensor) -> Tensor:
+    """The most that LogFMT with 10 bits may change each value of float32 [n, hidden]: half a step, in blocks of 128; or all
+    of what is 32 octaves below its block's largest."""
+    blocks = rows.view(rows.size(0), -1, 128)
+    logs = blocks.abs().log2()
+    most = logs.amax(2, keepdim=True)
+    least = torch.where(logs == -torch.inf, torch.inf, logs).amin(2, keepdim=True).maximum(most - 32)
+    step = torch.where(most > -torch.inf, (most - least) / 510, 0.0)
+    half = blocks.abs() * ((step.exp2() - 1) / 2 + 1e-4)
+    return torch.where(logs < least, least.exp2(), half).nan_to_num(0.0, 0.0).view(rows.shape)
 
 
 def wrong(what: str, got: Tensor, expected: Tensor) -> list[str]:
@@ -175,8 +198,12 @@ def round_trip(buffer: Any, rank: int, case: Case, device: str, without: frozens
     else:
         y = torch.empty(shape, dtype=torch.bfloat16, device=device)
     fill(case, rank, y, recv, count)
-    how = {"zero_copy": case.zero_copy, "return_recv_hook": case.hook}
+    how = {"zero_copy": case.zero_copy, "return_recv_hook": case.hook, "use_logfmt": case.logfmt}
     z, _, hook = buffer.low_latency_combine(y, idx, weights, handle, **how)
     if case.hook:
         hook()
-    return errors + wrong(f"combined on rank {rank}", z, case.combined(rank, without))
+    if not case.logfmt:
+        return errors + wrong(f"combined on rank {rank}", z, case.combined(rank, without))
+    apart = (z.cpu().float() - case.combined(rank, without).float()).abs()
+    excess = apart - case.allowance(rank, without)
+    return errors + ([f"combined on rank {rank}: {float(excess.max())} above what LogFMT may"] if (excess > 0).any() else [])

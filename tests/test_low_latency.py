@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -81,6 +81,7 @@ def check(buffer: Buffer, work: Work, rank: int, size: int) -> int:
         _case(work, size, kind, STYLES[i % len(STYLES)], hook, zero_copy, i)
         for i, (kind, hook, zero_copy) in enumerate(product(kinds, (False, True), (False, True)))
     ]
+    cases += [replace(case, logfmt=True) for case in cases[:2]]
     for case in cases:
         errors = round_trip(buffer, rank, case, work.device)
         assert not errors, f"rank {rank}: {case}: {len(errors)} errors, first {errors[0]}"

@@ -10,6 +10,7 @@ namespace {
 constexpr int kThreads = 768;
 constexpr int kWarps = kThreads / 32;
 
+template <bool kLogfmt>
 __global__ void __launch_bounds__(kThreads, 1)
     combine_receive_kernel(const __grid_constant__ CombineParams p, const int splits) {
     __shared__ Sources sources;
@@ -22,7 +23,11 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int64_t units = int64_t{p.num_tokens} * splits, stride = int64_t{gridDim.x} * kWarps;
     for (int64_t unit = blockIdx.x + static_cast<int64_t>(threadIdx.x / 32) * gridDim.x; unit < units; unit += stride) {
         const int64_t t = unit / splits;
-        pull(p, Picks(p, sources, places, t), t, static_cast<int>(unit % splits), splits);
+        const Picks picks(p, sources, places, t);
+        if constexpr (kLogfmt)
+            pull_decoded(p, picks, t, static_cast<int>(unit % splits), splits);
+        else
+            pull(p, picks, t, static_cast<int>(unit % splits), splits);
     }
     if (is_last_block(mine, p, kCombineReceive)) tell_pulled(p, sources.came, number);
 }
@@ -34,7 +39,10 @@ void launch_combine_receive(const CombineParams& p, cudaStream_t stream) {
     const int warps = p.num_sms * kWarps, pieces = (2 * p.hidden + 511) / 512;
     int splits = p.num_tokens == 0 ? 1 : (warps + p.num_tokens - 1) / p.num_tokens;
     splits = splits < pieces ? splits : pieces;
-    combine_receive_kernel<<<p.num_sms, kThreads, 0, stream>>>(p, splits);
+    if (p.logfmt != 0)
+        combine_receive_kernel<true><<<p.num_sms, kThreads, 0, stream>>>(p, splits);
+    else
+        combine_receive_kernel<false><<<p.num_sms, kThreads, 0, stream>>>(p, splits);
     DT_CUDA(cudaGetLastError());
 }
 

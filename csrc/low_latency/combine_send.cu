@@ -2,6 +2,7 @@
 // peers reach, the valid ones are copied there, one after another.
 #include "../common/check.hpp"
 #include "kernels.hpp"
+#include "logfmt.cuh"
 #include "space.cuh"
 
 namespace deepep_train::low_latency {
@@ -30,6 +31,25 @@ __device__ void count_before(const Control* mine, int set, int local, int32_t* f
     __syncthreads();
 }
 
+// By a warp: a piece of a row, as it is.
+DT_DEVICE void copy(const char* from, char* to, int start, int row_bytes) {
+    Piece<4> part;
+    part.load(from, start, row_bytes);
+    part.store(to, start, row_bytes);
+}
+
+// And in LogFMT.
+DT_DEVICE void encode(const char* from, char* to, int start, int row_bytes) {
+    Piece<4> part;
+    part.load(from, start, row_bytes);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const int at = start + i * 512 + threadIdx.x % 32 * 16;
+        Logfmt::encode(part.v[i], at < row_bytes ? to + at / 256 * Logfmt::kBytes : nullptr);
+    }
+}
+
+template <bool kLogfmt>
 __global__ void __launch_bounds__(kThreads, 2) combine_send_kernel(const __grid_constant__ CombineParams p) {
     __shared__ int32_t first[kMaxExperts + 1];
     Control* mine = control_of(p, p.rank);
@@ -43,19 +63,22 @@ __global__ void __launch_bounds__(kThreads, 2) combine_send_kernel(const __grid_
     char* own = space_of(p, p.rank);
     char* rows = own + layout.rows + p.set * layout.rows_bytes;
     if (p.zero_copy == 0) {
-        using Part = Piece<7>;
-        const int row_bytes = 2 * p.hidden, pieces = Part::in(row_bytes);
+        const int row_bytes = 2 * p.hidden, pieces = Piece<4>::in(row_bytes);
+        const int shown_bytes = kLogfmt ? Logfmt::row_bytes(p.hidden) : row_bytes;
         const int64_t slots = int64_t{p.num_ranks} * p.max_tokens;
         const int64_t units = int64_t{first[local]} * pieces, stride = int64_t{gridDim.x} * kWarps;
         for (int64_t unit = blockIdx.x + static_cast<int64_t>(threadIdx.x / 32) * gridDim.x; unit < units; unit += stride) {
             const int row = static_cast<int>(unit / pieces);
-            const int start = static_cast<int>(unit % pieces) * Part::kBytes;
+            const int start = static_cast<int>(unit % pieces) * Piece<4>::kBytes;
             int e = 0;  // the last expert that begins at this row or before, and has it
             for (int step = kMaxExperts / 2; step != 0; step /= 2)
                 if (e + step < local && first[e + step] <= row) e += step;
-            Part part;
-            part.load(reinterpret_cast<const char*>(p.y) + (e * slots + row - first[e]) * row_bytes, start, row_bytes);
-            part.store(rows + int64_t{row} * row_bytes, start, row_bytes);
+            const char* from = reinterpret_cast<const char*>(p.y) + (e * slots + row - first[e]) * row_bytes;
+            char* to = rows + int64_t{row} * shown_bytes;
+            if constexpr (kLogfmt)
+                encode(from, to, start, row_bytes);
+            else
+                copy(from, to, start, row_bytes);
         }
     }
     if (!is_last_block(mine, p, kCombineSend)) return;
@@ -64,7 +87,7 @@ __global__ void __launch_bounds__(kThreads, 2) combine_send_kernel(const __grid_
         if (is_masked(p, peer)) continue;
         Control* there = control_of(p, peer);
         there->shown_at[p.set][p.rank] = at;
-        there->shown_how[p.set][p.rank] = p.zero_copy != 0 ? kSpread : kCompact;
+        there->shown_how[p.set][p.rank] = p.zero_copy != 0 ? kSpread : kLogfmt ? kCompactLogfmt : kCompact;
         store_release_sys(&there->shown[p.set].at[p.rank], number * kSteps + kSteps - 1);
         mine->shown_to[p.set].at[peer] = number;
     }
@@ -74,7 +97,11 @@ __global__ void __launch_bounds__(kThreads, 2) combine_send_kernel(const __grid_
 }  // namespace
 
 void launch_combine_send(const CombineParams& p, cudaStream_t stream) {
-    combine_send_kernel<<<p.zero_copy != 0 ? 1 : 2 * p.num_sms, kThreads, 0, stream>>>(p);
+    const int blocks = p.zero_copy != 0 ? 1 : 2 * p.num_sms;
+    if (p.logfmt != 0)
+        combine_send_kernel<true><<<blocks, kThreads, 0, stream>>>(p);
+    else
+        combine_send_kernel<false><<<blocks, kThreads, 0, stream>>>(p);
     DT_CUDA(cudaGetLastError());
 }
 

@@ -4,6 +4,7 @@
 
 #include <cuda_bf16.h>
 
+#include "logfmt.cuh"
 #include "space.cuh"
 
 namespace deepep_train::low_latency {
@@ -28,10 +29,11 @@ struct Sources {
     }
 };
 
-// A token's rows: lane k knows where the row of pick k is (null: nowhere), and its weight.
+// A token's rows: lane k knows where the row of pick k is (null: nowhere), its weight, and whether it is in LogFMT.
 struct Picks {
     const char* row;
     float weight;
+    bool logfmt = false;
 
     DT_DEVICE Picks(const CombineParams& p, const Sources& sources, const Place* places, int64_t t)
         : row(nullptr), weight(0.0f) {
@@ -46,7 +48,8 @@ struct Picks {
         const Place place = places[e];
         const int64_t slots = int64_t{p.num_ranks} * p.max_tokens;
         const int64_t first = sources.how[rank] == kSpread ? e % local * slots + place.begin : place.compact;
-        row = sources.rows[rank] + (first + index) * p.hidden * 2;
+        logfmt = sources.how[rank] == kCompactLogfmt;
+        row = sources.rows[rank] + (first + index) * (logfmt ? Logfmt::row_bytes(p.hidden) : p.hidden * 2);
     }
 };
 
@@ -92,6 +95,34 @@ DT_DEVICE void pull(const CombineParams& p, const Picks& picks, int64_t t, int s
             for (int k = 0; k < kTogether; ++k) {
                 const float weight = __shfl_sync(0xffffffffu, picks.weight, (base + k) % 32);
                 if ((there >> k & 1) != 0) add(sum, bits[k], weight);
+            }
+        }
+        if (inside)
+            store_row(
+                reinterpret_cast<char*>(p.out) + t * row_bytes + at,
+                make_uint4(rounded(sum[0], sum[1]), rounded(sum[2], sum[3]), rounded(sum[4], sum[5]), rounded(sum[6], sum[7])));
+    }
+}
+
+// The same where rows may be in LogFMT.
+DT_DEVICE void pull_decoded(const CombineParams& p, const Picks& picks, int64_t t, int split, int splits) {
+    const int lane = threadIdx.x % 32, row_bytes = 2 * p.hidden;
+    for (int start = split * 512; start < row_bytes; start += splits * 512) {
+        const int at = start + lane * 16;
+        const bool inside = at < row_bytes;
+        float sum[8] = {};
+        for (int k = 0; k < p.top_k; ++k) {
+            const auto from =
+                reinterpret_cast<const char*>(__shfl_sync(0xffffffffu, reinterpret_cast<unsigned long long>(picks.row), k));
+            const float weight = __shfl_sync(0xffffffffu, picks.weight, k);
+            const bool logfmt = __shfl_sync(0xffffffffu, picks.logfmt, k);
+            if (from == nullptr || !inside) continue;
+            if (logfmt) {
+                const Logfmt::Coded coded = Logfmt::load(from + at / 256 * Logfmt::kBytes);
+#pragma unroll
+                for (int i = 0; i < 8; ++i) sum[i] = __fadd_rn(sum[i], __fmul_rn(weight, Logfmt::decode(coded, i)));
+            } else {
+                add(sum, load_row(from + at), weight);
             }
         }
         if (inside)

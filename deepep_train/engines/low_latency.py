@@ -237,7 +237,7 @@ class LowLatency:
     ) -> Callable[[], None] | None:
         """The send phase, and the receive phase, now or as a hook."""
         send, receive = getattr(_C.low_latency, f"{name}_send"), getattr(_C.low_latency, f"{name}_receive")
-        in_one = name == "combine" and not with_hook and not p.zero_copy
+        in_one = name == "combine" and not with_hook and not p.zero_copy and not p.logfmt
         space, slots = handle.space, handle.set
         with self._ordered() as stream:
             _C.low_latency.combine_whole(p, stream) if in_one else send(p, stream)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import low_latency_ranks as ranks
 import pytest
@@ -37,6 +38,12 @@ def none_wrong(results: list[list[str]]) -> None:
 @pytest.mark.parametrize("size", SIZES)
 def test_random_exchanges(size: int) -> None:
     none_wrong(run_ranks(size, ranks.round_trips, cases_of(size, 24, size), timeout=240))
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_logfmt_is_as_near_as_it_may_be(size: int) -> None:
+    cases = [replace(case, logfmt=True, zero_copy=False) for case in cases_of(size, 12, 100 + size)]
+    none_wrong(run_ranks(size, ranks.round_trips, cases, timeout=240))
 
 
 @pytest.mark.parametrize("size", [2, 8])
