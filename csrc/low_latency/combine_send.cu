@@ -12,25 +12,6 @@ namespace {
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
 
-// `first` [L + 1] gets the first row of every expert among all; by one block.
-__device__ void count_before(const Control* mine, int set, int local, int32_t* first) {
-    if (threadIdx.x < 32) {
-        int before = 0;
-        for (int base = 0; base < local; base += 32) {
-            int upto = base + threadIdx.x < local ? mine->num_rows[set][base + threadIdx.x] : 0;
-#pragma unroll
-            for (int distance = 1; distance < 32; distance *= 2) {
-                const int other = __shfl_up_sync(0xffffffffu, upto, distance);
-                upto += threadIdx.x >= distance ? other : 0;
-            }
-            if (base + threadIdx.x < local) first[base + threadIdx.x + 1] = before + upto;
-            before += __shfl_sync(0xffffffffu, upto, 31);
-        }
-        if (threadIdx.x == 0) first[0] = 0;
-    }
-    __syncthreads();
-}
-
 // By a warp: a piece of a row, as it is.
 DT_DEVICE void copy(const char* from, char* to, int start, int row_bytes) {
     Piece<4> part;
@@ -51,13 +32,16 @@ DT_DEVICE void encode(const char* from, char* to, int start, int row_bytes) {
 
 template <bool kLogfmt>
 __global__ void __launch_bounds__(kThreads, 2) combine_send_kernel(const __grid_constant__ CombineParams p) {
-    __shared__ int32_t first[kMaxExperts + 1];
+    __shared__ int32_t first[kMaxExperts + 1];  // row of every expert among all
     Control* mine = control_of(p, p.rank);
     if (mine->closed != 0) return;
     const uint32_t number = mine->combines[p.set] + 1;
     const int local = p.num_experts / p.num_ranks;
-    if (p.zero_copy == 0) count_before(mine, p.set, local, first);
+    if (threadIdx.x == 0) first[0] = 0;
+    for (int e = threadIdx.x; e < local; e += kThreads) first[e + 1] = mine->num_rows[p.set][e];
     if (threadIdx.x < 32) wait_for_answers(p, mine->shown_to[p.set], mine->pulled[p.set]);
+    __syncthreads();
+    if (threadIdx.x < 32) sum_up(first + 1, local);
     __syncthreads();
     const Layout layout(p);
     char* own = space_of(p, p.rank);

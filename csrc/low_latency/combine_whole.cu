@@ -26,22 +26,16 @@ __device__ void read_lists(const CombineParams& p, const Layout& layout, Shared&
     char* own = space_of(p, p.rank);
     const auto* places = reinterpret_cast<const Place*>(own + layout.own_places + p.set * layout.place_bytes);
     for (int i = threadIdx.x; i < p.num_experts; i += kThreads) shared.places[i] = places[i];
-    for (int i = threadIdx.x; i < p.num_ranks * (kChunks + 1); i += kThreads) {
-        const int source = i / (kChunks + 1);
-        shared.chunks[i] = List(own + layout.list(p.set, source), p).chunks[i % (kChunks + 1)];
-    }
-}
-
-DT_DEVICE void count_listed(const CombineParams& p, const Control* mine, Shared& shared) {
+    const Control* mine = control_of(p, p.rank);
     const uint32_t came = mine->dispatches[p.set] << 1;
-    int sum = 0;
-    for (int chunk = 0; chunk < kChunks; ++chunk)
-        for (int source = 0; source < p.num_ranks; ++source) {
-            const int32_t* from = shared.chunks + source * (kChunks + 1) + chunk;
-            shared.before[chunk * p.num_ranks + source] = sum;
-            sum += mine->decided[p.set][0].at[source] == came ? from[1] - from[0] : 0;
-        }
-    shared.before[kChunks * p.num_ranks] = sum;
+    for (int i = threadIdx.x; i < p.num_ranks * (kChunks + 1); i += kThreads) {
+        const int source = i / (kChunks + 1), chunk = i % (kChunks + 1);
+        const int32_t* chunks = List(own + layout.list(p.set, source), p).chunks;
+        shared.chunks[i] = chunks[chunk];
+        if (chunk == kChunks) continue;
+        const bool counts = mine->decided[p.set][0].at[source] == came;
+        shared.before[chunk * p.num_ranks + source + 1] = counts ? chunks[chunk + 1] - chunks[chunk] : 0;
+    }
 }
 
 // By a copying warp that has come to the end of a chunk: the last such warp tells the peers.
@@ -140,7 +134,8 @@ __global__ void __launch_bounds__(kThreads, 1) combine_whole_kernel(const __grid
                 }
     }
     __syncthreads();
-    if (threadIdx.x == 0) count_listed(p, mine, shared);
+    if (threadIdx.x == 0) shared.before[0] = 0;
+    if (threadIdx.x < 32) sum_up(shared.before + 1, kChunks * p.num_ranks);
     __syncthreads();
     const int warp = threadIdx.x / 32;
     if (warp < kCopyWarps) {

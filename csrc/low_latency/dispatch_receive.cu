@@ -41,10 +41,8 @@ __device__ void count_rows(const DispatchParams& p, const Layout& layout, Shared
         }
         shared.all[e] = sum;
     }
-    if (threadIdx.x == kThreads - 1) {
-        shared.tokens[0] = 0;
-        for (int source = 0; source < ranks; ++source) shared.tokens[source + 1] += shared.tokens[source];
-    }
+    if (threadIdx.x == kThreads - 32) shared.tokens[0] = 0;
+    if (threadIdx.x >= kThreads - 32) sum_up(shared.tokens + 1, ranks);
     __syncthreads();
 }
 
@@ -59,27 +57,12 @@ __device__ void report(const DispatchParams& p, const Layout& layout, Control* m
     for (int i = threadIdx.x; i < p.num_experts; i += kThreads)
         reinterpret_cast<int64_t*>(p.ranges)[i] = int64_t{shared.begin[i]} << 32 | static_cast<uint32_t>(shared.counts[i]);
     __syncthreads();
-    // `all` becomes the first row of each expert among all rows.
-    if (threadIdx.x < 32) {
-        const int lane = threadIdx.x;
-        int before = 0;
-        for (int base = 0; base < local; base += 32) {
-            const int here = base + lane < local ? shared.all[base + lane] : 0;
-            int upto = here;
-#pragma unroll
-            for (int distance = 1; distance < 32; distance *= 2) {
-                const int other = __shfl_up_sync(0xffffffffu, upto, distance);
-                upto += lane >= distance ? other : 0;
-            }
-            if (base + lane < local) shared.all[base + lane] = before + upto - here;
-            before += __shfl_sync(0xffffffffu, upto, 31);
-        }
-    }
+    if (threadIdx.x < 32) sum_up(shared.all, local);
     __syncthreads();
     for (int i = threadIdx.x; i < p.num_experts; i += kThreads) {
         const int source = i / local, e = i % local;
         const int begin = shared.begin[e * ranks + source];
-        const Place place{begin, shared.all[e] + begin};
+        const Place place{begin, (e == 0 ? 0 : shared.all[e - 1]) + begin};
         auto* own = reinterpret_cast<Place*>(space_of(p, p.rank) + layout.own_places + p.set * layout.place_bytes);
         own[e * ranks + source] = place;
         if (!is_in(shared.came, source)) continue;

@@ -188,6 +188,22 @@ DT_DEVICE bool is_last_block(Control* mine, const Common& c, Phase phase) {
     return last;
 }
 
+// By one warp: each value becomes the sum of all up to it.
+DT_DEVICE void sum_up(int32_t* values, int count) {
+    const int lane = threadIdx.x % 32;
+    int before = 0;
+    for (int base = 0; base < count; base += 32) {
+        int upto = base + lane < count ? values[base + lane] : 0;
+#pragma unroll
+        for (int distance = 1; distance < 32; distance *= 2) {
+            const int other = __shfl_up_sync(0xffffffffu, upto, distance);
+            upto += lane >= distance ? other : 0;
+        }
+        if (base + lane < count) values[base + lane] = before + upto;
+        before += __shfl_sync(0xffffffffu, upto, 31);
+    }
+}
+
 // Copies rows by 16 bytes a lane: `kVectors` of them are loaded before the first is stored.
 template <int kVectors>
 struct Piece {
