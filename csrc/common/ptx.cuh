@@ -125,6 +125,12 @@ DT_DEVICE void bulk_wait_read() {
 // All of this thread's bulk stores have been written, not only read from shared memory: what a flag may announce.
 DT_DEVICE void bulk_wait_written() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
+// The same, but for at most `kPending` of the newest groups.
+template <int kPending>
+DT_DEVICE void bulk_wait_written_but() {
+    asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
 // Orders the copy engine's accesses (the async proxy) with ordinary ones.
 DT_DEVICE void fence_async_proxy() {
 #if __CUDA_ARCH__ >= 900

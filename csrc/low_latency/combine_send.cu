@@ -9,7 +9,7 @@ namespace deepep_train::low_latency {
 
 namespace {
 
-constexpr int kThreads = 512;
+constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / 32;
 
 // By a warp: a piece of a row, as it is.
@@ -31,7 +31,7 @@ DT_DEVICE void encode(const char* from, char* to, int start, int row_bytes) {
 }
 
 template <bool kLogfmt>
-__global__ void __launch_bounds__(kThreads, 2) combine_send_kernel(const __grid_constant__ CombineParams p) {
+__global__ void __launch_bounds__(kThreads, 1) combine_send_kernel(const __grid_constant__ CombineParams p) {
     __shared__ int32_t first[kMaxExperts + 1];  // row of every expert among all
     Control* mine = control_of(p, p.rank);
     if (mine->closed != 0) return;
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kThreads, 2) combine_send_kernel(const __grid_
 }  // namespace
 
 void launch_combine_send(const CombineParams& p, cudaStream_t stream) {
-    const int blocks = p.zero_copy != 0 ? 1 : 2 * p.num_sms;
+    const int blocks = p.zero_copy != 0 ? 1 : p.num_sms;
     if (p.logfmt != 0)
         combine_send_kernel<true><<<blocks, kThreads, 0, stream>>>(p);
     else

@@ -10,7 +10,12 @@ namespace deepep_train::low_latency {
 namespace {
 
 constexpr int kThreads = 640;
-constexpr int kCopyWarps = 12;
+constexpr int kCopyWarps = 4;
+constexpr int kStages = 8;                  // of a copying warp's ring
+[[maybe_unused]] constexpr int kAhead = 5;  // loads that run ahead of the stores
+constexpr int kStageBytes = 4096;
+[[maybe_unused]] constexpr int kLag = 3;  // pieces behind a chunk's last until it is told
+constexpr int kSharedBytes = kCopyWarps * kStages * (kStageBytes + 8);
 constexpr int kPullWarps = kThreads / 32 - kCopyWarps;
 
 struct Shared {
@@ -38,11 +43,13 @@ __device__ void read_lists(const CombineParams& p, const Layout& layout, Shared&
     }
 }
 
-// By a copying warp that has come to the end of a chunk: the last such warp tells the peers.
+#if __CUDA_ARCH__ >= 900
+
+// By a copying warp, all of whose rows of a chunk have been written: the last such warp tells the peers.
 DT_DEVICE void end_chunk(const CombineParams& p, Control* mine, uint64_t present, uint32_t number, int chunk) {
     const int lane = threadIdx.x % 32;
     delay_at_random(chunk);
-    __syncwarp();
+    __syncwarp();  // what other lanes told of the chunk before comes first
     bool last = false;
     if (lane == 0) {
         __threadfence_system();
@@ -55,54 +62,125 @@ DT_DEVICE void end_chunk(const CombineParams& p, Control* mine, uint64_t present
         if (is_in(present, peer)) store_release_sys(&control_of(p, peer)->shown[p.set].at[p.rank], number * kSteps + step);
 }
 
-DT_DEVICE void copy_rows(const CombineParams& p, const Layout& layout, Control* mine, const Shared& shared, uint32_t number) {
-    using Part = Piece<4>;
-    const int lane = threadIdx.x % 32, ranks = p.num_ranks, row_bytes = 2 * p.hidden, pieces = Part::in(row_bytes);
-    const int64_t slots = int64_t{ranks} * p.max_tokens;
-    char* own = space_of(p, p.rank);
-    char* rows = own + layout.rows + p.set * layout.rows_bytes;
-    const int64_t units = int64_t{shared.before[kChunks * ranks]} * pieces, stride = int64_t{gridDim.x} * kCopyWarps;
-    int64_t unit = blockIdx.x + static_cast<int64_t>(threadIdx.x / 32) * gridDim.x;
-    const char* lists = reinterpret_cast<const char*>(List(own + layout.list(p.set, 0), p).places);  // the first's picks
-    const int list_bytes = static_cast<int>(layout.list_bytes);
-    int part_of = 0;  // chunk * ranks + source
+// The rows that a copying warp copies, piece by piece in the order of chunks.
+struct Copies {
+    const CombineParams& p;
+    const Shared& shared;
+    const char* lists;  // the first source's picks
+    char* rows;
+    int list_bytes, pieces, piece_bytes;
+    int part_of = 0;            // chunk * ranks + source
+    int listed, units, stride;  // a unit: a piece of all rows that a listed token has here
     uint32_t next_place = kNoPlace;
-    const auto look = [&]() {
-        if (unit >= units) return;
-        const int listed = static_cast<int>(unit / pieces);
-        while (shared.before[part_of + 1] <= listed) ++part_of;
-        const int chunk = part_of / ranks, source = part_of % ranks;
-        const int64_t i = shared.chunks[source * (kChunks + 1) + chunk] + listed - shared.before[part_of];
-        const auto* picks = reinterpret_cast<const uint32_t*>(lists + int64_t{source} * list_bytes) + i * p.top_k;
-        next_place = lane < p.top_k ? picks[lane] : kNoPlace;
-    };
-    look();
-    int chunk = 0;
-    while (unit < units) {
-        const int source = part_of % ranks, now = part_of / ranks;
-        const int start = static_cast<int>(unit % pieces) * Part::kBytes;
-        const uint32_t place = next_place;
-        while (chunk < now) end_chunk(p, mine, shared.present, number, chunk++);
-        unit += stride;
+    unsigned left = 0;  // of the current unit: its picks to be copied
+    int start = 0, chunk = 0;
+    int64_t from_here = 0, to_here = 0;  // this lane's pick's
+
+    DT_DEVICE Copies(const CombineParams& params, const Layout& layout, const Shared& all) : p(params), shared(all) {
+        char* own = space_of(p, p.rank);
+        lists = reinterpret_cast<const char*>(List(own + layout.list(p.set, 0), p).places);
+        list_bytes = static_cast<int>(layout.list_bytes);
+        rows = own + layout.rows + p.set * layout.rows_bytes;
+        const int row_bytes = 2 * p.hidden;
+        pieces = (row_bytes + kStageBytes - 1) / kStageBytes;
+        piece_bytes = (row_bytes / 16 + pieces - 1) / pieces * 16;
+        units = shared.before[kChunks * p.num_ranks] * pieces;
+        stride = gridDim.x * kCopyWarps;
+        listed = blockIdx.x + threadIdx.x / 32 * gridDim.x;
         look();
-        int64_t from_here = 0;
-        int to_here = 0;
-        if (place != kNoPlace) {
-            const int e = place >> kIndexBits, index = place & ((1u << kIndexBits) - 1);
-            const Place first = shared.places[e * ranks + source];
-            from_here = e * slots + first.begin + index;
-            to_here = first.compact + index;
+    }
+
+    DT_DEVICE void look() {
+        if (listed >= units) return;
+        const int token = listed / pieces;
+        while (shared.before[part_of + 1] <= token) ++part_of;
+        const int source = part_of % p.num_ranks;
+        const int i = shared.chunks[source * (kChunks + 1) + part_of / p.num_ranks] + token - shared.before[part_of];
+        const auto* picks = reinterpret_cast<const uint32_t*>(lists + int64_t{source} * list_bytes) + i * p.top_k;
+        const int lane = threadIdx.x % 32;
+        next_place = lane < p.top_k ? picks[lane] : kNoPlace;
+    }
+
+    // Whether there is another piece; it is then the first of `left`.
+    DT_DEVICE bool next() {
+        while (left == 0) {
+            if (listed >= units) return false;
+            const int source = part_of % p.num_ranks;
+            chunk = part_of / p.num_ranks;
+            start = listed % pieces * piece_bytes;
+            const uint32_t place = next_place;
+            if (place != kNoPlace) {
+                const int e = place >> kIndexBits, index = place & ((1u << kIndexBits) - 1);
+                const Place first = shared.places[e * p.num_ranks + source];
+                from_here = int64_t{e} * p.num_ranks * p.max_tokens + first.begin + index;
+                to_here = first.compact + index;
+            }
+            left = __ballot_sync(0xffffffffu, place != kNoPlace);
+            listed += stride;
+            look();
         }
-        for (unsigned left = __ballot_sync(0xffffffffu, place != kNoPlace); left != 0; left &= left - 1) {
-            const int64_t from = __shfl_sync(0xffffffffu, from_here, __ffs(left) - 1);
-            const int64_t to = __shfl_sync(0xffffffffu, to_here, __ffs(left) - 1);
-            Part part;
-            part.load(reinterpret_cast<const char*>(p.y) + from * row_bytes, start, row_bytes);
-            part.store(rows + to * row_bytes, start, row_bytes);
+        return true;
+    }
+};
+
+// The copy engine brings pieces into a ring of shared memory and takes them on from there. A chunk is ended when its pieces
+// have been written, which is a few pieces later.
+DT_DEVICE void copy_rows(const CombineParams& p, const Layout& layout, Control* mine, const Shared& shared, uint32_t number,
+                         char* stages, uint64_t* full) {
+    const int lane = threadIdx.x % 32, row_bytes = 2 * p.hidden;
+    if (lane < kStages) barrier_init(full + lane, 1);
+    barrier_init_visible();
+    __syncwarp();
+    Copies copies(p, layout, shared);
+    uint32_t loaded = 0, stored = 0;
+    // Lane s: where the piece in stage s goes, and how long it is. Lane c: how many pieces come before the end of chunk c.
+    char* to_of_stage = nullptr;
+    int bytes_of_stage = 0, chunk_of_stage = 0;
+    uint32_t end_of_chunk = 0;
+    int ended = 0, told = 0;  // chunks
+    for (;;) {
+        bulk_wait_read<kStages - kAhead>();
+        while (loaded - stored < kAhead && copies.next()) {
+            const int pick = __ffs(copies.left) - 1, stage = loaded % kStages;
+            copies.left &= copies.left - 1;
+            const int64_t from = __shfl_sync(0xffffffffu, copies.from_here, pick);
+            const int64_t to = __shfl_sync(0xffffffffu, copies.to_here, pick);
+            const int behind = row_bytes - copies.start, bytes = behind < copies.piece_bytes ? behind : copies.piece_bytes;
+            if (lane == stage) {
+                to_of_stage = copies.rows + to * row_bytes + copies.start;
+                bytes_of_stage = bytes;
+                chunk_of_stage = copies.chunk;
+            }
+            if (lane == 0) {
+                barrier_expect(full + stage, bytes);
+                bulk_load(stages + stage * kStageBytes, reinterpret_cast<const char*>(p.y) + from * row_bytes + copies.start,
+                          bytes, full + stage);
+            }
+            ++loaded;
+        }
+        if (loaded == stored) break;
+        const int stage = stored % kStages;
+        const int chunk = __shfl_sync(0xffffffffu, chunk_of_stage, stage);
+        for (; ended < chunk; ++ended)
+            if (lane == ended) end_of_chunk = stored;
+        auto* to = reinterpret_cast<char*>(__shfl_sync(0xffffffffu, reinterpret_cast<unsigned long long>(to_of_stage), stage));
+        const int bytes = __shfl_sync(0xffffffffu, bytes_of_stage, stage);
+        barrier_wait(full + stage, stored / kStages % 2);
+        if (lane == 0) bulk_store(to, stages + stage * kStageBytes, bytes);
+        bulk_commit();
+        ++stored;
+        while (told < ended && stored - __shfl_sync(0xffffffffu, end_of_chunk, told) >= kLag) {
+            bulk_wait_written_but<kLag>();
+            end_chunk(p, mine, shared.present, number, told++);
         }
     }
-    while (chunk < kChunks) end_chunk(p, mine, shared.present, number, chunk++);
+    bulk_wait_written();
+    while (told < kChunks) end_chunk(p, mine, shared.present, number, told++);
 }
+
+#else
+DT_DEVICE void copy_rows(const CombineParams&, const Layout&, Control*, const Shared&, uint32_t, char*, uint64_t*) {}
+#endif
 
 // Waits, with one warp, until the peers that came for the first chunk have come as far as `step`, too.
 DT_DEVICE void wait_for_step(const CombineParams& p, Control* mine, uint64_t came, uint32_t value) {
@@ -116,6 +194,7 @@ DT_DEVICE void wait_for_step(const CombineParams& p, Control* mine, uint64_t cam
 }
 
 __global__ void __launch_bounds__(kThreads, 1) combine_whole_kernel(const __grid_constant__ CombineParams p, const int splits) {
+    extern __shared__ __align__(128) char ring[];
     __shared__ Shared shared;
     Control* mine = control_of(p, p.rank);
     if (mine->closed != 0) return;
@@ -139,7 +218,8 @@ __global__ void __launch_bounds__(kThreads, 1) combine_whole_kernel(const __grid
     __syncthreads();
     const int warp = threadIdx.x / 32;
     if (warp < kCopyWarps) {
-        copy_rows(p, layout, mine, shared, number);
+        auto* full = reinterpret_cast<uint64_t*>(ring + kCopyWarps * kStages * kStageBytes) + warp * kStages;
+        copy_rows(p, layout, mine, shared, number, ring + warp * kStages * kStageBytes, full);
     } else {
         // The first pulling warp waits for all; it is the one that may give a peer up.
         if (warp == kCopyWarps) shared.sources.wait(p, mine, number, 1);
@@ -148,9 +228,11 @@ __global__ void __launch_bounds__(kThreads, 1) combine_whole_kernel(const __grid
         const int64_t units = int64_t{p.num_tokens} * splits, stride = int64_t{gridDim.x} * kPullWarps;
         int64_t unit = blockIdx.x + static_cast<int64_t>(warp - kCopyWarps) * gridDim.x;
         int chunk = 0;
+        Picks next(p, shared.sources, places, unit < units ? unit / splits : -1);
         for (; unit < units; unit += stride) {
-            const int64_t t = unit / splits;
-            const Picks picks(p, shared.sources, places, t);
+            const int64_t t = unit / splits, after = unit + stride;
+            const Picks picks = next;
+            next = Picks(p, shared.sources, places, after < units ? after / splits : -1);
             if (const int now = static_cast<int>(t) / chunk_tokens(p); chunk < now) {
                 chunk = now;
                 wait_for_step(p, mine, shared.sources.came, number * kSteps + chunk + 1);
@@ -167,9 +249,16 @@ __global__ void __launch_bounds__(kThreads, 1) combine_whole_kernel(const __grid
 
 }  // namespace
 
+bool can_combine_whole() {
+    cudaFuncAttributes attributes;
+    DT_CUDA(cudaFuncGetAttributes(&attributes, combine_whole_kernel));
+    return attributes.ptxVersion >= 90;
+}
+
 void launch_combine_whole(const CombineParams& p, cudaStream_t stream) {
-    const int pieces = (2 * p.hidden + 511) / 512;
-    combine_whole_kernel<<<p.num_sms, kThreads, 0, stream>>>(p, pieces > 2 ? (pieces + 1) / 2 : pieces);
+    const int pieces = (2 * p.hidden + 511) / 512;  // of a row: a unit's
+    DT_CUDA(cudaFuncSetAttribute(combine_whole_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
+    combine_whole_kernel<<<p.num_sms, kThreads, kSharedBytes, stream>>>(p, pieces);
     DT_CUDA(cudaGetLastError());
 }
 

@@ -8,7 +8,7 @@ namespace deepep_train::low_latency {
 
 namespace {
 
-constexpr int kThreads = 384;
+constexpr int kThreads = 768;
 constexpr int kWarps = kThreads / 32;
 
 struct Shared {
@@ -72,7 +72,7 @@ __device__ void report(const DispatchParams& p, const Layout& layout, Control* m
     }
 }
 
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, 1)
     dispatch_receive_kernel(const __grid_constant__ DispatchParams p, const int row_bytes, const int scale_words) {
     __shared__ Shared shared;
     Control* mine = control_of(p, p.rank);
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     const Layout layout(p);
     count_rows(p, layout, shared);
 
-    using Part = Piece<4>;
+    using Part = Piece<7>;
     const int lane = threadIdx.x % 32, ranks = p.num_ranks, pieces = Part::in(row_bytes);
     const int64_t slots = int64_t{ranks} * p.max_tokens;  // of an expert
     const int64_t units = int64_t{shared.tokens[ranks]} * pieces, stride = int64_t{gridDim.x} * kWarps;
@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 void launch_dispatch_receive(const DispatchParams& p, cudaStream_t stream) {
     const int row_bytes = p.scales == kBf16 ? 2 * p.hidden : p.hidden;
     const int scale_words = p.scales == kBf16 ? 0 : p.hidden / kBlock / (p.scales == kPackedScales ? 4 : 1);
-    dispatch_receive_kernel<<<2 * p.num_sms, kThreads, 0, stream>>>(p, row_bytes, scale_words);
+    dispatch_receive_kernel<<<p.num_sms, kThreads, 0, stream>>>(p, row_bytes, scale_words);
     DT_CUDA(cudaGetLastError());
 }
 

@@ -203,7 +203,7 @@ struct Quantized {
 };
 
 template <typename Row>
-__global__ void __launch_bounds__(kThreads, 2) dispatch_send_kernel(const __grid_constant__ DispatchParams p) {
+__global__ void __launch_bounds__(kThreads, 1) dispatch_send_kernel(const __grid_constant__ DispatchParams p) {
     __shared__ Shared shared;
     __shared__ uint64_t present_ranks;
     __shared__ char* spaces[kMaxRanks];
@@ -255,9 +255,9 @@ int64_t space_bytes(const Common& c) { return Layout(c).end; }
 
 void launch_dispatch_send(const DispatchParams& p, cudaStream_t stream) {
     if (p.scales == kBf16)
-        dispatch_send_kernel<Plain><<<2 * p.num_sms, kThreads, 0, stream>>>(p);
+        dispatch_send_kernel<Plain><<<p.num_sms, kThreads, 0, stream>>>(p);
     else
-        dispatch_send_kernel<Quantized><<<2 * p.num_sms, kThreads, 0, stream>>>(p);
+        dispatch_send_kernel<Quantized><<<p.num_sms, kThreads, 0, stream>>>(p);
     DT_CUDA(cudaGetLastError());
 }
 

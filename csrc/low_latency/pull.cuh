@@ -29,7 +29,8 @@ struct Sources {
     }
 };
 
-// A token's rows: lane k knows where the row of pick k is (null: nowhere), its weight, and whether it is in LogFMT.
+// A token's rows (none of token -1): lane k knows where the row of pick k is (null: nowhere), its weight, and whether it is in
+// LogFMT.
 struct Picks {
     const char* row;
     float weight;
@@ -38,7 +39,7 @@ struct Picks {
     DT_DEVICE Picks(const CombineParams& p, const Sources& sources, const Place* places, int64_t t)
         : row(nullptr), weight(0.0f) {
         const int lane = threadIdx.x % 32, local = p.num_experts / p.num_ranks;
-        if (lane >= p.top_k) return;
+        if (lane >= p.top_k || t < 0) return;
         const int64_t pick = t * p.top_k + lane, e = reinterpret_cast<const int64_t*>(p.topk_idx)[pick];
         const int index = reinterpret_cast<const int32_t*>(p.pick_index)[pick];
         weight = reinterpret_cast<const float*>(p.topk_weights)[pick];

@@ -15,8 +15,8 @@ namespace deepep_train::low_latency {
 
 constexpr int kBlock = 128;  // values with one scale
 constexpr uint32_t kNoPlace = 0xffffffffu;
-constexpr int kChunks = 8;       // of tokens, in which a combine without a hook goes
-constexpr uint32_t kSteps = 16;  // of `Control::shown` in a combine; the last says that all is there
+constexpr int kChunks = 16;      // of tokens, in which a combine without a hook goes
+constexpr uint32_t kSteps = 32;  // of `Control::shown` in a combine; the last says that all is there
 constexpr int kIndexBits = 22;   // of a pick's place: local expert << kIndexBits | its number among the source's picks of it
 
 struct Control {

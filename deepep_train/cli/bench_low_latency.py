@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deepep_train.buffer import Buffer
-from deepep_train.cli.bench_gpu import QUICK_ROUNDS, ROUNDS, TIMEOUT_SECONDS, captured, examine, inputs, slowest_ms
+from deepep_train.cli.bench_gpu import QUICK_ROUNDS, ROUNDS, captured, examine, inputs, slowest_ms
 from deepep_train.cli.bench_model import Shape
 from deepep_train.cli.bench_report import about, title, turns_warning
 from deepep_train.errors import DeepEPError
@@ -24,6 +24,7 @@ DEFAULT_TOKENS = 128
 CALLS = 10  # of a graph
 REPLAYS = 5  # of a round
 GEMM = 4096
+TIMEOUT_SECONDS = 10.0  # after which a rank is masked, and the table given up
 # Microseconds, for 8 ranks on one H100 under MPS, 128 tokens of 7168, top-8 of 256 experts.
 LIMITS = {"dispatch FP8": 55.0, "combine bf16": 110.0}
 LIMIT_SHAPE, LIMIT_RANKS = Shape(128, 7168, 256, 8), 8
@@ -65,8 +66,9 @@ def measure(plan: Plan) -> None:
     rows: list[Row] = []
     with torch.no_grad():
         x, idx, weights, _ = inputs(shape)
-        for name, (call, moved) in _calls(buffer, shape, x, idx, weights).items():
+        for name, call, moved in _calls(buffer, shape, x, idx, weights):
             us = 1e3 * slowest_ms(captured(call, CALLS), REPLAYS, rounds) / CALLS
+            _check_all_came(buffer, name)
             rows.append(Row(name, us, 1e6 * moved / machine.copy_rate, LIMITS.get(name) if limited else None))
             if is_first:
                 limit = "" if rows[-1].limit_us is None else f"{rows[-1].limit_us:9.1f}"
@@ -90,7 +92,19 @@ def measure(plan: Plan) -> None:
     buffer.destroy()
 
 
-def _calls(buffer: Buffer, shape: Shape, x: Tensor, idx: Tensor, weights: Tensor) -> dict[str, tuple[Callable[[], Any], int]]:
+def _check_all_came(buffer: Buffer, name: str) -> None:
+    """Raise, on every rank, if one was given up."""
+    mask = torch.zeros(dist.get_world_size(), dtype=torch.int32, device="cuda")
+    buffer.low_latency_query_mask_buffer(mask)
+    given_up = mask.cpu()
+    dist.all_reduce(given_up)
+    if given_up.any():
+        raise DeepEPError(f"{name}: waited {TIMEOUT_SECONDS:g} s in vain for ranks {given_up.nonzero().flatten().tolist()}")
+
+
+def _calls(
+    buffer: Buffer, shape: Shape, x: Tensor, idx: Tensor, weights: Tensor
+) -> Iterator[tuple[str, Callable[[], Any], int]]:
     """What is timed, and the bytes, of all ranks that share the GPU, that it must move."""
     size = dist.get_world_size()
     picks = size * shape.num_tokens * shape.num_topk
@@ -99,9 +113,10 @@ def _calls(buffer: Buffer, shape: Shape, x: Tensor, idx: Tensor, weights: Tensor
     def dispatch(use_fp8: bool) -> Any:
         return buffer.low_latency_dispatch(x, idx, shape.num_tokens, shape.num_experts, use_fp8=use_fp8)
 
-    kept = dispatch(False)  # its slots stay taken; the dispatches above go through the others
-    handle = kept[2]
-    y = kept[0]
+    yield "dispatch FP8", lambda: dispatch(True), tokens * row + picks * (shape.hidden + shape.hidden // 32)
+    yield "dispatch bf16", lambda: dispatch(False), tokens * row + picks * row
+
+    y, _, handle, _, _ = dispatch(False)
     visible = buffer.get_next_low_latency_combine_buffer(handle).copy_(y)
 
     def combine(rows: Tensor, zero_copy: bool) -> Any:
@@ -112,19 +127,10 @@ def _calls(buffer: Buffer, shape: Shape, x: Tensor, idx: Tensor, weights: Tensor
         assert hook is not None
         hook()
 
-    def dispatch_again(use_fp8: bool) -> None:
-        handle.space.are_over[handle.set] = True  # so that slots alternate
-        dispatch(use_fp8)
-
     back = picks * row + tokens * row
-    calls: dict[str, tuple[Callable[[], Any], int]] = {
-        "combine bf16": (lambda: combine(y, False), back),
-        "combine bf16, by hook": (combine_in_phases, back),
-        "combine bf16, zero copy": (lambda: combine(visible, True), back),
-        "dispatch FP8": (lambda: dispatch_again(True), tokens * row + picks * (shape.hidden + shape.hidden // 32)),
-        "dispatch bf16": (lambda: dispatch_again(False), tokens * row + picks * row),
-    }
-    return calls
+    yield "combine bf16", lambda: combine(y, False), back
+    yield "combine bf16, by hook", combine_in_phases, back
+    yield "combine bf16, zero copy", lambda: combine(visible, True), back
 
 
 def _overlap(buffer: Buffer, shape: Shape, x: Tensor, idx: Tensor, rounds: int) -> tuple[float, float]:

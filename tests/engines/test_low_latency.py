@@ -49,6 +49,8 @@ class Kernels:
             self.launched.append((name, p.set))
 
         phases = ("dispatch_send", "dispatch_receive", "combine_send", "combine_receive", "combine_whole", "forget")
+        if name == "can_combine_whole":
+            return lambda: True
         return launch if name in phases else getattr(low_latency_c, name)
 
 

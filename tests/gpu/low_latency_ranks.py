@@ -21,7 +21,7 @@ _buffers: dict[int, dt.Buffer] = {}
 def buffer_of(group: dist.ProcessGroup) -> dt.Buffer:
     """One per process."""
     if group.size() not in _buffers:
-        _buffers[group.size()] = dt.Buffer(group, num_nvl_bytes=ARENA, low_latency_mode=True, timeout=30)
+        _buffers[group.size()] = dt.Buffer(group, num_nvl_bytes=ARENA, low_latency_mode=True, timeout=10)
         assert _buffers[group.size()].engine == "low_latency"
     return _buffers[group.size()]
 
@@ -142,7 +142,7 @@ def overlapping(rank: int, size: int, group: dist.ProcessGroup, cases: Sequence[
 
 def left_out(rank: int, size: int, group: dist.ProcessGroup, case: Case) -> list[str]:
     """The last rank is masked by the others, and does nothing; then it takes part again."""
-    buffer = dt.Buffer(group, num_nvl_bytes=64 << 20, low_latency_mode=True, timeout=20)
+    buffer = dt.Buffer(group, num_nvl_bytes=64 << 20, low_latency_mode=True, timeout=10)
     errors = round_trip(buffer, rank, case, "cuda")
     gone = size - 1
     dist.barrier(group)

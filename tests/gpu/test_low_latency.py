@@ -37,13 +37,13 @@ def none_wrong(results: list[list[str]]) -> None:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_random_exchanges(size: int) -> None:
-    none_wrong(run_ranks(size, ranks.round_trips, cases_of(size, 24, size), timeout=240))
+    none_wrong(run_ranks(size, ranks.round_trips, cases_of(size, 24, size), timeout=90))
 
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_logfmt_is_as_near_as_it_may_be(size: int) -> None:
     cases = [replace(case, logfmt=True, zero_copy=False) for case in cases_of(size, 12, 100 + size)]
-    none_wrong(run_ranks(size, ranks.round_trips, cases, timeout=240))
+    none_wrong(run_ranks(size, ranks.round_trips, cases, timeout=90))
 
 
 @pytest.mark.parametrize("size", [2, 8])
@@ -54,13 +54,13 @@ def test_the_models_shapes(size: int) -> None:
         Case((3, 2) * (size // 2), 3, 16384, 1024, 16, kind="ue8m0"),
         Case((2,) * size, 2, 7168, 64, 9, "skewed", "round"),
     ]
-    none_wrong(run_ranks(size, ranks.round_trips, large[: 1 if size == 2 else 2] + limits, timeout=240))
+    none_wrong(run_ranks(size, ranks.round_trips, large[: 1 if size == 2 else 2] + limits, timeout=90))
 
 
 @pytest.mark.parametrize("size", [2, 4, 8])
 def test_the_same_bits_every_time(size: int) -> None:
     case = Case(tuple(32 - r for r in range(size)), 32, 512, 4 * size, 4, "skewed", "fp8")
-    for seen, errors in run_ranks(size, ranks.soak, case, 1000, timeout=240):
+    for seen, errors in run_ranks(size, ranks.soak, case, 1000, timeout=90):
         assert len(seen) == 1 and not errors, (len(seen), errors[:3])
 
 
@@ -68,7 +68,7 @@ def test_the_same_bits_every_time(size: int) -> None:
 @pytest.mark.parametrize("size", [2, 4, 8])
 def test_graphs(size: int, hook: bool) -> None:
     cases = [Case((16,) * size, 20, 512, 2 * size, 2, style, "ue8m0", hook, seed=i) for i, style in enumerate(STYLES)]
-    none_wrong(run_ranks(size, ranks.graphs, cases, timeout=240))
+    none_wrong(run_ranks(size, ranks.graphs, cases, timeout=90))
 
 
 @pytest.mark.parametrize("size", [2, 4, 8])
@@ -80,12 +80,12 @@ def test_two_results_in_flight_and_late_hooks(size: int) -> None:
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_a_rank_that_is_masked_and_comes_back(size: int) -> None:
-    none_wrong(run_ranks(size, ranks.left_out, Case((8,) * size, 8, 256, 2 * size, 2), fresh=True, timeout=120))
+    none_wrong(run_ranks(size, ranks.left_out, Case((8,) * size, 8, 256, 2 * size, 2), fresh=True, timeout=60))
 
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_a_rank_that_stops(size: int) -> None:
-    none_wrong(run_ranks(size, ranks.stopped, Case((8,) * size, 8, 256, 2 * size, 2, kind="bf16"), fresh=True, timeout=120))
+    none_wrong(run_ranks(size, ranks.stopped, Case((8,) * size, 8, 256, 2 * size, 2, kind="bf16"), fresh=True, timeout=60))
 
 
 def test_refusals() -> None:
