@@ -15,8 +15,12 @@ constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
 
 struct Shared {
-    int32_t counts[kMaxExperts];
-    uint16_t before[kWarps][kMaxExperts];
+    int32_t counts[kMaxExperts];           // picks of each expert so far
+    uint16_t before[kWarps][kMaxExperts];  // in this round, by the warps before
+    int16_t expert[kThreads];              // this round's picks; -1: none
+    int32_t index[kThreads];
+    int32_t listed[kMaxRanks];  // tokens on each rank's list so far, and of these, those before each chunk
+    int32_t chunks[kMaxRanks][kChunks + 1];
 };
 
 // -1 for what is no expert.
@@ -25,81 +29,100 @@ DT_DEVICE int expert_of(const DispatchParams& p, int64_t pick) {
     return e >= 0 && e < p.num_experts ? static_cast<int>(e) : -1;
 }
 
-// By one block: numbers the picks of each expert in the order of tokens, and counts them.
-__device__ void number_picks(const DispatchParams& p, Shared& shared) {
+// By one block: numbers a round's picks of each expert, in the order of tokens, and counts them. `expert`: this thread's.
+__device__ void number_picks(const DispatchParams& p, Shared& shared, int expert) {
     constexpr int kMine = kMaxExperts / kThreads;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int64_t picks = int64_t{p.num_tokens} * p.top_k;
-    for (int e = threadIdx.x; e < p.num_experts; e += kThreads) shared.counts[e] = 0;
-    for (int64_t first = 0; first < picks; first += kThreads) {
-        for (int w = 0; w < kWarps; ++w)
-            for (int e = threadIdx.x; e < p.num_experts; e += kThreads) shared.before[w][e] = 0;
-        __syncthreads();
-        const int64_t pick = first + threadIdx.x;
-        const int mine = pick < picks ? expert_of(p, pick) : -1;
-        if (pick < picks && mine < 0 && reinterpret_cast<const int64_t*>(p.topk_idx)[pick] != -1)
-            *reinterpret_cast<volatile int32_t*>(p.bad_index) = 1;
-        const unsigned same = __match_any_sync(0xffffffffu, mine);
-        const int earlier = __popc(same & ((1u << lane) - 1));
-        if (mine >= 0 && earlier == 0) shared.before[warp][mine] = static_cast<uint16_t>(__popc(same));
-        __syncthreads();
-        int sums[kMine] = {};
+    for (int w = 0; w < kWarps; ++w)
+        for (int e = threadIdx.x; e < p.num_experts; e += kThreads) shared.before[w][e] = 0;
+    __syncthreads();
+    const unsigned same = __match_any_sync(0xffffffffu, expert);
+    const int earlier = __popc(same & ((1u << lane) - 1));
+    if (expert >= 0 && earlier == 0) shared.before[warp][expert] = static_cast<uint16_t>(__popc(same));
+    __syncthreads();
+    int sums[kMine] = {};
 #pragma unroll
-        for (int i = 0; i < kMine; ++i) {
-            const int e = threadIdx.x + i * kThreads;
-            for (int w = 0; w < kWarps && e < p.num_experts; ++w) {
-                const int here = shared.before[w][e];
-                shared.before[w][e] = static_cast<uint16_t>(sums[i]);
-                sums[i] += here;
-            }
+    for (int i = 0; i < kMine; ++i) {
+        const int e = threadIdx.x + i * kThreads;
+        if (e >= p.num_experts) continue;
+#pragma unroll
+        for (int w = 0; w < kWarps; ++w) {
+            const int here = shared.before[w][e];
+            shared.before[w][e] = static_cast<uint16_t>(sums[i]);
+            sums[i] += here;
         }
-        __syncthreads();
-        if (pick < picks)
-            reinterpret_cast<int32_t*>(p.pick_index)[pick] =
-                mine < 0 ? -1 : shared.counts[mine] + shared.before[warp][mine] + earlier;
-        __syncthreads();
-#pragma unroll
-        for (int i = 0; i < kMine; ++i)
-            if (threadIdx.x + i * kThreads < p.num_experts) shared.counts[threadIdx.x + i * kThreads] += sums[i];
     }
     __syncthreads();
+    shared.expert[threadIdx.x] = static_cast<int16_t>(expert);
+    shared.index[threadIdx.x] = expert < 0 ? -1 : shared.counts[expert] + shared.before[warp][expert] + earlier;
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kMine; ++i)
+        if (threadIdx.x + i * kThreads < p.num_experts) shared.counts[threadIdx.x + i * kThreads] += sums[i];
 }
 
-// By the same block: a warp writes the list of one destination.
-__device__ void send_lists(const DispatchParams& p, const Shared& shared, uint64_t present) {
-    const Layout layout(p);
+// By the same block: `tokens` from token `first` on go onto the lists; a warp writes those of one destination.
+__device__ void list_tokens(const DispatchParams& p, const Layout& layout, Shared& shared, uint64_t present, int first,
+                            int tokens) {
     const int lane = threadIdx.x % 32, local = p.num_experts / p.num_ranks;
     for (int peer = threadIdx.x / 32; peer < p.num_ranks; peer += kWarps) {
         if (!is_in(present, peer)) continue;
         const List list(space_of(p, peer) + layout.list(p.set, p.rank), p);
-        for (int e = lane; e < local; e += 32) list.counts[e] = shared.counts[peer * local + e];
-        int listed = 0, before = 0;  // before: of the listed tokens, those before chunk number `lane`
-        const int chunk = lane <= kChunks ? lane * chunk_tokens(p) : 0;
-        for (int base = 0; base < p.num_tokens; base += 32) {
-            const int64_t t = base + lane;
+        int listed = shared.listed[peer];
+        int before = lane <= kChunks ? shared.chunks[peer][lane] : 0;
+        for (int base = 0; base < tokens; base += 32) {
+            const int t = base + lane;
             uint32_t here = 0;  // bit k: pick k is of this peer
-            if (t < p.num_tokens)
-                for (int k = 0; k < p.top_k; ++k) {
-                    const int e = expert_of(p, t * p.top_k + k) - peer * local;
-                    if (e >= 0 && e < local) here |= 1u << k;
-                }
+            for (int k = 0; k < p.top_k && t < tokens; ++k) {
+                const int e = shared.expert[t * p.top_k + k] - peer * local;
+                if (e >= 0 && e < local) here |= 1u << k;
+            }
             const unsigned all = __ballot_sync(0xffffffffu, here != 0);
             if (here != 0) {
                 const int64_t at = listed + __popc(all & ((1u << lane) - 1));
-                list.tokens[at] = static_cast<int32_t>(t);
+                list.tokens[at] = first + t;
                 for (int k = 0; k < p.top_k; ++k) {
-                    const int64_t pick = t * p.top_k + k;
-                    const uint32_t e = expert_of(p, pick) - peer * local;
-                    list.places[at * p.top_k + k] = (here >> k & 1) != 0
-                                                        ? e << kIndexBits | reinterpret_cast<const int32_t*>(p.pick_index)[pick]
-                                                        : kNoPlace;
+                    const int pick = t * p.top_k + k;
+                    const uint32_t e = shared.expert[pick] - peer * local;
+                    list.places[at * p.top_k + k] = (here >> k & 1) != 0 ? e << kIndexBits | shared.index[pick] : kNoPlace;
                 }
             }
             listed += __popc(all);
-            const int inside = chunk - base;
+            const int inside = lane * chunk_tokens(p) - first - base;  // of these 32 tokens, those before chunk number `lane`
             before += __popc(all & (inside >= 32 ? 0xffffffffu : inside <= 0 ? 0u : (1u << inside) - 1));
         }
-        if (lane <= kChunks) list.chunks[lane] = before;
+        if (lane == 0) shared.listed[peer] = listed;
+        if (lane <= kChunks) shared.chunks[peer][lane] = before;
+    }
+}
+
+// By one block: everything that goes beside the rows.
+__device__ void plan(const DispatchParams& p, const Layout& layout, Shared& shared, uint64_t present) {
+    for (int e = threadIdx.x; e < p.num_experts; e += kThreads) shared.counts[e] = 0;
+    for (int i = threadIdx.x; i < kMaxRanks * (kChunks + 1); i += kThreads) shared.chunks[0][i] = 0;
+    if (threadIdx.x < kMaxRanks) shared.listed[threadIdx.x] = 0;
+    const int round = kThreads / p.top_k;  // tokens
+    for (int first = 0; first < p.num_tokens; first += round) {
+        const int tokens = p.num_tokens - first < round ? p.num_tokens - first : round;
+        const int64_t pick = int64_t{first} * p.top_k + threadIdx.x;
+        const bool inside = threadIdx.x < tokens * p.top_k;
+        const int expert = inside ? expert_of(p, pick) : -1;
+        if (inside && expert < 0 && reinterpret_cast<const int64_t*>(p.topk_idx)[pick] != -1)
+            *reinterpret_cast<volatile int32_t*>(p.bad_index) = 1;
+        number_picks(p, shared, expert);
+        if (inside) reinterpret_cast<int32_t*>(p.pick_index)[pick] = shared.index[threadIdx.x];
+        list_tokens(p, layout, shared, present, first, tokens);
+        __syncthreads();
+    }
+    __syncthreads();
+    const int local = p.num_experts / p.num_ranks;
+    for (int e = threadIdx.x; e < p.num_experts; e += kThreads)
+        if (is_in(present, e / local))
+            List(space_of(p, e / local) + layout.list(p.set, p.rank), p).counts[e % local] = shared.counts[e];
+    for (int i = threadIdx.x; i < p.num_ranks * (kChunks + 1); i += kThreads) {
+        const int peer = i / (kChunks + 1);
+        if (is_in(present, peer))
+            List(space_of(p, peer) + layout.list(p.set, p.rank), p).chunks[i % (kChunks + 1)] = shared.chunks[0][i];
     }
 }
 
@@ -225,11 +248,8 @@ __global__ void __launch_bounds__(kThreads, 1) dispatch_send_kernel(const __grid
     }
     __syncthreads();
     const uint64_t present = present_ranks;
-    if (blockIdx.x == 0) {
-        number_picks(p, shared);
-        send_lists(p, shared, present);
-    }
     const Layout layout(p);
+    if (blockIdx.x == 0) plan(p, layout, shared, present);
     while (unit < units) {
         const int64_t t = unit / pieces;
         const int piece = static_cast<int>(unit % pieces);
