@@ -126,6 +126,7 @@ void bind_low_latency(py::module_ m) {
     m.def("forget", [=](const ll::Common& c, int peer, uint64_t s) { ll::launch_forget(c, peer, as_stream(s)); });
     m.attr("max_experts") = ll::kMaxExperts;
     m.attr("max_top_k") = ll::kMaxTopK;
+    m.attr("max_hidden") = ll::kMaxHidden;
     m.def("dispatch_send", [=](const ll::DispatchParams& p, uint64_t s) { ll::launch_dispatch_send(p, as_stream(s)); });
     m.def("dispatch_receive", [=](const ll::DispatchParams& p, uint64_t s) { ll::launch_dispatch_receive(p, as_stream(s)); });
     m.def("combine_send", [=](const ll::CombineParams& p, uint64_t s) { ll::launch_combine_send(p, as_stream(s)); });

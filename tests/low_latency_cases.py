@@ -134,7 +134,7 @@ def wrong(what: str, got: Tensor, expected: Tensor) -> list[str]:
         return []
     if got.shape != expected.shape or got.dtype != expected.dtype:
         return [f"{what}: {got.dtype} {list(got.shape)}, not {expected.dtype} {list(expected.shape)}"]
-    a, b = (t.contiguous().view(-1).view(torch.uint8).view(t.size(0), -1) for t in (got, expected))
+    a, b = (t.clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8).view(t.size(0), -1) for t in (got, expected))
     rows = (a != b).any(1).nonzero().flatten().tolist()
     return [f"{what}: {len(rows)} of {got.size(0)} rows differ, first {rows[:4]}: {got[rows[0]]} not {expected[rows[0]]}"]
 
@@ -151,7 +151,9 @@ def check_received(case: Case, rank: int, recv: Any, count: Tensor, handle: tupl
     picks = [case.inputs(r)[1] for r in range(case.size)]
     count, ranges, sources = count.cpu(), ranges.cpu(), sources.cpu()
     for e in range(local):
-        tokens = [(idx == rank * local + e).nonzero()[:, 0] if r not in without else idx[:0, 0] for r, idx in enumerate(picks)]
+        tokens = [
+            (idx == rank * local + e).any(1).nonzero()[:, 0] if r not in without else idx[:0, 0] for r, idx in enumerate(picks)
+        ]
         numbers = torch.tensor([len(t) for t in tokens])
         n, where = int(numbers.sum()), f"rank {rank}, local expert {e}"
         errors += wrong(f"count of {where}", count[e : e + 1], torch.tensor([n], dtype=torch.int32))

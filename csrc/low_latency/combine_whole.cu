@@ -16,7 +16,7 @@ constexpr int kStages = 8;                  // of a copying warp's ring
 constexpr int kStageBytes = 4096;
 [[maybe_unused]] constexpr int kLag = 3;  // pieces behind a chunk's last until it is told
 constexpr int kSharedBytes = kCopyWarps * kStages * (kStageBytes + 8);
-constexpr int kPullWarps = kThreads / 32 - kCopyWarps;
+constexpr int kPullWarps = kThreads / 32 - kCopyWarps - 1;
 
 struct Shared {
     Sources sources;
@@ -24,6 +24,7 @@ struct Shared {
     int32_t before[kChunks * kMaxRanks + 1];  // tokens listed in chunks, and by sources within a chunk, before
     int32_t chunks[kMaxRanks * (kChunks + 1)];
     uint64_t present;  // whom the rows are shown to
+    int ready;         // chunks that all peers have copied
 };
 
 // By every thread of every block: the lists of the dispatch, which stay until the set serves another.
@@ -182,14 +183,26 @@ DT_DEVICE void copy_rows(const CombineParams& p, const Layout& layout, Control* 
 DT_DEVICE void copy_rows(const CombineParams&, const Layout&, Control*, const Shared&, uint32_t, char*, uint64_t*) {}
 #endif
 
-// Waits, with one warp, until the peers that came for the first chunk have come as far as `step`, too.
-DT_DEVICE void wait_for_step(const CombineParams& p, Control* mine, uint64_t came, uint32_t value) {
-    const uint64_t start = global_timer();
-    for (int peer = threadIdx.x % 32; peer < p.num_ranks; peer += 32)
-        while (is_in(came, peer) && !reached(load_acquire_sys(mine->shown[p.set].at + peer), value)) {
-            if (global_timer() - start > p.timeout_ns) give_up(p, peer);
-            if (is_masked(p, peer)) break;  // it ended halfway: what it showed last time is taken for its rows
-        }
+// By one warp of each block, the only one that asks for flags: tells the pulling warps which chunks all peers have copied.
+DT_DEVICE void watch(const CombineParams& p, Control* mine, Shared& shared, uint32_t number) {
+    shared.sources.wait(p, mine, number, 1);
+    const uint64_t came = shared.sources.came, start = global_timer();
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+        for (int peer = threadIdx.x % 32; peer < p.num_ranks; peer += 32)
+            while (is_in(came, peer) && !reached(load_acquire_sys(mine->shown[p.set].at + peer), number * kSteps + chunk + 1)) {
+                if (global_timer() - start > p.timeout_ns) give_up(p, peer);
+                if (is_masked(p, peer)) break;  // it ended halfway: what it showed last time is taken for its rows
+                __nanosleep(50);
+            }
+        __syncwarp();
+        __threadfence_block();
+        if (threadIdx.x % 32 == 0) *static_cast<volatile int*>(&shared.ready) = chunk + 1;
+    }
+}
+
+DT_DEVICE void wait_for_chunk(const Shared& shared, int chunk) {
+    while (*static_cast<const volatile int*>(&shared.ready) <= chunk) __nanosleep(20);
+    __threadfence_block();
     __syncwarp();
 }
 
@@ -213,30 +226,27 @@ __global__ void __launch_bounds__(kThreads, 1) combine_whole_kernel(const __grid
                 }
     }
     __syncthreads();
-    if (threadIdx.x == 0) shared.before[0] = 0;
+    if (threadIdx.x == 0) shared.before[0] = shared.ready = 0;
     if (threadIdx.x < 32) sum_up(shared.before + 1, kChunks * p.num_ranks);
     __syncthreads();
     const int warp = threadIdx.x / 32;
     if (warp < kCopyWarps) {
         auto* full = reinterpret_cast<uint64_t*>(ring + kCopyWarps * kStages * kStageBytes) + warp * kStages;
         copy_rows(p, layout, mine, shared, number, ring + warp * kStages * kStageBytes, full);
+    } else if (warp == kCopyWarps) {
+        watch(p, mine, shared, number);
     } else {
-        // The first pulling warp waits for all; it is the one that may give a peer up.
-        if (warp == kCopyWarps) shared.sources.wait(p, mine, number, 1);
-        asm volatile("bar.sync 1, %0;" ::"n"(kPullWarps * 32) : "memory");
+        wait_for_chunk(shared, 0);  // by then it is known where the rows are
         const Place* places = places_of(p, layout);
         const int64_t units = int64_t{p.num_tokens} * splits, stride = int64_t{gridDim.x} * kPullWarps;
-        int64_t unit = blockIdx.x + static_cast<int64_t>(warp - kCopyWarps) * gridDim.x;
+        int64_t unit = blockIdx.x + static_cast<int64_t>(warp - kCopyWarps - 1) * gridDim.x;
         int chunk = 0;
         Picks next(p, shared.sources, places, unit < units ? unit / splits : -1);
         for (; unit < units; unit += stride) {
             const int64_t t = unit / splits, after = unit + stride;
             const Picks picks = next;
             next = Picks(p, shared.sources, places, after < units ? after / splits : -1);
-            if (const int now = static_cast<int>(t) / chunk_tokens(p); chunk < now) {
-                chunk = now;
-                wait_for_step(p, mine, shared.sources.came, number * kSteps + chunk + 1);
-            }
+            if (const int now = static_cast<int>(t) / chunk_tokens(p); chunk < now) wait_for_chunk(shared, chunk = now);
             pull(p, picks, t, static_cast<int>(unit % splits), splits);
         }
     }

@@ -10,6 +10,7 @@ namespace {
 
 constexpr int kThreads = 768;
 constexpr int kWarps = kThreads / 32;
+constexpr int kMostWords = kMaxHidden / kBlock / 32;  // of a row's scales, for each lane
 
 struct Shared {
     int32_t begin[kMaxExperts];     // [L, R]: a source's first row among those of the expert
@@ -111,6 +112,11 @@ __global__ void __launch_bounds__(kThreads, 1)
         const char* slot = own + layout.slot(p.set, from, token);
         Part part;
         part.load(slot, piece * Part::kBytes, row_bytes);
+        uint32_t words[kMostWords];
+#pragma unroll
+        for (int i = 0; i < kMostWords; ++i)
+            if (piece == 0 && i * 32 + lane < scale_words)
+                words[i] = reinterpret_cast<const volatile uint32_t*>(slot + row_bytes)[i * 32 + lane];
         unit += stride;
         look();
         int64_t row_here = 0;  // of all slots of all experts
@@ -121,13 +127,14 @@ __global__ void __launch_bounds__(kThreads, 1)
         }
         for (unsigned left = __ballot_sync(0xffffffffu, place != kNoPlace); left != 0; left &= left - 1) {
             const int64_t row = __shfl_sync(0xffffffffu, row_here, __ffs(left) - 1);
-            part.store(reinterpret_cast<char*>(p.recv_x) + row * row_bytes, piece * Part::kBytes, row_bytes);
+            part.store_last(reinterpret_cast<char*>(p.recv_x) + row * row_bytes, piece * Part::kBytes, row_bytes);
             if (piece != 0) continue;
             // [L, words, slots]
             const int64_t e = row / slots;
             auto* to = reinterpret_cast<uint32_t*>(p.recv_scales) + e * scale_words * slots + (row - e * slots);
-            const auto* words = reinterpret_cast<const volatile uint32_t*>(slot + row_bytes);
-            for (int i = lane; i < scale_words; i += 32) to[i * slots] = words[i];
+#pragma unroll
+            for (int i = 0; i < kMostWords; ++i)
+                if (i * 32 + lane < scale_words) to[(i * 32 + lane) * slots] = words[i];
         }
     }
     if (blockIdx.x == gridDim.x - 1) report(p, layout, mine, number, shared);

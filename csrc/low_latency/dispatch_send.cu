@@ -17,7 +17,7 @@ constexpr int kWarps = kThreads / 32;
 struct Shared {
     int32_t counts[kMaxExperts];           // picks of each expert so far
     uint16_t before[kWarps][kMaxExperts];  // in this round, by the warps before
-    int16_t expert[kThreads];              // this round's picks; -1: none
+    int16_t expert[kThreads];              // this round's picks; -1: none, or one that the token has picked already
     int32_t index[kThreads];
     int32_t listed[kMaxRanks];  // tokens on each rank's list so far, and of these, those before each chunk
     int32_t chunks[kMaxRanks][kChunks + 1];
@@ -105,12 +105,19 @@ __device__ void plan(const DispatchParams& p, const Layout& layout, Shared& shar
     for (int first = 0; first < p.num_tokens; first += round) {
         const int tokens = p.num_tokens - first < round ? p.num_tokens - first : round;
         const int64_t pick = int64_t{first} * p.top_k + threadIdx.x;
-        const bool inside = threadIdx.x < tokens * p.top_k;
+        const bool inside = static_cast<int>(threadIdx.x) < tokens * p.top_k;
         const int expert = inside ? expert_of(p, pick) : -1;
         if (inside && expert < 0 && reinterpret_cast<const int64_t*>(p.topk_idx)[pick] != -1)
             *reinterpret_cast<volatile int32_t*>(p.bad_index) = 1;
-        number_picks(p, shared, expert);
-        if (inside) reinterpret_cast<int32_t*>(p.pick_index)[pick] = shared.index[threadIdx.x];
+        // A token that names an expert twice has one row there, or a source could have more rows than the expert has room for.
+        shared.expert[threadIdx.x] = static_cast<int16_t>(expert);
+        __syncthreads();
+        const int self = threadIdx.x;
+        int same = inside ? self / p.top_k * p.top_k : self;
+        while (same < self && shared.expert[same] != expert) ++same;
+        __syncthreads();
+        number_picks(p, shared, same == self ? expert : -1);
+        if (inside) reinterpret_cast<int32_t*>(p.pick_index)[pick] = shared.index[same];
         list_tokens(p, layout, shared, present, first, tokens);
         __syncthreads();
     }
@@ -161,8 +168,8 @@ struct Quantized {
         for (int i = 0; i < kRounds; ++i) {
             bits[i][0] = bits[i][1] = make_uint4(0, 0, 0, 0);
             if (start(piece, i) < p.hidden) {
-                bits[i][0] = load_row(row + start(piece, i) * 2);
-                bits[i][1] = load_row(row + start(piece, i) * 2 + 16);
+                bits[i][0] = load_row_last(row + start(piece, i) * 2);
+                bits[i][1] = load_row_last(row + start(piece, i) * 2 + 16);
             }
         }
     }

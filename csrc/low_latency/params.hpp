@@ -11,6 +11,7 @@ namespace deepep_train::low_latency {
 constexpr int kMaxRanks = 64;
 constexpr int kMaxExperts = 1024;
 constexpr int kMaxTopK = 16;
+constexpr int kMaxHidden = 16384;
 
 // What the ranks of a group share for calls of one shape, as one of them sees it.
 struct Common {
@@ -33,7 +34,7 @@ struct DispatchParams : Common {
     // Sending.
     uint64_t x = 0;           // bf16 [T, H]
     uint64_t topk_idx = 0;    // int64 [T, K]
-    uint64_t pick_index = 0;  // int32 [T, K], out: how many earlier picks of this rank chose the same expert; -1: no pick
+    uint64_t pick_index = 0;  // int32 [T, K], out: the number of its row among this rank's rows for its expert; -1: no pick
     uint64_t bad_index = 0;   // int32 [1] of page-locked memory, out: 1 if some index lies outside [-1, E)
     int num_tokens = 0;
     int scales = 0;  // enum Scales

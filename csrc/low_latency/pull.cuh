@@ -90,7 +90,7 @@ DT_DEVICE void pull(const CombineParams& p, const Picks& picks, int64_t t, int s
                     __shfl_sync(0xffffffffu, reinterpret_cast<unsigned long long>(picks.row), (base + k) % 32));
                 if (from == nullptr) continue;
                 there |= 1u << k;
-                if (inside) bits[k] = load_row(from + at);
+                if (inside) bits[k] = load_row_last(from + at);
             }
 #pragma unroll
             for (int k = 0; k < kTogether; ++k) {
@@ -123,7 +123,7 @@ DT_DEVICE void pull_decoded(const CombineParams& p, const Picks& picks, int64_t 
 #pragma unroll
                 for (int i = 0; i < 8; ++i) sum[i] = __fadd_rn(sum[i], __fmul_rn(weight, Logfmt::decode(coded, i)));
             } else {
-                add(sum, load_row(from + at), weight);
+                add(sum, load_row_last(from + at), weight);
             }
         }
         if (inside)

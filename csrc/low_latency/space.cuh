@@ -151,7 +151,9 @@ DT_DEVICE uint64_t wait_for_peers(const Common& c, const Control::Flags& flags, 
             const bool masked = is_masked(c, peer);
             while (!masked && !here) {
                 here = reached(load_acquire_sys(flags.at + peer), value);
-                if (!here && global_timer() - start > c.timeout_ns) break;
+                if (here) break;
+                if (global_timer() - start > c.timeout_ns) break;
+                __nanosleep(50);  // so many blocks ask that the answer would have to queue
             }
             const uint64_t waited = global_timer() - start;
             // The first block to see, or to give up, decides for all.
@@ -204,7 +206,7 @@ DT_DEVICE void sum_up(int32_t* values, int count) {
     }
 }
 
-// Copies rows by 16 bytes a lane: `kVectors` of them are loaded before the first is stored.
+// Copies rows by 16 bytes a lane: `kVectors` of them are loaded, for the last time, before the first is stored.
 template <int kVectors>
 struct Piece {
     static constexpr int kBytes = kVectors * 512;
@@ -215,13 +217,19 @@ struct Piece {
         const int at = start + threadIdx.x % 32 * 16;
 #pragma unroll
         for (int i = 0; i < kVectors; ++i)
-            if (i * 512 < row_bytes - at) v[i] = load_row(row + at + i * 512);
+            if (i * 512 < row_bytes - at) v[i] = load_row_last(row + at + i * 512);
     }
     DT_DEVICE void store(char* row, int start, int row_bytes) const {
         const int at = start + threadIdx.x % 32 * 16;
 #pragma unroll
         for (int i = 0; i < kVectors; ++i)
             if (i * 512 < row_bytes - at) store_row(row + at + i * 512, v[i]);
+    }
+    DT_DEVICE void store_last(char* row, int start, int row_bytes) const {
+        const int at = start + threadIdx.x % 32 * 16;
+#pragma unroll
+        for (int i = 0; i < kVectors; ++i)
+            if (i * 512 < row_bytes - at) store_row_last(row + at + i * 512, v[i]);
     }
     static DT_BOTH int in(int row_bytes) { return (row_bytes + kBytes - 1) / kBytes; }
 };

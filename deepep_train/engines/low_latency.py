@@ -18,8 +18,8 @@ from deepep_train.engines.arena import Arena, ArenaFull
 from deepep_train.engines.peers import Peers, raise_if_different
 from deepep_train.errors import ArgumentError, DeepEPError
 
-MAX_HIDDEN = 16384
-MAX_EXPERTS, MAX_TOP_K = _C.low_latency.max_experts, _C.low_latency.max_top_k
+MAX_HIDDEN, MAX_EXPERTS = _C.low_latency.max_hidden, _C.low_latency.max_experts
+MAX_TOP_K = _C.low_latency.max_top_k
 _MAX_TOKENS = 1 << 16
 _SETS = 2  # of slots, hence of results that may be alive
 

@@ -66,6 +66,7 @@ def pack_ue8m0(scales: Tensor) -> Tensor:
 
 def unpack_ue8m0(packed: Tensor) -> Tensor:
     """The reverse of `pack_ue8m0`."""
-    flat = packed.contiguous().view(-1)  # a single column counts as contiguous, whatever its stride, but has no bytes to view
+    # Cloned, because a single column counts as contiguous whatever its stride, and then has no bytes to view.
+    flat = packed.clone(memory_format=torch.contiguous_format).view(-1)
     exponent = flat.view(torch.uint8).view(packed.size(0), 4 * packed.size(1)).to(torch.int32)
     return (exponent << 23).view(torch.float32)
