@@ -186,6 +186,17 @@ class CollectiveEngine(Engine):
         if odd:
             text = "; ".join(f"of call {n} on rank {r}" for r, n in enumerate(numbers))
             raise ArgumentError(f"{operation}: handle: the ranks use handles of different dispatches: {text}", "handle", odd)
+        if 0 in numbers:
+            self._agree_on_rows(operation, prepared)
+
+    def _agree_on_rows(self, operation: str, prepared: Prepared) -> None:
+        """Handles that were rebuilt from their tensors may not belong together; gloo would abort the process."""
+        for hop in _mine(prepared.require().plan).route.hops:
+            sent = [row[self.peers.rank] for row in self.peers.agree(operation, prepared, hop.send_counts)]
+            if sent != hop.recv_counts:
+                text = f"handle expects {hop.recv_counts} rows from the ranks, whose handles send {sent}"
+                prepared.error = ArgumentError(text, "handle")
+        self.peers.agree(operation, prepared, [])
 
     # Combine -----------------------------------------------------------------------------------------------------------
 
