@@ -13,8 +13,8 @@ namespace deepep_train::nvlink {
 
 struct GatherShape {
     static constexpr int kSlotBytes = 2048;
-    static constexpr int kSlots = 8;  // of a warp
-    static constexpr int kWarps = 12;
+    static constexpr int kSlots = 6;  // of a warp
+    static constexpr int kWarps = 16;
     static constexpr int kSharedBytes = kWarps * kSlots * (kSlotBytes + 8);
 };
 
