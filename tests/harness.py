@@ -73,7 +73,9 @@ def same_bits(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
         return a is b
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    return torch.equal(*(t.detach().cpu().contiguous().view(-1).view(torch.uint8) for t in (a, b)))
+    # Cloned, since a lone element counts as contiguous whatever its stride is.
+    flat = (t.detach().cpu().reshape(-1).clone(memory_format=torch.contiguous_format) for t in (a, b))
+    return torch.equal(*(t.view(torch.uint8) for t in flat))
 
 
 def assert_same_bits(got: torch.Tensor | None, expected: torch.Tensor | None, what: str = "tensor") -> None:
