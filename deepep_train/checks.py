@@ -146,7 +146,7 @@ def topk_idx(
     known = isinstance(value, Tensor) and value.dtype is torch.int64 and value.dim() == 2 and value.layout is torch.strided
     if not known or num_tokens is not None or device is not None:  # else: the layout call, whose time is the CPU's
         tensor(value, "topk_idx", [num_tokens, None], (torch.int64,), device)
-    need(value.size(1) >= 1, "topk_idx", "at least one choice wide", value)
+    need(value.shape[1] >= 1, "topk_idx", "at least one choice wide", value)
     if check_range and value.numel():
         low, high = (int(v) for v in torch.aminmax(value))
         if low < -1 or high >= num_experts:

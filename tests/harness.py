@@ -73,8 +73,8 @@ def same_bits(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
         return a is b
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    # Cloned, because a tensor of one element counts as contiguous whatever its strides, and then has no bytes to view.
-    flat = (t.detach().cpu().clone(memory_format=torch.contiguous_format).view(-1) for t in (a, b))
+    # Cloned, since a lone element counts as contiguous whatever its stride is.
+    flat = (t.detach().cpu().reshape(-1).clone(memory_format=torch.contiguous_format) for t in (a, b))
     return torch.equal(*(t.view(torch.uint8) for t in flat))
 
 

@@ -257,7 +257,11 @@ def train(setup: Setup, dispatcher: dict[str, Any], steps: int) -> list[list[flo
         grad_reduce_in_fp32=True, use_distributed_optimizer=setup.use_distributed_optimizer, overlap_grad_reduce=False,
         delay_wgrad_compute=config.delay_wgrad_compute,
     )  # fmt: skip
-    chunks = [DistributedDataParallel(config, how, chunk) for chunk in chunks]
+    # Graphs of parameters' gradients may not depend on the default stream: on a stream aside, as Megatron's own training does.
+    with torch.cuda.stream(torch.cuda.Stream() if has_graphs else None):
+        chunks = [DistributedDataParallel(config, how, chunk) for chunk in chunks]
+    if has_graphs:
+        torch.cuda.synchronize()
     for chunk in chunks:
         chunk.broadcast_params()
     optimizer = get_megatron_optimizer(

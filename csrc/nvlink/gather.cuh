@@ -13,8 +13,8 @@ namespace deepep_train::nvlink {
 
 struct GatherShape {
     static constexpr int kSlotBytes = 2048;
-    static constexpr int kSlots = 13;  // of a warp
-    static constexpr int kWarps = 8;
+    static constexpr int kSlots = 6;  // of a warp
+    static constexpr int kWarps = 16;
     static constexpr int kSharedBytes = kWarps * kSlots * (kSlotBytes + 8);
 };
 
@@ -38,6 +38,27 @@ struct Vector {
     }
 };
 
+// Which piece of which row a warp is at. Counted on rather than divided: a 64-bit division takes a hundred cycles.
+struct PieceCursor {
+    int64_t row;
+    int piece;
+    int rows_on, pieces_on;  // one step
+
+    DT_DEVICE PieceCursor(int64_t begin, int64_t stride, int pieces_per_row)
+        : row(begin / pieces_per_row),
+          piece(static_cast<int>(begin % pieces_per_row)),
+          rows_on(static_cast<int>(stride / pieces_per_row)),
+          pieces_on(static_cast<int>(stride % pieces_per_row)) {}
+
+    DT_DEVICE void advance(int pieces_per_row) {
+        row += rows_on;
+        piece += pieces_on;
+        if (piece < pieces_per_row) return;
+        piece -= pieces_per_row;
+        ++row;
+    }
+};
+
 // `Work` says what to add:
 //   kRounds                                    at most 32 * kRounds rows a sum
 //   int32_t look(int64_t row, int i)           a word that says where the i-th of them is; -1: nowhere
@@ -51,11 +72,11 @@ DT_DEVICE void gather_rows(const Work& work, int64_t num_rows, int64_t row_bytes
     constexpr int kVectors = GatherShape::kSlotBytes / 512;  // of a lane, in a slot
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
     const int pieces_per_row = static_cast<int>((row_bytes + GatherShape::kSlotBytes - 1) / GatherShape::kSlotBytes);
-    const int64_t units = num_rows * pieces_per_row, stride = static_cast<int64_t>(gridDim.x) * warps;
-    const int64_t begin = blockIdx.x + static_cast<int64_t>(warp) * gridDim.x;
-    const auto start_of = [&](int64_t unit) { return unit % pieces_per_row * GatherShape::kSlotBytes; };
-    const auto size_of = [&](int64_t unit) {
-        const int64_t left = row_bytes - start_of(unit);
+    const int64_t stride = static_cast<int64_t>(gridDim.x) * warps;
+    const PieceCursor begin(blockIdx.x + static_cast<int64_t>(warp) * gridDim.x, stride, pieces_per_row);
+    const auto start_of = [](const PieceCursor& at) { return static_cast<int64_t>(at.piece) * GatherShape::kSlotBytes; };
+    const auto size_of = [&](const PieceCursor& at) {
+        const int64_t left = row_bytes - start_of(at);
         return static_cast<int>(left < GatherShape::kSlotBytes ? left : GatherShape::kSlotBytes);
     };
 #if __CUDA_ARCH__ >= 900
@@ -66,37 +87,46 @@ DT_DEVICE void gather_rows(const Work& work, int64_t num_rows, int64_t row_bytes
     barrier_init_visible();
     __syncwarp();
 
-    // Loading: the unit whose rows are being asked for, and the words of the one after it.
-    int64_t next = begin;
-    int32_t ahead[kRounds];
+    // Loading: the unit whose rows are asked for next, and the words of that one and those behind it, which take a while to
+    // come.
+    constexpr int kAhead = 3;
+    PieceCursor next = begin, looked = begin;
+    int32_t ahead[kAhead][kRounds];
     const char* source[kRounds];
     int index[kRounds];  // this lane's row is the index-th of the sum; -1: none
     int size = 0, count = 0, asked = 0;
     uint32_t issued = 0, consumed = 0;  // slots
     uint32_t opened = 0, closed = 0;    // units
     int counts = 0;                     // lane i: rows of unit number i (mod 32)
+    const auto look = [&](int32_t (&words)[kRounds]) {
 #pragma unroll
-    for (int r = 0; r < kRounds; ++r) ahead[r] = next < units ? work.look(next / pieces_per_row, r * 32 + lane) : -1;
+        for (int r = 0; r < kRounds; ++r) words[r] = looked.row < num_rows ? work.look(looked.row, r * 32 + lane) : -1;
+        looked.advance(pieces_per_row);
+    };
+#pragma unroll
+    for (int a = 0; a < kAhead; ++a) look(ahead[a]);
     const auto fill = [&]() {
         while (issued - consumed < kSlots) {
             if (asked == count) {
-                if (next >= units || opened - closed == 32) return;
+                if (next.row >= num_rows || opened - closed == 32) return;
                 count = asked = 0;
                 size = size_of(next);
 #pragma unroll
                 for (int r = 0; r < kRounds; ++r) {
-                    const bool here = ahead[r] != -1;
+                    const bool here = ahead[0][r] != -1;
                     const unsigned mask = __ballot_sync(0xffffffffu, here);
                     index[r] = here ? count + __popc(mask & ((1u << lane) - 1)) : -1;
-                    source[r] = here ? work.from(r * 32 + lane, ahead[r]) + start_of(next) : nullptr;
+                    source[r] = here ? work.from(r * 32 + lane, ahead[0][r]) + start_of(next) : nullptr;
                     count += __popc(mask);
                 }
                 if (lane == opened % 32) counts = count;
                 ++opened;
-                next += stride;
+                next.advance(pieces_per_row);
 #pragma unroll
-                for (int r = 0; r < kRounds; ++r)
-                    ahead[r] = next < units ? work.look(next / pieces_per_row, r * 32 + lane) : -1;
+                for (int a = 0; a + 1 < kAhead; ++a)
+#pragma unroll
+                    for (int r = 0; r < kRounds; ++r) ahead[a][r] = ahead[a + 1][r];
+                look(ahead[kAhead - 1]);
                 continue;
             }
             const int room = static_cast<int>(kSlots - (issued - consumed));
@@ -113,8 +143,8 @@ DT_DEVICE void gather_rows(const Work& work, int64_t num_rows, int64_t row_bytes
         }
     };
 #endif
-    for (int64_t unit = begin; unit < units; unit += stride) {
-        const int64_t row = unit / pieces_per_row, start = start_of(unit);
+    for (PieceCursor unit = begin; unit.row < num_rows; unit.advance(pieces_per_row)) {
+        const int64_t row = unit.row, start = start_of(unit);
         const int bytes = size_of(unit);
         float sum[kVectors][V::kSize] = {};
         for (int which = 0; which < 2; ++which)

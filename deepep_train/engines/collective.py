@@ -62,6 +62,7 @@ class CollectiveEngine(Engine):
         self, group: dist.ProcessGroup | None, timeout: float, num_local_ranks: int, forwards: bool, number: int
     ) -> None:
         self.peers = Peers(group, timeout, number)
+        self.peers.connect()
         self.rank = self.peers.rank
         self.num_local_ranks = num_local_ranks
         self.num_nodes = self.peers.size // num_local_ranks
@@ -92,11 +93,11 @@ class CollectiveEngine(Engine):
         num_received = sum(recv_counts)
 
         idx = weights = None
-        source = route.deliver(torch.arange(in_rank.size(0), dtype=torch.int32, device=in_rank.device).unsqueeze(1)).squeeze(1)
-        if request.topk_idx is not None:
-            idx = local_topk_idx(route.deliver(request.topk_idx), rank, num_local_experts)
-            if request.topk_weights is not None:
-                weights = route.deliver(request.topk_weights).masked_fill_(idx < 0, 0.0)
+        source, idx, weights = _along(route, request)
+        if idx is not None:
+            idx = local_topk_idx(idx, rank, num_local_experts)
+            if weights is not None:
+                weights = weights.masked_fill(idx < 0, 0.0)
 
         experts = None
         if request.arrangement == "expert":
@@ -186,6 +187,17 @@ class CollectiveEngine(Engine):
         if odd:
             text = "; ".join(f"of call {n} on rank {r}" for r, n in enumerate(numbers))
             raise ArgumentError(f"{operation}: handle: the ranks use handles of different dispatches: {text}", "handle", odd)
+        if 0 in numbers:
+            self._agree_on_rows(operation, prepared)
+
+    def _agree_on_rows(self, operation: str, prepared: Prepared) -> None:
+        """Handles that were rebuilt from their tensors may not belong together; gloo would abort the process."""
+        for hop in _mine(prepared.require().plan).route.hops:
+            sent = [row[self.peers.rank] for row in self.peers.agree(operation, prepared, hop.send_counts)]
+            if sent != hop.recv_counts:
+                text = f"handle expects {hop.recv_counts} rows from the ranks, whose handles send {sent}"
+                prepared.error = ArgumentError(text, "handle")
+        self.peers.agree(operation, prepared, [])
 
     # Combine -----------------------------------------------------------------------------------------------------------
 
@@ -272,16 +284,34 @@ class CollectiveEngine(Engine):
         self.peers.check()
 
     def memory_stats(self) -> dict[str, int]:
-        return {"bytes kept for exchanges": self.peers.scratch.num_bytes()}
+        shared = 0 if self.peers.outboxes is None else self.peers.outboxes.num_bytes()
+        return {"bytes kept for exchanges": self.peers.scratch.num_bytes() + shared}
 
     def destroy(self) -> None:
         """The group is the caller's."""
         self.peers.scratch.clear()
+        if self.peers.outboxes is not None:
+            self.peers.outboxes.close()
 
 
 def _mine(plan: Plan) -> CollectivePlan:
     assert isinstance(plan, CollectivePlan), "Buffer lets no other engine's handle through"
     return plan
+
+
+def _along(route: Route, request: DispatchRequest) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What arrives beside the rows: tokens int32 [N], indices int64 and weights float32 [N, K]; in one exchange, as 32-bit
+    words."""
+    in_rank = request.layout.is_token_in_rank
+    words = [torch.arange(in_rank.size(0), dtype=torch.int32, device=in_rank.device).unsqueeze(1)]
+    if request.topk_idx is not None:
+        words.append(request.topk_idx.to(torch.int32))
+        if request.topk_weights is not None:
+            words.append(request.topk_weights.detach().contiguous().view(torch.int32))
+    source, *found = route.deliver(torch.cat(words, 1)).split_with_sizes([w.size(1) for w in words], 1)
+    idx = found[0].to(torch.int64) if found else None
+    weights = found[1].contiguous().view(torch.float32) if len(found) > 1 else None
+    return source.squeeze(1).contiguous(), idx, weights
 
 
 def _row_from(route: Route, experts: ExpertRows | None, num_received: int, num_rows: int) -> Tensor | None:

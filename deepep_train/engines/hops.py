@@ -32,7 +32,7 @@ class Hop:
     def send(self, rows: Tensor, spare: int = 0) -> Tensor:
         """[num_rows, n] -> [sum(recv_counts) + spare, n], by source and then as the source holds them; zeros at the end."""
         is_alone = self.peers.size == 1  # then these very rows may be the result
-        sent = None if is_alone else self.peers.scratch.empty("sent", (self.send_row.numel(), *rows.shape[1:]), rows)
+        sent = None if is_alone else self.peers.outgoing((self.send_row.numel(), *rows.shape[1:]), rows)
         sent = torch.index_select(rows.detach(), 0, self.send_row, out=sent)
         return self.peers.all_to_all_rows(sent, self.send_counts, self.recv_counts, "dispatch", spare)
 
@@ -46,7 +46,7 @@ class Hop:
         give[rank] = take[rank] = 0
         got = self.peers.scratch.empty("received", (own + sum(take) + 1, *rows.shape[1:]), rows)
         torch.index_select(rows, 0, mine, out=got[:own])
-        sent = self.peers.scratch.empty("sent", (sum(give), *rows.shape[1:]), rows)
+        sent = self.peers.outgoing((sum(give), *rows.shape[1:]), rows)
         torch.index_select(rows, 0, before, out=sent[:first])
         torch.index_select(rows, 0, behind, out=sent[first:])
         self.peers.all_to_all_rows(sent, give, take, "dispatch", 1, got[own:])

@@ -214,7 +214,8 @@ class NvlinkEngine(Engine):
             )
 
     def layout(self, topk_idx: Tensor, num_experts: int) -> RankLayout:
-        if num_experts > MAX_EXPERTS or topk_idx.size(1) > MAX_TOP_K:
+        num_tokens, top_k = topk_idx.shape
+        if num_experts > MAX_EXPERTS or top_k > MAX_TOP_K:
             raise ArgumentError(
                 f"the nvlink engine serves up to {MAX_EXPERTS} experts and top-{MAX_TOP_K}, got num_experts={num_experts} and "
                 f"topk_idx {list(topk_idx.shape)}",
@@ -222,14 +223,13 @@ class NvlinkEngine(Engine):
             )
         if topk_idx.device != self.device:
             raise ArgumentError(f"topk_idx must lie on {self.device}, this engine's device, got {topk_idx.device}", "topk_idx")
-        idx = topk_idx.contiguous()
-        num_tokens, size = idx.size(0), self.peers.size
+        idx, size = topk_idx.contiguous(), self.peers.size
         places = num_tokens * size
         parts = [size, num_experts, 1 + places, -(-places // 4)]  # the last: bools
         # One allocation and one call: at 40 us for everything, a second tensor or setting ten attributes would show.
         block = self._ints(sum(parts))
-        self._comm.layout(idx.data_ptr(), num_tokens, idx.size(1), num_experts, block.data_ptr(), self._stream())
-        per_rank, per_expert, checked, bools = block.split_with_sizes(parts)
+        self._comm.layout(idx.data_ptr(), num_tokens, top_k, num_experts, block.data_ptr(), self._stream())
+        per_rank, per_expert, checked, bools = block.unsafe_split_with_sizes(parts)  # writes to each are counted on their own
         in_rank = bools.view(torch.bool)
         if places % 4:
             in_rank = in_rank[:places]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -14,7 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from deepep_train.engines import outboxes
 from deepep_train.engines.base import Prepared
+from deepep_train.engines.outboxes import Outboxes
 from deepep_train.engines.scratch import Scratch
 from deepep_train.errors import ArgumentError, DeepEPError, PeerTimeoutError
 
@@ -52,6 +55,7 @@ class Peers:
             self.header_device = torch.device("cuda", torch.cuda.current_device())
         self.failure: DeepEPError | None = None
         self.scratch = Scratch()  # what exchanges need only until they return
+        self.outboxes: Outboxes | None = None
         self._calls = 0
 
     @property
@@ -70,6 +74,18 @@ class Peers:
             lambda: dist.all_gather_into_tensor(out, mine.reshape(-1), group=self.group, async_op=True), operation, mine.device
         )
         return out.view(self.size, *mine.shape)
+
+    def connect(self) -> None:
+        """Let CPU tensors go from rank to rank through shared memory, if all ranks are processes of one machine; collective."""
+        if self.size > 1 and "cpu" in self.backends:
+            self.outboxes = outboxes.connect(self.rank, lambda mine: self.gather_objects(mine, "Buffer"))
+
+    def outgoing(self, shape: Sequence[int], like: Tensor) -> Tensor:
+        """An uninitialized tensor of `like`'s dtype and device for `all_to_all_rows` to send, which comes next."""
+        if self.outboxes is None or like.device.type != "cpu":
+            return self.scratch.empty("sent", shape, like)
+        room = self.outboxes.room(math.prod(shape) * like.element_size())
+        return room.view(like.dtype).view(tuple(shape))
 
     def all_to_all_rows(
         self,
@@ -98,12 +114,27 @@ class Peers:
         width = rows[0].nbytes if rows.size(0) else out[:1].nbytes
         flat_out, flat_in = _as_bytes(out[:received]), _as_bytes(rows)
         take, give = [n * width for n in take], [n * width for n in give]
-        self._wait(
-            lambda: dist.all_to_all_single(flat_out, flat_in, take, give, group=self.group, async_op=True),
-            operation,
-            rows.device,
-        )
+        if self.outboxes is not None and rows.device.type == "cpu":
+            self.outboxes.exchange(flat_in, give, take, flat_out, lambda mine: self._all_to_all(mine, operation))
+        else:
+            self._all_to_all(flat_in, operation, flat_out, take, give)
         return out
+
+    def _all_to_all(
+        self,
+        rows: Tensor,
+        operation: str,
+        out: Tensor | None = None,
+        take: list[int] | None = None,
+        give: list[int] | None = None,
+    ) -> Tensor:
+        """torch's exchange, by default of one row with each rank. Every rank talks to every other, so all see at once if one
+        dies, which in a ring only its neighbours do."""
+        got = torch.empty_like(rows) if out is None else out
+        self._wait(
+            lambda: dist.all_to_all_single(got, rows, take, give, group=self.group, async_op=True), operation, rows.device
+        )
+        return got
 
     def gather_objects(self, mine: Any, operation: str) -> list[Any]:
         """Any JSON-able object of every rank, whatever its size."""

@@ -7,9 +7,9 @@ import math
 from deepep_train.routing import round_up
 
 # Bytes of bf16 rows that one SM stores (dispatch) or pulls and sums (combine) in a second, a rank's own rows included, measured
-# between two H100s with 8 SMs (docs/performance.md, "Several GPUs"); more than `MOST_SMS` pulled slower there. And what the
-# links of one GPU carry, one way, by compute capability: measured for 9, the others in NVLink's proportion.
-BYTES_PER_SM = {"dispatch": 47e9, "combine": 18e9}
+# between two H100s with 8 SMs (docs/performance.md, "Several GPUs"). And what the links of one GPU carry, one way, by compute
+# capability: measured for 9, the others in NVLink's proportion.
+BYTES_PER_SM = {"dispatch": 47e9, "combine": 38e9}
 _LINK_BYTES = {8: 260e9, 9: 390e9, 10: 780e9}
 MOST_SMS = 32
 

@@ -118,11 +118,17 @@ def fused_trainings(
 
 
 def fp8_trainings(
-    rank: int, size: int, group: Any, setup: small.Setup, dispatcher: dict[str, Any], steps: int
+    rank: int,
+    size: int,
+    group: Any,
+    setup: small.Setup,
+    dispatcher: dict[str, Any],
+    steps: int,
+    switches: tuple[str, ...] = ("0", "1"),
 ) -> tuple[list[list[list[float]]], list[str], list[int]]:
-    """Curves with tokens sent as they are and sent in FP8; the engines; how many dispatches crossed in FP8 in each."""
+    """Curves with tokens sent as they are ("0") and sent in FP8; the engines; how many dispatches crossed in FP8 in each."""
     curves, made, sent = [], [], []
-    for switch in ("0", "1"):
+    for switch in switches:
         spy = Replacements()
         count = [0]
 
