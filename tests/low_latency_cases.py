@@ -134,7 +134,9 @@ def wrong(what: str, got: Tensor, expected: Tensor) -> list[str]:
         return []
     if got.shape != expected.shape or got.dtype != expected.dtype:
         return [f"{what}: {got.dtype} {list(got.shape)}, not {expected.dtype} {list(expected.shape)}"]
-    a, b = (t.clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8).view(t.size(0), -1) for t in (got, expected))
+    a, b = (
+        t.clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8).view(t.size(0), -1) for t in (got, expected)
+    )
     rows = (a != b).any(1).nonzero().flatten().tolist()
     return [f"{what}: {len(rows)} of {got.size(0)} rows differ, first {rows[:4]}: {got[rows[0]]} not {expected[rows[0]]}"]
 

@@ -1,4 +1,4 @@
-"""What the ranks of tests/gpu/test_low_latency.py do; every function runs on every rank."""
+"""What the ranks of tests/gpu/test_low_latency_kernels.py do; every function runs on every rank."""
 
 from __future__ import annotations
 
