@@ -17,9 +17,6 @@ void launch_dispatch_send(const DispatchParams& p, cudaStream_t stream);
 void launch_dispatch_receive(const DispatchParams& p, cudaStream_t stream);
 void launch_combine_send(const CombineParams& p, cudaStream_t stream);
 void launch_combine_receive(const CombineParams& p, cudaStream_t stream);
-// Both phases in one; needs the bulk copy engine, so code for sm_90 or later.
-bool can_combine_whole();
-void launch_combine_whole(const CombineParams& p, cudaStream_t stream);
 void launch_forget(const Common& c, int peer, cudaStream_t stream);
 
 }  // namespace deepep_train::low_latency

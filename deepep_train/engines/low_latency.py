@@ -127,7 +127,6 @@ class LowLatency:
     ) -> None:
         self._peers, self._arena, self._addresses = peers, arena, addresses
         self._num_sms, self._ordered, self._device = num_sms, ordered, device
-        self._combines_in_one = _C.low_latency.can_combine_whole()
         self._spaces: dict[Shape, Space] = {}
         self._mask = torch.zeros(peers.size, dtype=torch.int32, device=device)
         self._bad_index = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
@@ -238,13 +237,12 @@ class LowLatency:
     ) -> Callable[[], None] | None:
         """The send phase, and the receive phase, now or as a hook."""
         send, receive = getattr(_C.low_latency, f"{name}_send"), getattr(_C.low_latency, f"{name}_receive")
-        in_one = name == "combine" and self._combines_in_one and not with_hook and not p.zero_copy and not p.logfmt
         space, slots = handle.space, handle.set
         with self._ordered() as stream:
-            _C.low_latency.combine_whole(p, stream) if in_one else send(p, stream)
+            send(p, stream)
             if torch.cuda.is_current_stream_capturing():
                 self._arena.keep((space, handle.pick_index))
-            if not with_hook and not in_one:
+            if not with_hook:
                 receive(p, stream)
         if not with_hook:
             space.are_over[slots] |= name == "combine"

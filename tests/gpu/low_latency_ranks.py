@@ -228,7 +228,7 @@ def refusals(rank: int, size: int, group: dist.ProcessGroup) -> list[str]:
     three = dispatch()
     refused(lambda: buffer.low_latency_combine(y, idx, weights, one[2]))  # its slots have been taken
     del two, three
-    refused(lambda: dispatch(torch.cat([x, x])))
+    refused(lambda: dispatch(torch.cat([x, x]), torch.cat([idx, idx])))
     refused(lambda: dispatch(torch.zeros(4, 100, dtype=torch.bfloat16, device="cuda")))
     refused(lambda: dispatch(torch.zeros(4, 16384 + 128, dtype=torch.bfloat16, device="cuda")))
     refused(lambda: dispatch(idx=torch.zeros(4, 17, dtype=torch.int64, device="cuda")))
