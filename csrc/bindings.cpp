@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <array>
 
+#include "low_latency/kernels.hpp"
 #include "nvlink/communicator.hpp"
 
 namespace py = pybind11;
@@ -14,13 +15,13 @@ using namespace deepep_train::nvlink;
 namespace {
 
 // A params struct whose fields Python sets by name.
-template <typename Params>
+template <typename Params, typename... Bases>
 class ParamsBinding {
 public:
     ParamsBinding(py::module_& m, const char* name) : class_(m, name) { class_.def(py::init<>()); }
 
-    template <typename Field>
-    ParamsBinding& field(const char* name, Field Params::* member) {
+    template <typename Field, typename Base>  // the struct itself or its base
+    ParamsBinding& field(const char* name, Field Base::* member) {
         class_.def_readwrite(name, member);
         return *this;
     }
@@ -40,7 +41,7 @@ public:
     }
 
 private:
-    py::class_<Params> class_;
+    py::class_<Params, Bases...> class_;
 };
 
 #define DT_FIELD(name) .field(#name, &P::name)
@@ -99,6 +100,39 @@ void bind_params(py::module_& m) {
     }
 }
 
+// Into a module of their own: operations here have the names that they have in the nvlink engine.
+void bind_low_latency(py::module_ m) {
+    namespace ll = deepep_train::low_latency;
+    {
+        using P = ll::Common;
+        ParamsBinding<P>(m, "Common") DT_FIELD(spaces) DT_FIELD(mask) DT_FIELD(timeout_ns) DT_FIELD(rank) DT_FIELD(num_ranks)
+            DT_FIELD(num_experts) DT_FIELD(max_tokens) DT_FIELD(hidden) DT_FIELD(top_k) DT_FIELD(set) DT_FIELD(num_sms);
+    }
+    {
+        using P = ll::DispatchParams;
+        ParamsBinding<P, ll::Common>(m, "DispatchParams") DT_FIELD(x) DT_FIELD(topk_idx) DT_FIELD(pick_index)
+            DT_FIELD(bad_index) DT_FIELD(num_tokens) DT_FIELD(scales) DT_FIELD(recv_x) DT_FIELD(recv_scales) DT_FIELD(src_info)
+                DT_FIELD(ranges) DT_FIELD(recv_count) DT_FIELD(cumulative) DT_FIELD(wait_ns);
+    }
+    {
+        using P = ll::CombineParams;
+        ParamsBinding<P, ll::Common>(m, "CombineParams") DT_FIELD(y) DT_FIELD(zero_copy) DT_FIELD(logfmt) DT_FIELD(out)
+            DT_FIELD(topk_idx) DT_FIELD(topk_weights) DT_FIELD(pick_index) DT_FIELD(wait_ns) DT_FIELD(num_tokens);
+    }
+    const auto as_stream = [](uint64_t stream) { return reinterpret_cast<cudaStream_t>(stream); };
+    m.def("space_bytes", &ll::space_bytes);
+    m.def("control_bytes", &ll::control_bytes);
+    m.def("closed_offset", &ll::closed_offset);
+    m.def("forget", [=](const ll::Common& c, int peer, uint64_t s) { ll::launch_forget(c, peer, as_stream(s)); });
+    m.attr("max_experts") = ll::kMaxExperts;
+    m.attr("max_top_k") = ll::kMaxTopK;
+    m.attr("max_hidden") = ll::kMaxHidden;
+    m.def("dispatch_send", [=](const ll::DispatchParams& p, uint64_t s) { ll::launch_dispatch_send(p, as_stream(s)); });
+    m.def("dispatch_receive", [=](const ll::DispatchParams& p, uint64_t s) { ll::launch_dispatch_receive(p, as_stream(s)); });
+    m.def("combine_send", [=](const ll::CombineParams& p, uint64_t s) { ll::launch_combine_send(p, as_stream(s)); });
+    m.def("combine_receive", [=](const ll::CombineParams& p, uint64_t s) { ll::launch_combine_receive(p, as_stream(s)); });
+}
+
 void bind_results(py::module_& m) {
     py::class_<CountResult>(m, "CountResult")
         .def_readonly("bad", &CountResult::bad)
@@ -129,6 +163,7 @@ PYBIND11_MODULE(_C, m) {
 #endif
     bind_params(m);
     bind_results(m);
+    bind_low_latency(m.def_submodule("low_latency"));
     using C = Communicator;
     const auto no_gil = py::call_guard<py::gil_scoped_release>();
     py::class_<C>(m, "Communicator")
@@ -148,6 +183,7 @@ PYBIND11_MODULE(_C, m) {
                      addresses.push_back({static_cast<std::string>(handle), base, device});
                  c.open(addresses);
              })
+        .def("addresses", &C::addresses)
         .def("close", &C::close, py::arg("keep") = false, no_gil)
         .def("enter_pool", &C::enter_pool)
         .def_static("leave_pool", &C::leave_pool)

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from deepep_train import checks, engines, low_latency
+from deepep_train import checks, engines
+from deepep_train.buffer_low_latency import LowLatencyCalls, PayloadArgument
 from deepep_train.config import Config
 from deepep_train.engines.base import (
     CombineRequest,
@@ -26,13 +27,11 @@ from deepep_train.engines.peers import Peers, raise_if_different
 from deepep_train.errors import ArgumentError, DeepEPError
 from deepep_train.events import EventHandle, EventOverlap
 from deepep_train.handle import Handle, Plan
-from deepep_train.routing import RankLayout, round_up, tokens_per_node
+from deepep_train.routing import RankLayout, tokens_per_node
 from deepep_train.streams import CommStream
 
-PayloadArgument = Tensor | tuple[Tensor, Tensor] | Payload
 
-
-class Buffer:
+class Buffer(LowLatencyCalls):
     """What a group of ranks shares to exchange tokens: DeepEP V1's class, over any engine.
 
     Making one is a collective call of the group. So is every dispatch and combine; all ranks make them in the same order.
@@ -138,7 +137,9 @@ class Buffer:
         self.num_nodes = self.group_size // local
         if engine == "auto":
             choice = self._agree_on_engine(choice, everyone, timeout)
-        how = (group, timeout, local, two_level, num_nvl_bytes, Buffer._chosen_sms, everyone[0]["made"])
+            if choice.name == "nvlink" and low_latency_mode:
+                choice = engines.Choice("low_latency", choice.reasons)
+        how = (group, timeout, local, two_level, num_nvl_bytes, num_rdma_bytes, Buffer._chosen_sms, everyone[0]["made"])
         try:
             self._engine = engines.create(choice.name, *how)
         except engines.NoPeerAccess as obstacle:
@@ -427,132 +428,6 @@ class Buffer:
     def internode_combine(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None, EventOverlap]:
         """`combine`, by the name V1 uses across nodes."""
         return self.combine(*args, **kwargs)
-
-    # DeepEP V1's low-latency kernels -----------------------------------------------------------------------------------
-
-    @staticmethod
-    def get_low_latency_rdma_size_hint(
-        num_max_dispatch_tokens_per_rank: int, hidden: int, num_ranks: int, num_experts: int
-    ) -> int:
-        """Bytes of symmetric memory that the low-latency calls want: two buffers of a bf16 row and a header for every slot
-        of (expert, token) to send and of (local expert, source rank, token) to receive."""
-        checks.integer(num_max_dispatch_tokens_per_rank, "num_max_dispatch_tokens_per_rank", 1)
-        checks.integer(hidden, "hidden", 1)
-        checks.integer(num_ranks, "num_ranks", 1)
-        checks.experts(num_experts, num_ranks)
-        slots = 2 * num_experts * num_max_dispatch_tokens_per_rank
-        return 2 * slots * round_up(2 * hidden + 16, 128)
-
-    def low_latency_dispatch(
-        self,
-        x: Tensor,
-        topk_idx: Tensor,
-        num_max_dispatch_tokens_per_rank: int,
-        num_experts: int,
-        cumulative_local_expert_recv_stats: Tensor | None = None,
-        dispatch_wait_recv_cost_stats: Tensor | None = None,
-        use_fp8: bool = True,
-        round_scale: bool = False,
-        use_ue8m0: bool = False,
-        async_finish: bool = False,
-        return_recv_hook: bool = False,
-    ) -> tuple[PayloadArgument, Tensor, tuple, EventOverlap, Callable[[], None] | None]:
-        """Send every pick of an expert into that expert's slots.
-
-        M is `num_max_dispatch_tokens_per_rank`, L local experts. On the collective engine all data has arrived when the call
-        returns, and `dispatch_wait_recv_cost_stats` stays as it is.
-
-        Args:
-            x: bfloat16 [T, H], T at most M; H a multiple of 128 with `use_fp8`, of 512 with `use_ue8m0`.
-            topk_idx: int64 [T, K] in [-1, num_experts).
-            cumulative_local_expert_recv_stats: int32 [L], to which the rows received are added.
-            use_fp8: quantize in blocks of 128, see `deepep_train.fp8.quantize_blocks`.
-            round_scale, use_ue8m0: scales as powers of two; packed as UE8M0, four to an int32.
-
-        Returns:
-            recv_x bfloat16 [L, R*M, H], or a pair with float8_e4m3fn data and scales float32 [L, R*M, H/128] or int32
-            [L, R*M, H/512]; recv_count int32 [L], rows that are valid; handle; event; hook (None unless asked for), which
-            makes sure that the data has arrived.
-        """
-        self.check()
-        (recv, count, handle), event = self._comm.run(
-            lambda: low_latency.dispatch(
-                self._engine,
-                self,
-                x,
-                topk_idx,
-                num_max_dispatch_tokens_per_rank,
-                num_experts,
-                cumulative_local_expert_recv_stats,
-                use_fp8,
-                round_scale,
-                use_ue8m0,
-            ),
-            [x, topk_idx, cumulative_local_expert_recv_stats],
-            None,
-            async_finish,
-        )
-        return recv, count, handle, event, low_latency.NO_HOOK if return_recv_hook else None
-
-    def low_latency_combine(
-        self,
-        x: Tensor,
-        topk_idx: Tensor,
-        topk_weights: Tensor,
-        handle: tuple,
-        use_logfmt: bool = False,
-        zero_copy: bool = False,
-        async_finish: bool = False,
-        return_recv_hook: bool = False,
-        out: Tensor | None = None,
-        combine_wait_recv_cost_stats: Tensor | None = None,
-    ) -> tuple[Tensor, EventOverlap, Callable[[], None] | None]:
-        """Bring rows back from their experts' slots and sum them with their weights, over k in ascending order in float32.
-
-        The collective engine sends bfloat16 whatever `use_logfmt` says, and needs no copy to be spared by `zero_copy`.
-
-        Args:
-            x: bfloat16 [L, R*M, H], the experts' results in the places of `low_latency_dispatch`'s rows.
-            topk_idx, topk_weights: int64 and float32 [T, K], as dispatched; -1 contributes nothing.
-            out: bfloat16 [T, H] to write the result to.
-
-        Returns:
-            combined_x bfloat16 [T, H], event, hook.
-        """
-        self.check()
-        z, event = self._comm.run(
-            lambda: low_latency.combine(self._engine, self, x, topk_idx, topk_weights, handle, out),
-            [x, topk_idx, topk_weights, out],
-            None,
-            async_finish,
-        )
-        return z, event, low_latency.NO_HOOK if return_recv_hook else None
-
-    def get_next_low_latency_combine_buffer(self, handle: tuple) -> Tensor:
-        """A bfloat16 tensor [L, R*M, H] to fill and pass to `low_latency_combine(zero_copy=True)`."""
-        self.check()
-        source, _, _, hidden, _ = handle
-        return self.empty((*source.shape, hidden), torch.bfloat16, source.device)
-
-    def clean_low_latency_buffer(self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int) -> None:
-        """V1 wants this before low-latency calls after normal ones; nothing is dirty here."""
-        self.check()
-
-    def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
-        """Leave a rank out of low-latency calls, or take it in again; needs an engine with low-latency kernels."""
-        self._no_masks()
-
-    def low_latency_query_mask_buffer(self, mask_status: Tensor) -> None:
-        """Write 1 for every masked rank into int32 [R]; needs an engine with low-latency kernels."""
-        self._no_masks()
-
-    def low_latency_clean_mask_buffer(self) -> None:
-        """Unmask all ranks; needs an engine with low-latency kernels."""
-        self._no_masks()
-
-    def _no_masks(self) -> None:
-        self.check()
-        raise DeepEPError(f"the {self.engine} engine cannot leave ranks out: its collectives need every rank of the group")
 
     # What deepep_train.ops builds on -----------------------------------------------------------------------------------
 

@@ -72,7 +72,7 @@ def dispatch(
         # Token t's k-th pick is dispatched as token t * K + k.
         top_k = topk_idx.size(1)
         payload = Payload(*(None if t is None else t.repeat_interleave(top_k, 0) for t in payload[:2]))  # type: ignore[arg-type]
-        picks = topk_idx.reshape(-1, 1)
+        picks = torch.where(_first_picks(topk_idx) == torch.arange(top_k, device=x.device), topk_idx, -1).reshape(-1, 1)
         token = torch.arange(x.size(0), device=x.device).repeat_interleave(top_k).unsqueeze(1)
         # The token's number travels in the place of its weight: exact in float32 up to 2**24 tokens.
         return DispatchRequest(payload, engine.layout(picks, num_experts), picks, token.float(), num_experts, "expert")
@@ -113,12 +113,19 @@ def combine(
         return CombineRequest(torch.cat([x[e, :n] for e, n in enumerate(handle.counts)]), handle.plan)
 
     rows = engine.combine(Prepared(make))[0].view(*topk_idx.shape, handle[3])
+    first = _first_picks(topk_idx)
     total = torch.zeros(rows.size(0), rows.size(2), dtype=torch.float32, device=rows.device)
     for k in range(topk_idx.size(1)):
         weight = torch.where(topk_idx[:, k] >= 0, topk_weights[:, k], 0.0).unsqueeze(1)
-        total += weight * rows[:, k].to(torch.float32)
+        total += weight * rows[torch.arange(rows.size(0), device=rows.device), first[:, k]].to(torch.float32)
     result = total.to(torch.bfloat16)
     return result if out is None else out.copy_(result)
+
+
+def _first_picks(topk_idx: Tensor) -> Tensor:
+    """int64 [T, K]: which pick of the token is the first of the same expert. A token has one row there, however often it names
+    the expert: an expert has room for one row of each token."""
+    return (topk_idx.unsqueeze(2) == topk_idx.unsqueeze(1)).to(torch.uint8).argmax(2)
 
 
 def _spread(rows: Tensor, counts: list[int], slots: int) -> Tensor:

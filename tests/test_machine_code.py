@@ -63,7 +63,10 @@ def test_nothing_is_read_through_the_non_coherent_path() -> None:
         assert not has(body, r"LDG?\S*\.CONSTANT"), name
 
 
-@pytest.mark.parametrize("kernel", ["dispatch_kernel", "combine_kernel", "count_kernel", "refuse_kernel"])
+LOW_LATENCY = [f"{operation}_{phase}_kernel" for operation in ("dispatch", "combine") for phase in ("send", "receive")]
+
+
+@pytest.mark.parametrize("kernel", ["dispatch_kernel", "combine_kernel", "count_kernel", "refuse_kernel", *LOW_LATENCY])
 def test_flags_are_polled_and_raised_for_the_whole_system(kernel: str) -> None:
     for body in of_kernel(kernel):
         assert has(body, r"LD\S*\.STRONG\.SYS"), "no flag is polled with .sys scope"

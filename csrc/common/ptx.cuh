@@ -72,6 +72,28 @@ DT_DEVICE void store_row(void* address, uint4 v) {
                  : "memory");
 }
 
+// The same for rows that nobody reads again soon: what the L2 cache gives up first.
+DT_DEVICE uint64_t evict_first() {
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
+DT_DEVICE uint4 load_row_last(const void* address) {
+    uint4 v;
+    asm volatile("ld.global.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(address), "l"(evict_first())
+                 : "memory");
+    return v;
+}
+
+DT_DEVICE void store_row_last(void* address, uint4 v) {
+    asm volatile("st.global.L1::no_allocate.L2::cache_hint.v4.u32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(address), "r"(v.x),
+                 "r"(v.y), "r"(v.z), "r"(v.w), "l"(evict_first())
+                 : "memory");
+}
+
 // The bulk copy engine (sm_90 and later) --------------------------------------------------------------------------------
 
 DT_DEVICE uint32_t shared_address(const void* pointer) { return static_cast<uint32_t>(__cvta_generic_to_shared(pointer)); }
@@ -124,6 +146,12 @@ DT_DEVICE void bulk_wait_read() {
 
 // All of this thread's bulk stores have been written, not only read from shared memory: what a flag may announce.
 DT_DEVICE void bulk_wait_written() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
+// The same, but for at most `kPending` of the newest groups.
+template <int kPending>
+DT_DEVICE void bulk_wait_written_but() {
+    asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
+}
 
 // Orders the copy engine's accesses (the async proxy) with ordinary ones.
 DT_DEVICE void fence_async_proxy() {

@@ -161,6 +161,13 @@ void Communicator::open(const std::vector<PeerAddress>& peers) {
     DT_CUDA(cudaMemcpy(state_->peers, table, sizeof(table), cudaMemcpyHostToDevice));
 }
 
+std::vector<uint64_t> Communicator::addresses() const {
+    std::vector<uint64_t> table(num_ranks_);
+    const OnDevice on(device_);
+    DT_CUDA(cudaMemcpy(table.data(), state_->peers, num_ranks_ * sizeof(char*), cudaMemcpyDeviceToHost));
+    return table;
+}
+
 void Communicator::close(bool keep) {
     state_->kept |= keep;
     closed_ = true;

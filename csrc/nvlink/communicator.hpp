@@ -58,6 +58,8 @@ public:
 
     // Maps the peers' arenas; index `rank` is ignored. To be followed by a barrier of all ranks before the first operation.
     void open(const std::vector<PeerAddress>& peers);
+    // Every rank's arena, as this process maps it; after `open`.
+    std::vector<uint64_t> addresses() const;
     // Unmaps them. With `keep`, or after a failure, this rank's memory is kept for ever: a late peer, or a CUDA graph, may
     // still write into it.
     void close(bool keep);

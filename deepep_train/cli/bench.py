@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deepep_train.buffer import Buffer
-from deepep_train.cli import bench_fp8, bench_gpu, bench_links, bench_megatron, bench_report, plain
+from deepep_train.cli import bench_fp8, bench_gpu, bench_links, bench_low_latency, bench_megatron, bench_report, plain
 from deepep_train.cli.bench_model import Shape
 from deepep_train.cli.launch import run_ranks
 from deepep_train.ops import combine, dispatch
@@ -89,9 +89,10 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument(
         "--table",
-        choices=("links", "gpu", "fp8"),
+        choices=("links", "gpu", "fp8", "low-latency"),
         help="links: GB/s between GPUs, by default where every rank has one; gpu: all calls, by default where ranks share one; "
-        "fp8: from bf16 tokens to the experts' FP8 operand, beside Transformer Engine's permute and quantizer",
+        "fp8: from bf16 tokens to the experts' FP8 operand, beside Transformer Engine's permute and quantizer; "
+        "low-latency: the low-latency kernels with few tokens",
     )
     parser.add_argument(
         "--peer", type=Path, metavar="FOLDER", help="on GPUs: measure the DeepEP V1 built there (deep_ep/) beside"
@@ -123,6 +124,8 @@ def run(args: argparse.Namespace) -> int:
     table = _table(args) if on_gpus else ""
     if args.peer is not None and not on_gpus:
         raise ValueError("--peer is measured on GPUs only")
+    if table == "low-latency" and args.num_tokens is None:
+        args.num_tokens = bench_low_latency.DEFAULT_TOKENS
     if table == "links" and args.num_processes is None:
         args.num_processes = torch.cuda.device_count()
     shapes = [(n, h) for n in _one_or(args.num_tokens, bench_links.TOKENS) for h in _one_or(args.hidden, bench_links.HIDDEN)]
@@ -145,6 +148,10 @@ def run(args: argparse.Namespace) -> int:
         all_shapes = tuple(Shape(n, h, work.num_experts, work.num_topk) for n, h in (shapes[:1] if args.quick else shapes))
         links = bench_links.Plan(all_shapes, args.sms or bench_links.SMS, args.quick, args.out, args.peer)
         run_ranks(args.num_processes, bench_links.measure, links, deadline=args.deadline)
+    elif table == "low-latency":
+        shape = Shape(work.num_tokens, work.hidden, work.num_experts, work.num_topk)
+        small = bench_low_latency.Plan(shape, args.quick, args.out)
+        run_ranks(args.num_processes, bench_low_latency.measure, small, deadline=args.deadline)
     elif table == "fp8":
         shape = Shape(work.num_tokens, work.hidden, work.num_experts, work.num_topk)
         fp8_plan = bench_fp8.Plan(shape, max(args.sms or GPU_SMS), args.quick, args.out)

@@ -15,15 +15,23 @@ import torch
 import torch.distributed as dist
 
 from deepep_train import engines
+from deepep_train.cli import live
+from deepep_train.cli.launch import run_ranks
 from deepep_train.version import __version__
 
 OPTIONAL_PACKAGES = ("megatron-core", "transformer-engine", "nvidia-nvshmem-cu13", "nvidia-nvshmem-cu12", "triton")
+
+_LIVE_SECONDS = 120.0
 
 
 def add_parser(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser("doctor", help=__doc__, description=__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.add_argument("--brief", action="store_true", help="one line if an engine can be used, everything if none can")
+    parser.add_argument(
+        "--live", action="store_true", help="besides, exchange small batches between this machine's GPUs and name slow ranks"
+    )
+    parser.add_argument("--ranks", type=int, help="of --live (default: one for each GPU)")
     parser.set_defaults(run=run)
 
 
@@ -39,6 +47,8 @@ def run(args: argparse.Namespace) -> int:
         )
     else:
         print(as_text(report))
+    if args.live:
+        run_ranks(args.ranks or max(1, len(report["gpus"])), live.measure, deadline=_LIVE_SECONDS)
     return 0 if usable else 1
 
 

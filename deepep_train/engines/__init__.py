@@ -56,13 +56,22 @@ def survey() -> list[Surveyed]:
     reason = (
         "any process group: gloo on CPUs, NCCL or gloo on GPUs" if has_distributed else "torch was built without distributed"
     )
-    absent = "its kernels are not part of this release"
+    nvlink = _survey_nvlink()
     return [
-        _survey_nvlink(),
-        Surveyed("rdma", False, absent),
-        Surveyed("low_latency", False, absent),
+        nvlink,
+        Surveyed("rdma", False, "its kernels are not part of this release"),
+        Surveyed("low_latency", nvlink.usable, _low_latency_reason(nvlink)),
         Surveyed("collective", has_distributed, reason),
     ]
+
+
+def _low_latency_reason(nvlink: Surveyed) -> str:
+    """Its kernels come with nvlink's."""
+    if not nvlink.usable:
+        return nvlink.reason
+    return (
+        "nvlink, and by that name what Buffer(low_latency_mode=True) takes; low-latency calls have the same kernels under both"
+    )
 
 
 def _survey_nvlink() -> Surveyed:
@@ -139,17 +148,20 @@ def create(
     local_ranks: int,
     two_level: bool | None,
     num_nvl_bytes: int,
+    num_rdma_bytes: int,
     num_sms: Callable[[], int],
     number: int,
 ) -> Engine:
-    """Build the engine that `choose` named; `two_level` as in `Buffer`; `num_sms` gives the SMs that a call may occupy,
-    `number` is the buffer's."""
-    if name == "nvlink":
+    """Build the engine that `choose` named; `two_level` and the bytes as in `Buffer`; `num_sms` gives the SMs that a call may
+    occupy, `number` is the buffer's."""
+    if name in ("nvlink", "low_latency"):
         from deepep_train.engines.nvlink import NvlinkEngine
 
         if two_level:
-            raise ArgumentError("two_level=True needs engine='collective': nvlink reaches every rank directly", "two_level")
-        return NvlinkEngine(Peers(group, timeout, number), max(num_nvl_bytes, DEFAULT_ARENA_BYTES), num_sms)
+            raise ArgumentError(f"two_level=True needs engine='collective': {name} reaches every rank directly", "two_level")
+        # What low-latency calls keep comes on top.
+        arena_bytes = max(num_nvl_bytes, DEFAULT_ARENA_BYTES) + (num_rdma_bytes if name == "low_latency" else 0)
+        return NvlinkEngine(Peers(group, timeout, number), arena_bytes, num_sms, name)
     assert name == "collective", name
     num_nodes = (1 if group is None else group.size()) // local_ranks
     if two_level and num_nodes < 2:

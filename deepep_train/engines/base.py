@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -160,6 +160,7 @@ class Engine(ABC):
 
     name: str
     rank: int
+    low_latency: Any = None  # `engines.low_latency.LowLatency` where there are kernels for it
     device: torch.device | None = None  # the only one it serves; None: any
     forwards: bool = False  # whether rows cross between nodes once and are forwarded there, and sums are by node
     checks_layout: bool = (

@@ -32,6 +32,7 @@ from deepep_train.engines.base import (
     Received,
     RedispatchRequest,
 )
+from deepep_train.engines.low_latency import LowLatency
 from deepep_train.engines.nvlink_failures import cuda_failed, device_error, layout_error
 from deepep_train.engines.nvlink_tables import Counting, ExpertPlan, Known, NvlinkLayout, NvlinkPlan, versions
 from deepep_train.engines.peers import Peers
@@ -57,13 +58,14 @@ class NvlinkEngine(Engine):
         peers: bootstrap, and carry the texts of errors; these ranks must reach each other's memory.
         arena_bytes: memory that peers can reach; received tensors live in it.
         num_sms: gives the SMs that a call may occupy; 0: what the links need, see `sms.default_sms`.
+        name: that it goes by; the low-latency kernels come with it under any.
     """
 
-    name = "nvlink"
     checks_layout = True
 
-    def __init__(self, peers: Peers, arena_bytes: int, num_sms: Callable[[], int]) -> None:
+    def __init__(self, peers: Peers, arena_bytes: int, num_sms: Callable[[], int], name: str = "nvlink") -> None:
         self.peers = peers
+        self.name = name
         self.rank = self.peers.rank
         self.device: torch.device = torch.device("cuda", torch.cuda.current_device())
         self._num_sms = num_sms
@@ -108,6 +110,9 @@ class NvlinkEngine(Engine):
         self._default_sms = {
             operation: default_sms(operation, properties.major, sms, size, sharing) for operation in ("dispatch", "combine")
         }
+        self.low_latency = LowLatency(
+            self.peers, self._arena, self._comm.addresses(), self._max_sms, self._ordered, self.device
+        )
 
     @staticmethod
     def _raise_any(everyone: list[dict[str, Any]]) -> None:
@@ -156,6 +161,17 @@ class NvlinkEngine(Engine):
                     raise self._too_small(error.num_bytes) from None
                 raise
             self._finish(stream)
+
+    @contextmanager
+    def _ordered(self) -> Iterator[int]:
+        """Around launches and uses of the arena that nobody waits for at once; as `_operation` else."""
+        with self._lock, torch.cuda.device(self.device):
+            stream = self._stream()
+            self._comm.enter(stream)
+            try:
+                yield stream
+            finally:
+                self._comm.leave(stream)
 
     def _finish(self, stream: int) -> None:
         self._owes_rows = False
@@ -676,6 +692,7 @@ class NvlinkEngine(Engine):
         if not self._comm.is_well():
             raise device_error(self._comm.failure(), self.rank, self.peers.timeout, self._processes)
         self._check_cuda()
+        self.low_latency.check()
 
     def _check_cuda(self, error: BaseException | None = None) -> None:
         """Raise if CUDA has failed for good."""
@@ -685,12 +702,13 @@ class NvlinkEngine(Engine):
     def destroy(self) -> None:
         with self._lock:
             try:
+                self.low_latency.close()
                 self._comm.close(self._arena.was_captured)
             except RuntimeError as error:
                 self._check_cuda(error)
                 raise
             finally:
-                del self._arena
+                del self._arena, self.low_latency
 
 
 def _blocks_of(payload: Payload, is_expert: bool) -> ScaleBlocks | None:

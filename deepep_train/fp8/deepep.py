@@ -29,7 +29,8 @@ def quantize_blocks(x: Tensor, *, power_of_two: bool = False) -> tuple[Tensor, T
     if x.dim() != 2 or x.size(1) % BLOCK:
         raise ArgumentError(f"x must be [rows, hidden] with hidden a multiple of {BLOCK}, got shape {list(x.shape)}", "x")
     blocks = x.to(torch.float32).view(x.size(0), x.size(1) // BLOCK, BLOCK)
-    scale = blocks.abs().amax(2).clamp(min=MIN_AMAX) / E4M3_MAX
+    amax = blocks.abs().amax(2).clamp(min=MIN_AMAX)
+    scale = amax / amax.new_full((), E4M3_MAX)  # by a number, torch multiplies with the reciprocal on GPUs
     if power_of_two:
         scale = torch.exp2(torch.ceil(torch.log2(scale)))
     data = (blocks / scale.unsqueeze(2)).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
@@ -65,5 +66,7 @@ def pack_ue8m0(scales: Tensor) -> Tensor:
 
 def unpack_ue8m0(packed: Tensor) -> Tensor:
     """The reverse of `pack_ue8m0`."""
-    exponent = packed.contiguous().view(torch.uint8).to(torch.int32)
+    # Cloned, because a single column counts as contiguous whatever its stride, and then has no bytes to view.
+    flat = packed.clone(memory_format=torch.contiguous_format).view(-1)
+    exponent = flat.view(torch.uint8).view(packed.size(0), 4 * packed.size(1)).to(torch.int32)
     return (exponent << 23).view(torch.float32)

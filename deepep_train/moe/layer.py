@@ -55,6 +55,9 @@ class MoELayer(nn.Module):
         bias_update_rate: step of the loss-free balancing bias, applied by `update_expert_bias`; 0.0 for no bias.
         activation: "swiglu" or "gelu".
         num_shared_experts: experts that every token visits besides, held by every rank, as wide as so many routed ones.
+        low_latency: in `eval()` without gradients, exchange tokens by DeepEP V1's low-latency calls, for small batches such as
+            decoding's; rows then travel as bfloat16. All ranks must be in eval mode together.
+        low_latency_tokens: the most tokens of a rank in such a pass; the same on all ranks, memory grows with it.
         alignment: groups of rows are padded to a multiple of it; None takes what grouped matmul wants (16 on CUDA, else 1; 16
             with `fp8_recipe` BLOCK, 32 with MXFP8).
         fp8_recipe: BLOCK or MXFP8: tokens are quantized before the dispatch and the experts compute in FP8; both sizes must
@@ -89,6 +92,8 @@ class MoELayer(nn.Module):
         bias_update_rate: float = 0.0,
         activation: str = "swiglu",
         num_shared_experts: int = 0,
+        low_latency: bool = False,
+        low_latency_tokens: int = 128,
         alignment: int | None = None,
         fp8_recipe: fp8.Recipe | None = None,
         grad_dtype: torch.dtype | None = None,
@@ -102,6 +107,7 @@ class MoELayer(nn.Module):
             ("ffn_hidden_size", ffn_hidden_size, 1),
             ("top_k", top_k, 1),
             ("num_shared_experts", num_shared_experts, 0),
+            ("low_latency_tokens", low_latency_tokens, 1),
             ("num_groups", num_groups, 1),
             ("num_limited_groups", num_groups if num_limited_groups is None else num_limited_groups, 1),
             ("alignment", 1 if alignment is None else alignment, 1),
@@ -110,6 +116,8 @@ class MoELayer(nn.Module):
         for name, weight in (("aux_loss_coeff", aux_loss_coeff), ("bias_update_rate", bias_update_rate)):
             checks.number(weight, name)
         checks.number(scaling_factor, "scaling_factor")
+        checks.flag(low_latency, "low_latency")
+        checks.need(fp8_recipe is None or not low_latency, "low_latency", "False with fp8_recipe", low_latency)
         checks.need(dtype is None or dtype.is_floating_point, "dtype", "a floating dtype", dtype)
         if fp8_recipe is not None:
             is_served = fp8_recipe in _FP8_ALIGNMENT
@@ -127,6 +135,7 @@ class MoELayer(nn.Module):
         num_local_experts = num_experts // self.buffer.group_size
         self.num_experts, self.top_k, self.alignment = num_experts, top_k, alignment
         self.hidden_size = hidden_size
+        self.low_latency, self.low_latency_tokens = low_latency, low_latency_tokens
         self.fp8_recipe, self.grad_dtype = fp8_recipe, grad_dtype
         self.aux_loss_coeff, self.aux_loss_scale = aux_loss_coeff, 1.0
         self.bias_update_rate = bias_update_rate
@@ -162,9 +171,12 @@ class MoELayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden_size] -> [..., hidden_size]; a collective call of the group, any number of tokens, none included."""
+        hurries = self.low_latency and not self.training and not torch.is_grad_enabled()
         try:
             self._check_input(x)
         except ArgumentError as error:
+            if hurries:
+                self.buffer.refuse_low_latency_dispatch(error)
             self.buffer.refuse_dispatch(error)  # where the other ranks wait for this one
         x_TH = x.reshape(-1, self.hidden_size)
         topk_idx, weights_TK, aux_loss = self.router(x_TH)
@@ -174,16 +186,34 @@ class MoELayer(nn.Module):
         self._last_aux_loss = aux_loss.detach()
         if self.aux_loss_coeff and self.training and torch.is_grad_enabled():
             weights_TK = _AttachLoss.apply(weights_TK, aux_loss, self.aux_loss_coeff * self.aux_loss_scale)
-        alignment = self.alignment or (16 if x.is_cuda else 1)
+        z_TH = (self._exchange_hurriedly if hurries else self._exchange)(x_TH, topk_idx, weights_TK)
+        if self.shared_experts is not None:
+            z_TH = z_TH + self.shared_experts(x_TH)
+        return z_TH.view(x.shape)
+
+    def _exchange(self, x_TH: Tensor, topk_idx: Tensor, weights_TK: Tensor) -> Tensor:
+        """What the experts make of the tokens."""
+        alignment = self.alignment or (16 if x_TH.is_cuda else 1)
         sent = x_TH if self.fp8_recipe is None else fp8.quantize(self._in_experts_dtype(x_TH), self.fp8_recipe)
         got = dispatch(
             sent, topk_idx, weights_TK, buffer=self.buffer, num_experts=self.num_experts, layout="expert", alignment=alignment
         )
         y_MH = self.experts(got.x, got.tokens_per_expert, got.topk_weights)
-        z_TH = combine(y_MH, got.handle, grad_dtype=self.grad_dtype)
-        if self.shared_experts is not None:
-            z_TH = z_TH + self.shared_experts(x_TH)
-        return z_TH.view(x.shape)
+        return combine(y_MH, got.handle, grad_dtype=self.grad_dtype)
+
+    def _exchange_hurriedly(self, x_TH: Tensor, topk_idx: Tensor, weights_TK: Tensor) -> Tensor:
+        """The same by the low-latency calls. The CPU waits for the counts, so that the experts see the rows alone."""
+        most, dtype = self.low_latency_tokens, x_TH.dtype
+        got = self.buffer.low_latency_dispatch(x_TH.to(torch.bfloat16), topk_idx, most, self.num_experts, use_fp8=False)
+        recv, recv_count, handle = got[:3]
+        assert isinstance(recv, Tensor)
+        counts = recv_count.tolist()
+        rows = torch.cat([recv[e, :n] for e, n in enumerate(counts)]).to(self.experts.w1.dtype)
+        results = self.experts(rows, torch.tensor(counts)).to(torch.bfloat16)
+        y = self.buffer.get_next_low_latency_combine_buffer(handle)
+        for e, group in enumerate(results.split(counts)):
+            y[e, : len(group)] = group
+        return self.buffer.low_latency_combine(y, topk_idx, weights_TK.float(), handle, zero_copy=True)[0].to(dtype)
 
     def backward_dw(self) -> None:
         """Compute the experts' weight gradients that `delay_wgrad` put off, in the order of the backward passes."""

@@ -29,13 +29,13 @@ def environment(name: str, default: int) -> int:
     return int(os.environ.get(name, default))
 
 
-def end_broken(error: BrokenInput) -> NoReturn:
+def end_broken(error: BrokenInput, program: str = "train.py") -> NoReturn:
     """Rank 0 says what is broken, in one line, and ends with code 2; the other ranks end quietly.
 
     torchrun kills a machine's ranks when the first one ends, so the quiet ones wait: a faster one would silence rank 0.
     """
     if environment("LOCAL_RANK" if error.one_machine else "RANK", 0) == 0:
-        print(f"train.py: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     else:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(20)

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from harness import assert_same_bits
 
 from deepep_train import ArgumentError, fp8
 
@@ -55,3 +56,9 @@ def test_products_are_rounded_once(fp8_dtype: torch.dtype, dtype: torch.dtype) -
     got = fp8.deepep.scaled(data, scales, dtype)
     assert torch.equal(got.isnan(), want.isnan())
     assert torch.equal(got.nan_to_num(), want.nan_to_num())
+
+
+def test_packed_scales_in_a_single_column_with_any_stride() -> None:
+    packed = torch.tensor([[0x7F7F7F7F, 1], [0x01020304, 2]], dtype=torch.int32)
+    assert_same_bits(fp8.unpack_ue8m0(packed.t().contiguous().t()[:, :1]), fp8.unpack_ue8m0(packed)[:, :4].contiguous())
+    assert_same_bits(fp8.unpack_ue8m0(packed.t().contiguous().t()[:1, :1]), fp8.unpack_ue8m0(packed)[:1, :4].contiguous())

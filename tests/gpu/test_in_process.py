@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-STREAMS, PROCESSES = (Path(__file__).with_name(name) for name in ("in_process.py", "two_processes.py"))
+STREAMS, PROCESSES, LOW_LATENCY = (
+    Path(__file__).with_name(name) for name in ("in_process.py", "two_processes.py", "low_latency_in_process.py")
+)
 ROOT = STREAMS.parents[2]
 
 
@@ -32,8 +34,13 @@ def test_ranks_as_streams(size: str) -> None:
     assert "fine" in run(str(STREAMS), size, "16")
 
 
+@pytest.mark.parametrize("size", ["1", "2", "4", "8"])
+def test_low_latency_ranks_as_streams(size: str) -> None:
+    assert "fine" in run(str(LOW_LATENCY), size, "12")
+
+
 @pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="there is no compute-sanitizer on PATH")
-@pytest.mark.parametrize("script", ["one rank", "two ranks"])
+@pytest.mark.parametrize("script", ["one rank", "two ranks", "low latency"])
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_sanitizers_find_nothing(tool: str, script: str) -> None:
     """Several ranks must be processes here: while one thread waits for its stream, the sanitizer lets no other of the process
@@ -41,6 +48,8 @@ def test_sanitizers_find_nothing(tool: str, script: str) -> None:
     before = ("compute-sanitizer", "--target-processes", "all", "--tool", tool, "--error-exitcode", "9")
     if script == "one rank":
         text = run(str(STREAMS), "1", "16", before=before, seconds=250)
+    elif script == "low latency":
+        text = run(str(LOW_LATENCY), "1", "12", before=before, seconds=250)
     else:
         text = run(str(PROCESSES), before=before, seconds=250)
     summaries = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", text)  # of every process

@@ -236,3 +236,30 @@ def _one_wrong_input(rank: int, size: int, group: dist.ProcessGroup) -> list[str
 def test_a_wrong_input_on_one_rank_raises_on_all() -> None:
     first, second = run_ranks(2, _one_wrong_input)
     assert first == second
+
+
+def _hurried(rank: int, size: int, group: dist.ProcessGroup) -> dict[str, Any]:
+    torch.manual_seed(11)
+    layer = moe.MoELayer(128, FFN, EXPERTS, TOP_K, low_latency=True, low_latency_tokens=6).eval()
+    x = torch.randn((5, 0, 6)[rank], 128, generator=torch.Generator().manual_seed(rank))
+    used: list[str] = []
+    calls = layer.buffer.low_latency_dispatch
+    layer.buffer.low_latency_dispatch = lambda *a, **k: (used.append("low latency"), calls(*a, **k))[1]  # type: ignore
+    with torch.no_grad():
+        fast = layer(x)
+        with pytest.raises(ArgumentError, match="num_max_dispatch_tokens_per_rank=6"):
+            layer(torch.zeros(7 if rank else 6, 128))
+        with pytest.raises(ArgumentError, match="hidden_size=128"):
+            layer(torch.zeros(1, 100 if rank == 2 else 128))
+    calls_so_far = len(used)
+    normal = layer(x)  # gradients are wanted, so it is not used
+    assert len(used) == calls_so_far
+    del layer.buffer.low_latency_dispatch
+    return {"fast": fast, "normal": normal.detach(), "used": calls_so_far}
+
+
+def test_low_latency_in_eval_mode_differs_by_bfloat16s_rounding() -> None:
+    for result in run_ranks(3, _hurried):
+        assert result["used"] >= 1 and result["fast"].dtype == torch.float32
+        # Three rows and the input are rounded to bfloat16, each to 2**-9 of its size.
+        torch.testing.assert_close(result["fast"], result["normal"], rtol=2**-5, atol=2**-7)

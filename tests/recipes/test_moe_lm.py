@@ -218,3 +218,15 @@ def test_a_node_that_is_not_fit_stops_the_job(cluster: dict[str, str], tmp_path:
         ["bash", RECIPE / "slurm.sbatch"], env=broken, capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 1 and "a node cannot run deepep_train" in done.stderr
+
+
+def test_text_from_a_checkpoint_on_another_number_of_ranks(whole: Path, tmp_path: Path) -> None:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+    script = str(RECIPE / "generate.py")
+    command = [sys.executable, *torchrun, script, "--folder", str(whole), "--bytes", "12", "--exchange", "both"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "step 8, low-latency exchange on 4 rank(s)" in done.stdout and "the same text for" in done.stdout
+    command = [sys.executable, script, "--folder", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2 and "is not what train.py leaves" in done.stderr

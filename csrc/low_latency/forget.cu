@@ -1,0 +1,29 @@
+// A peer that is taken in again owes no answer to what it was sent before.
+#include <cstddef>
+
+#include "../common/check.hpp"
+#include "kernels.hpp"
+#include "space.cuh"
+
+namespace deepep_train::low_latency {
+
+namespace {
+
+__global__ void forget_kernel(const __grid_constant__ Common c, const int peer) {
+    Control* mine = control_of(c, c.rank);
+    const int set = threadIdx.x;
+    mine->sent_to[set].at[peer] = load_acquire_sys(&mine->taken[set].at[peer]);
+    mine->shown_to[set].at[peer] = load_acquire_sys(&mine->pulled[set].at[peer]);
+}
+
+}  // namespace
+
+void launch_forget(const Common& c, int peer, cudaStream_t stream) {
+    forget_kernel<<<1, 2, 0, stream>>>(c, peer);
+    DT_CUDA(cudaGetLastError());
+}
+
+int64_t control_bytes() { return sizeof(Control); }
+int64_t closed_offset() { return offsetof(Control, closed); }
+
+}  // namespace deepep_train::low_latency

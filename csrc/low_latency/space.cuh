@@ -1,0 +1,237 @@
+// What the ranks of a low-latency group share, and how they meet: see docs/low_latency.md.
+//
+// A rank's space begins with a `Control`, followed, for each of two sets, by what peers send here: for every source a `List` of
+// the tokens it sends and a slot for each of its tokens; then by where this rank's own rows went (`Place`), and by the rows of
+// its experts that peers pull. A set serves one result at a time: a dispatch, then combines of it. The sets know nothing of
+// each other. Flags hold the number of the dispatch, or combine, of their set, and only ever grow.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/ptx.cuh"
+#include "params.hpp"
+
+namespace deepep_train::low_latency {
+
+constexpr int kBlock = 128;  // values with one scale
+constexpr uint32_t kNoPlace = 0xffffffffu;
+constexpr int kChunks = 16;      // of tokens, in which a combine without a hook goes
+constexpr uint32_t kSteps = 32;  // of `Control::shown` in a combine; the last says that all is there
+constexpr int kIndexBits = 22;   // of a pick's place: local expert << kIndexBits | its number among the source's picks of it
+
+struct Control {
+    // Written by peer p at index p.
+    struct alignas(128) Flags {
+        uint32_t at[kMaxRanks];
+    };
+    Flags sent[2];    // its rows are here
+    Flags taken[2];   // it has read the rows sent to it
+    Flags shown[2];   // its experts' rows may be pulled: combine * kSteps + chunks of tokens that are ready
+    Flags pulled[2];  // it has pulled this rank's rows
+    Flags placed[2];  // the dispatch for which it has written `Place`s
+    alignas(128) int64_t shown_at[2][kMaxRanks];   // where they lie, relative to its space; see `Shown`
+    alignas(128) int32_t shown_how[2][kMaxRanks];  // enum Shown
+    // Written by the owner.
+    alignas(128) uint32_t closed;  // the buffer has been destroyed
+    uint32_t dispatches[2];        // sent so far
+    uint32_t combines[2];
+    uint32_t arrived[2][4];  // blocks that have finished the current launch, by phase
+    Flags decided[2][2];     // by phase and source: number << 1 | 1 if it was given up
+    Flags sent_to[2];        // the last dispatch that went to a peer
+    Flags shown_to[2];
+    alignas(128) int32_t num_rows[2][kMaxExperts];  // received, by local expert
+    uint32_t copied[2][kChunks];                    // warps that have copied their part of a chunk
+};
+
+enum Phase { kDispatchSend = 0, kDispatchReceive = 1, kCombineSend = 2, kCombineReceive = 3 };
+enum Shown : int32_t { kSpread = 0, kCompact = 1, kCompactLogfmt = 2 };
+
+// Where a source's rows of one expert begin: among that expert's rows, and among all rows of the expert's rank.
+struct Place {
+    int32_t begin;
+    int32_t compact;
+};
+
+#define DT_BOTH __host__ __device__ __forceinline__
+
+DT_BOTH int64_t aligned(int64_t bytes) { return (bytes + 127) / 128 * 128; }
+
+// Offsets in a space.
+struct Layout {
+    int64_t list_bytes, slot_bytes, place_bytes, rows_bytes;
+    int64_t lists, slots, places, own_places, rows, end;
+    int ranks, tokens;
+
+    DT_BOTH explicit Layout(const Common& c) {
+        const int local = c.num_experts / c.num_ranks, picks = c.top_k < local ? c.top_k : local;
+        ranks = c.num_ranks;
+        tokens = c.max_tokens;
+        list_bytes = aligned(4 * (kChunks + 1 + local + int64_t{c.max_tokens} * (1 + c.top_k)));  // see `List`
+        slot_bytes = aligned(2 * int64_t{c.hidden});  // FP8 and its scales need less
+        place_bytes = aligned(int64_t{c.num_experts} * sizeof(Place));
+        rows_bytes = int64_t{c.num_ranks} * c.max_tokens * picks * 2 * c.hidden;
+        lists = aligned(sizeof(Control));
+        slots = lists + 2 * ranks * list_bytes;
+        places = slots + 2 * ranks * tokens * slot_bytes;
+        own_places = places + 2 * place_bytes;
+        rows = own_places + 2 * place_bytes;
+        end = rows + 2 * rows_bytes;
+    }
+
+    DT_BOTH int64_t list(int set, int source) const { return lists + (set * ranks + source) * list_bytes; }
+    DT_BOTH int64_t slot(int set, int source, int64_t token) const {
+        return slots + ((int64_t{set} * ranks + source) * tokens + token) * slot_bytes;
+    }
+};
+
+// The parts of the list at `address`.
+struct List {
+    int32_t* chunks;   // [kChunks + 1]: tokens listed before each chunk; the last: all
+    int32_t* counts;   // [L]: picks of each local expert
+    int32_t* tokens;   // [M]
+    uint32_t* places;  // [M, K]
+
+    DT_DEVICE List(char* address, const Common& c) {
+        chunks = reinterpret_cast<int32_t*>(address);
+        counts = chunks + kChunks + 1;
+        tokens = counts + c.num_experts / c.num_ranks;
+        places = reinterpret_cast<uint32_t*>(tokens + c.max_tokens);
+    }
+};
+
+// Tokens of a chunk.
+DT_BOTH int chunk_tokens(const Common& c) { return (c.max_tokens + kChunks - 1) / kChunks; }
+
+// The one place where a peer's memory is found.
+DT_DEVICE char* space_of(const Common& c, int rank) { return reinterpret_cast<char* const*>(c.spaces)[rank]; }
+DT_DEVICE Control* control_of(const Common& c, int rank) { return reinterpret_cast<Control*>(space_of(c, rank)); }
+
+DT_DEVICE bool reached(uint32_t flag, uint32_t number) { return static_cast<int32_t>(flag - number) >= 0; }
+DT_DEVICE bool is_in(uint64_t ranks, int rank) { return (ranks >> rank & 1) != 0; }
+
+DT_DEVICE bool is_masked(const Common& c, int rank) { return reinterpret_cast<const volatile int32_t*>(c.mask)[rank] != 0; }
+DT_DEVICE void give_up(const Common& c, int rank) { reinterpret_cast<volatile int32_t*>(c.mask)[rank] = 1; }
+
+// By one warp: waits until each peer that is not masked has answered what was last given to it, so that it may be overwritten.
+// Peers that do not in time are masked. Returns those that are left.
+DT_DEVICE uint64_t wait_for_answers(const Common& c, const Control::Flags& given, const Control::Flags& answered) {
+    const uint64_t start = global_timer();
+    uint64_t present = 0;
+    for (int base = 0; base < c.num_ranks; base += 32) {
+        const int peer = base + threadIdx.x % 32;
+        bool here = peer < c.num_ranks && !is_masked(c, peer);
+        if (here) {
+            const uint32_t number = given.at[peer];
+            delay_at_random(number);
+            while (!reached(load_acquire_sys(answered.at + peer), number))
+                if (global_timer() - start > c.timeout_ns) {
+                    give_up(c, peer);
+                    here = false;
+                    break;
+                }
+        }
+        __syncwarp();
+        present |= static_cast<uint64_t>(__ballot_sync(0xffffffffu, here)) << base;
+    }
+    return present;
+}
+
+// By one warp of each block: waits for every peer's flag to reach `value`. A peer that is masked, or does not come in time, is
+// given up, and masked; the blocks of a launch, which is the `number`-th of its phase and set, agree on it through `decided`.
+// Returns those that came.
+DT_DEVICE uint64_t wait_for_peers(const Common& c, const Control::Flags& flags, uint32_t value, Control::Flags& decided,
+                                  uint32_t number, uint64_t wait_ns) {
+    const uint64_t start = global_timer();
+    uint64_t present = 0;
+    for (int base = 0; base < c.num_ranks; base += 32) {
+        const int peer = base + threadIdx.x % 32;
+        bool here = false;
+        if (peer < c.num_ranks) {
+            delay_at_random(number);
+            const bool masked = is_masked(c, peer);
+            while (!masked && !here) {
+                here = reached(load_acquire_sys(flags.at + peer), value);
+                if (here) break;
+                if (global_timer() - start > c.timeout_ns) break;
+                __nanosleep(50);  // so many blocks ask that the answer would have to queue
+            }
+            const uint64_t waited = global_timer() - start;
+            // The first block to see, or to give up, decides for all.
+            const uint32_t mine = number << 1 | (here ? 0u : 1u);
+            uint32_t verdict = *static_cast<volatile uint32_t*>(decided.at + peer);
+            while (verdict >> 1 != mine >> 1) {
+                const uint32_t before = atomicCAS(decided.at + peer, verdict, mine);
+                verdict = before == verdict ? mine : before;
+            }
+            if (!here && (verdict & 1) == 0) load_acquire_sys(flags.at + peer);  // it has come since, as another block saw
+            here = (verdict & 1) == 0;
+            if (!here && !masked) give_up(c, peer);
+            if (wait_ns != 0 && blockIdx.x == 0 && !masked)
+                atomicAdd(reinterpret_cast<unsigned long long*>(wait_ns) + peer, static_cast<unsigned long long>(waited));
+        }
+        __syncwarp();
+        present |= static_cast<uint64_t>(__ballot_sync(0xffffffffu, here)) << base;
+    }
+    return present;
+}
+
+// By every thread of every block, after its writes: whether this block is the last of the launch to come here, all others'
+// writes being visible to it.
+DT_DEVICE bool is_last_block(Control* mine, const Common& c, Phase phase) {
+    __shared__ bool last;
+    delay_at_random(phase);
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        __threadfence_system();
+        last = add_acq_rel_gpu(&mine->arrived[c.set][phase], 1) == gridDim.x - 1;
+        if (last) mine->arrived[c.set][phase] = 0;
+    }
+    __syncthreads();
+    return last;
+}
+
+// By one warp: each value becomes the sum of all up to it.
+DT_DEVICE void sum_up(int32_t* values, int count) {
+    const int lane = threadIdx.x % 32;
+    int before = 0;
+    for (int base = 0; base < count; base += 32) {
+        int upto = base + lane < count ? values[base + lane] : 0;
+#pragma unroll
+        for (int distance = 1; distance < 32; distance *= 2) {
+            const int other = __shfl_up_sync(0xffffffffu, upto, distance);
+            upto += lane >= distance ? other : 0;
+        }
+        if (base + lane < count) values[base + lane] = before + upto;
+        before += __shfl_sync(0xffffffffu, upto, 31);
+    }
+}
+
+// Copies rows by 16 bytes a lane: `kVectors` of them are loaded, for the last time, before the first is stored.
+template <int kVectors>
+struct Piece {
+    static constexpr int kBytes = kVectors * 512;
+    uint4 v[kVectors];
+
+    // From `start` on, of rows of `row_bytes`, a multiple of 16.
+    DT_DEVICE void load(const char* row, int start, int row_bytes) {
+        const int at = start + threadIdx.x % 32 * 16;
+#pragma unroll
+        for (int i = 0; i < kVectors; ++i)
+            if (i * 512 < row_bytes - at) v[i] = load_row_last(row + at + i * 512);
+    }
+    DT_DEVICE void store(char* row, int start, int row_bytes) const {
+        const int at = start + threadIdx.x % 32 * 16;
+#pragma unroll
+        for (int i = 0; i < kVectors; ++i)
+            if (i * 512 < row_bytes - at) store_row(row + at + i * 512, v[i]);
+    }
+    DT_DEVICE void store_last(char* row, int start, int row_bytes) const {
+        const int at = start + threadIdx.x % 32 * 16;
+#pragma unroll
+        for (int i = 0; i < kVectors; ++i)
+            if (i * 512 < row_bytes - at) store_row_last(row + at + i * 512, v[i]);
+    }
+    static DT_BOTH int in(int row_bytes) { return (row_bytes + kBytes - 1) / kBytes; }
+};
+
+}  // namespace deepep_train::low_latency

@@ -1,0 +1,201 @@
+"""DeepEP V1's low-latency methods of `Buffer`: on the kernels where there are any, else over the normal dispatch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from deepep_train import checks, low_latency
+from deepep_train.engines.base import Engine, Payload
+from deepep_train.errors import ArgumentError, DeepEPError
+from deepep_train.events import EventOverlap
+from deepep_train.routing import round_up
+from deepep_train.streams import CommStream
+
+PayloadArgument = Tensor | tuple[Tensor, Tensor] | Payload
+
+
+class LowLatencyCalls:
+    """A part of `Buffer`.
+
+    L local experts, R ranks, M most tokens of a rank, H hidden. On peers that reach each other's memory (the nvlink and
+    low_latency engines) these calls have kernels of their own, described in docs/low_latency.md; the first call of a shape (M,
+    H, experts, top-k) is then a collective one. On the collective engine they go over its dispatch, all data has arrived when
+    the call returns, hooks do nothing, and wait statistics stay as they are.
+    """
+
+    _engine: Engine
+    _comm: CommStream
+    engine: str
+
+    @staticmethod
+    def get_low_latency_rdma_size_hint(
+        num_max_dispatch_tokens_per_rank: int, hidden: int, num_ranks: int, num_experts: int
+    ) -> int:
+        """Bytes of symmetric memory that the low-latency calls want: two buffers of a bf16 row and a header for every slot
+        of (expert, token) to send and of (local expert, source rank, token) to receive."""
+        checks.integer(num_max_dispatch_tokens_per_rank, "num_max_dispatch_tokens_per_rank", 1)
+        checks.integer(hidden, "hidden", 1)
+        checks.integer(num_ranks, "num_ranks", 1)
+        checks.experts(num_experts, num_ranks)
+        slots = 2 * num_experts * num_max_dispatch_tokens_per_rank
+        return 2 * slots * round_up(2 * hidden + 16, 128)
+
+    def low_latency_dispatch(
+        self,
+        x: Tensor,
+        topk_idx: Tensor,
+        num_max_dispatch_tokens_per_rank: int,
+        num_experts: int,
+        cumulative_local_expert_recv_stats: Tensor | None = None,
+        dispatch_wait_recv_cost_stats: Tensor | None = None,
+        use_fp8: bool = True,
+        round_scale: bool = False,
+        use_ue8m0: bool = False,
+        async_finish: bool = False,
+        return_recv_hook: bool = False,
+    ) -> tuple[PayloadArgument, Tensor, tuple, EventOverlap, Callable[[], None] | None]:
+        """Send every pick of an expert into that expert's rows.
+
+        At most two results may be alive: a result lives until it has been combined, or its handle is dropped.
+
+        Args:
+            x: bfloat16 [T, H], T at most M; H a multiple of 128 with `use_fp8` and on the kernels, of 512 with `use_ue8m0`.
+            topk_idx: int64 [T, K] in [-1, num_experts). On the kernels the range is not waited for: other values count as -1,
+                and `check()`, or the next call, raises.
+            cumulative_local_expert_recv_stats: int32 [L], to which the rows received are added.
+            dispatch_wait_recv_cost_stats: int64 [R], to which the nanoseconds are added that each rank's rows were waited for.
+            use_fp8: quantize in blocks of 128, see `deepep_train.fp8.quantize_blocks`.
+            round_scale, use_ue8m0: scales as powers of two; packed as UE8M0, four to an int32.
+            return_recv_hook: only send; nothing of this library runs until the hook is called, which receives.
+
+        Returns:
+            recv_x bfloat16 [L, R*M, H], or a pair with float8_e4m3fn data and scales float32 [L, R*M, H/128] or int32
+            [L, R*M, H/512]; recv_count int32 [L], rows that are valid, the first ones, by (source rank, token); handle; event;
+            hook (None unless asked for).
+
+        Raises:
+            ArgumentError: before a first call of a shape on every rank, later on this rank alone.
+            DeepEPError: a third result, or slots whose last hook was not called.
+        """
+        kernels = self._kernels(async_finish, return_recv_hook)
+        inputs = [x, topk_idx, cumulative_local_expert_recv_stats]
+        shape = (x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts)
+        kind = (use_fp8, round_scale, use_ue8m0)
+        stats = cumulative_local_expert_recv_stats
+        if kernels is None:
+            (recv, count, handle), event = self._comm.run(
+                lambda: low_latency.dispatch(self._engine, self, *shape, stats, *kind), inputs, None, async_finish
+            )
+            return recv, count, handle, event, low_latency.NO_HOOK if return_recv_hook else None
+        wait = dispatch_wait_recv_cost_stats
+        (recv, count, handle, hook), event = self._comm.run(
+            lambda: kernels.dispatch(self, *shape, stats, wait, *kind, return_recv_hook), [*inputs, wait], None, async_finish
+        )
+        return recv, count, handle, event, hook
+
+    def low_latency_combine(
+        self,
+        x: Tensor,
+        topk_idx: Tensor,
+        topk_weights: Tensor,
+        handle: tuple,
+        use_logfmt: bool = False,
+        zero_copy: bool = False,
+        async_finish: bool = False,
+        return_recv_hook: bool = False,
+        out: Tensor | None = None,
+        combine_wait_recv_cost_stats: Tensor | None = None,
+    ) -> tuple[Tensor, EventOverlap, Callable[[], None] | None]:
+        """Bring rows back from their experts and sum them with their weights, over k in ascending order in float32.
+
+        Rows of ranks that are masked, or do not come in time, count as zero.
+
+        Args:
+            x: bfloat16 [L, R*M, H], the experts' results in the places of `low_latency_dispatch`'s rows.
+            topk_idx, topk_weights: int64 and float32 [T, K], as dispatched; -1 contributes nothing.
+            use_logfmt: rows travel in 10 bits a value, see docs/low_latency.md; the same on all ranks. Without effect with
+                `zero_copy` and on the collective engine.
+            zero_copy: peers read x where it is: what `get_next_low_latency_combine_buffer(handle)` gave.
+            out: bfloat16 [T, H] to write the result to.
+            combine_wait_recv_cost_stats: int64 [R], to which the nanoseconds are added that each rank was waited for.
+
+        Returns:
+            combined_x bfloat16 [T, H], event, hook.
+        """
+        kernels = self._kernels(async_finish, return_recv_hook)
+        given = (x, topk_idx, topk_weights, handle)
+        if kernels is None:
+            z, event = self._comm.run(
+                lambda: low_latency.combine(self._engine, self, *given, out), [*given[:3], out], None, async_finish
+            )
+            return z, event, low_latency.NO_HOOK if return_recv_hook else None
+        wait = combine_wait_recv_cost_stats
+        (z, hook), event = self._comm.run(
+            lambda: kernels.combine(self, *given, use_logfmt, zero_copy, out, wait, return_recv_hook),
+            [*given[:3], out, wait],
+            None,
+            async_finish,
+        )
+        return z, event, hook
+
+    def refuse_low_latency_dispatch(self, error: Exception) -> NoReturn:
+        """As `Buffer.refuse_dispatch` where low-latency calls go over the normal dispatch. Kernels of the peers wait for this
+        rank until their deadline, and go on without it."""
+        self.check()
+        if self._engine.low_latency is None:
+            self.refuse_dispatch(error)
+        raise error
+
+    def get_next_low_latency_combine_buffer(self, handle: tuple) -> Tensor:
+        """A bfloat16 tensor [L, R*M, H] to fill, when the dispatch has been received, and pass to
+        `low_latency_combine(zero_copy=True)`. The dispatch after the next gets the same one."""
+        self.check()
+        if self._engine.low_latency is not None:
+            return self._engine.low_latency.combine_buffer(self, handle)
+        source, _, _, hidden, _ = handle
+        return self.empty((*source.shape, hidden), torch.bfloat16, source.device)
+
+    def clean_low_latency_buffer(self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int) -> None:
+        """Start anew with calls of this shape, on all ranks together: what brings a rank back that has missed some. Results
+        that are alive are lost. Never needed else, though V1 wants it after normal calls."""
+        self.check()
+        if self._engine.low_latency is not None:
+            self._engine.low_latency.clean(num_max_dispatch_tokens_per_rank, hidden, num_experts)
+
+    def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
+        """Leave a rank out of low-latency calls, or take it in again; needs an engine with low-latency kernels."""
+        self._with_masks().update_mask(rank_to_mask, mask)
+
+    def low_latency_query_mask_buffer(self, mask_status: Tensor) -> None:
+        """Write 1 for every masked rank into int32 [R], those that did not come in time among them; needs an engine with
+        low-latency kernels."""
+        self._with_masks().query_mask(mask_status)
+
+    def low_latency_clean_mask_buffer(self) -> None:
+        """Unmask all ranks; needs an engine with low-latency kernels. Ranks that have missed calls need
+        `clean_low_latency_buffer`, too."""
+        self._with_masks().clean_mask()
+
+    def _with_masks(self) -> Any:
+        self.check()
+        if self._engine.low_latency is None:
+            raise DeepEPError(f"the {self.engine} engine cannot leave ranks out: its collectives need every rank of the group")
+        return self._engine.low_latency
+
+    def _kernels(self, async_finish: bool, return_recv_hook: bool) -> Any:
+        """The engine's part for these calls, if it has one."""
+        self.check()
+        if async_finish and return_recv_hook:
+            raise ArgumentError("return_recv_hook=True cannot be had with async_finish=True", "return_recv_hook")
+        return self._engine.low_latency
+
+    # Of the rest of `Buffer`.
+    if TYPE_CHECKING:
+
+        def check(self) -> None: ...
+        def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str | None = None) -> Tensor: ...
+        def refuse_dispatch(self, error: Exception) -> NoReturn: ...

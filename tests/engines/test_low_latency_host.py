@@ -1,0 +1,187 @@
+"""What the low-latency engine does on the CPU side of its kernels, which are not run here: slots, hooks, refusals. Needs a
+build with kernels, no GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+if importlib.util.find_spec("deepep_train._C") is None:
+    pytest.skip("the package was built without nvcc, so it has no kernels", allow_module_level=True)
+
+from deepep_train import ArgumentError, DeepEPError
+from deepep_train.engines import low_latency
+from deepep_train.engines.low_latency import LowLatency
+from deepep_train.engines.peers import Peers
+
+
+class Memory:
+    """Stands for the arena."""
+
+    def __init__(self) -> None:
+        self.given: list[Tensor] = []
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        self.given.append(torch.empty(shape, dtype=dtype))
+        return self.given[-1]
+
+    def offset(self, t: Tensor) -> int:
+        return t.data_ptr()
+
+    def holds(self, t: Tensor) -> bool:
+        return any(t.data_ptr() == other.data_ptr() for other in self.given)
+
+
+class Kernels:
+    """Remembers what would have been launched."""
+
+    def __init__(self) -> None:
+        self.launched: list[tuple[str, int]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        def launch(p: Any, *_: int) -> None:
+            self.launched.append((name, p.set))
+
+        phases = ("dispatch_send", "dispatch_receive", "combine_send", "combine_receive", "forget")
+        return launch if name in phases else getattr(low_latency_c, name)
+
+
+low_latency_c = low_latency._C.low_latency
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Kernels:
+    fake = Kernels()
+    monkeypatch.setattr(low_latency, "_C", type("C", (), {"low_latency": fake}))
+    for name, value in {"current_stream": lambda *_: Stream(), "is_current_stream_capturing": lambda: False}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    return fake
+
+
+class Stream:
+    def synchronize(self) -> None:
+        pass
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Stream)
+
+    __hash__ = object.__hash__
+
+
+@contextmanager
+def _ordered() -> Iterator[int]:
+    yield 0
+
+
+@pytest.fixture
+def engine(kernels: Kernels) -> LowLatency:
+    arena: Any = Memory()
+    return LowLatency(Peers(None, 5.0), arena, [0], 4, _ordered, torch.device("cpu"))
+
+
+X, IDX, WEIGHTS = torch.zeros(3, 512, dtype=torch.bfloat16), torch.zeros(3, 2, dtype=torch.int64), torch.ones(3, 2)
+BUFFER = object()
+
+
+def dispatch(engine: LowLatency, with_hook: bool = False, x: Tensor = X, idx: Tensor = IDX, **how: Any) -> Any:
+    given = {"max_tokens": 4, "num_experts": 5, "use_fp8": True, "round_scale": False, "use_ue8m0": False} | how
+    stats = {"cumulative_stats": None, "wait_stats": None}
+    return engine.dispatch(BUFFER, x, idx, **{**stats, **given}, with_hook=with_hook)
+
+
+def combine(engine: LowLatency, handle: Any, y: Tensor | None = None, with_hook: bool = False, **how: Any) -> Any:
+    y = torch.zeros(5, 4, 512, dtype=torch.bfloat16) if y is None else y
+    given = {"use_logfmt": False, "zero_copy": False, "out": None, "wait_stats": None} | how
+    return engine.combine(BUFFER, y, IDX, WEIGHTS, handle, **given, with_hook=with_hook)
+
+
+def test_what_comes_back_and_what_is_launched(engine: LowLatency, kernels: Kernels) -> None:
+    (data, scales), count, handle, hook = dispatch(engine)
+    assert hook is None and data.dtype == torch.float8_e4m3fn and data.shape == (5, 4, 512)
+    assert scales.shape == (5, 4, 4) and scales.stride(1) == 1 and count.shape == (5,)
+    assert [t.shape if isinstance(t, Tensor) else t for t in handle] == [(5, 4), (5, 1), 4, 512, 5]
+    assert combine(engine, handle)[0].shape == (3, 512)
+    packed = dispatch(engine, use_ue8m0=True, round_scale=True)[0][1]
+    assert packed.dtype == torch.int32 and packed.shape == (5, 4, 1)
+    assert kernels.launched == [
+        ("dispatch_send", 0), ("dispatch_receive", 0), ("combine_send", 0), ("combine_receive", 0),
+        ("dispatch_send", 1), ("dispatch_receive", 1),
+    ]  # fmt: skip
+
+
+def test_hooks_receive_once(engine: LowLatency, kernels: Kernels) -> None:
+    *_, handle, hook = dispatch(engine, with_hook=True)
+    assert kernels.launched == [("dispatch_send", 0)]
+    with pytest.raises(DeepEPError, match="hook of an earlier low_latency_dispatch"):
+        combine(engine, handle)
+    hook()
+    with pytest.raises(DeepEPError, match="called once"):
+        hook()
+    _, hook = combine(engine, handle, engine.combine_buffer(BUFFER, handle), with_hook=True, zero_copy=True)
+    hook()
+    assert kernels.launched[1:] == [("dispatch_receive", 0), ("combine_send", 0), ("combine_receive", 0)]
+    dropped = dispatch(engine, with_hook=True)
+    del dropped
+    dispatch(engine)
+    with pytest.raises(DeepEPError, match="hook of an earlier low_latency_dispatch"):
+        dispatch(engine)
+
+
+def test_two_results_may_be_alive(engine: LowLatency) -> None:
+    one, two = dispatch(engine), dispatch(engine)
+    with pytest.raises(DeepEPError, match="2 results are alive"):
+        dispatch(engine)
+    combine(engine, one[2])
+    three = dispatch(engine)
+    with pytest.raises(ArgumentError, match="a later low_latency_dispatch has taken"):
+        combine(engine, one[2])
+    del two
+    dispatch(engine)
+    combine(engine, three[2])
+    combine(engine, three[2])  # as often as one likes
+
+
+@pytest.mark.parametrize(
+    "call, text",
+    [
+        (lambda e: dispatch(e, x=torch.cat([X, X]), idx=torch.cat([IDX, IDX])), "6 tokens"),
+        (lambda e: dispatch(e, x=X[:, :100]), "multiple of 128, got 100"),
+        (lambda e: dispatch(e, x=X[:, :128], use_ue8m0=True, round_scale=True), "multiple of 512, got 128"),
+        (lambda e: dispatch(e, x=torch.zeros(3, 16512, dtype=torch.bfloat16)), "hidden size up to 16384, got 16512"),
+        (lambda e: dispatch(e, idx=torch.zeros(3, 17, dtype=torch.int64)), "top-k up to 16, got 17"),
+        (lambda e: dispatch(e, num_experts=1025), "num_experts up to 1024, got 1025"),
+        (lambda e: dispatch(e, use_ue8m0=True), "use_ue8m0=True needs"),
+        (lambda e: dispatch(e, wait_stats=torch.zeros(1)), "dispatch_wait_recv_cost_stats must be a int64"),
+        (lambda e: combine(e, (1, 2, 3)), "handle must be"),
+        (lambda e: combine(e, dispatch(e)[2], zero_copy=True), "get_next_low_latency_combine_buffer"),
+        (lambda e: combine(e, dispatch(e)[2], out=torch.cat([X, X], 1)[:, ::2]), "out must be contiguous"),
+        (lambda e: e.update_mask(1, True), "rank_to_mask"),
+    ],
+)  # fmt: skip
+def test_refusals(engine: LowLatency, call: Callable[[LowLatency], Any], text: str) -> None:
+    for _ in range(2):  # before and after the first call of the shape
+        with pytest.raises(ArgumentError, match=text):
+            call(engine)
+        dispatch(engine)
+
+
+def test_bad_indices_are_told_once(engine: LowLatency) -> None:
+    engine.check()
+    engine._bad_index.fill_(1)
+    with pytest.raises(ArgumentError, match="outside"):
+        engine.check()
+    engine.check()
+
+
+def test_starting_anew_forgets(engine: LowLatency) -> None:
+    kept = dispatch(engine), dispatch(engine, with_hook=True)
+    engine.clean(4, 512, 5)
+    dispatch(engine)
+    with pytest.raises(ArgumentError, match="has taken"):
+        combine(engine, kept[1][2])

@@ -1,0 +1,82 @@
+"""The low-latency kernels with N ranks as threads and streams of one process, see in_process.py.
+
+CUDA_MODULE_LOADING=EAGER CUDA_DEVICE_MAX_CONNECTIONS=32 PYTHONPATH=tests python tests/gpu/low_latency_in_process.py [ranks]
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from typing import Any
+
+import torch
+from in_process import Threads, fill_cache, in_threads
+from low_latency_cases import KINDS, STYLES, Case, round_trip
+
+from deepep_train.buffer_low_latency import LowLatencyCalls
+from deepep_train.engines.nvlink import NvlinkEngine
+from deepep_train.engines.peers import Peers
+from deepep_train.streams import CommStream
+
+ARENA = 48 << 20
+
+
+class Calls(LowLatencyCalls):
+    """Without the rest of `Buffer`, which wants a process group."""
+
+    def __init__(self, peers: Peers) -> None:
+        self._engine = NvlinkEngine(peers, ARENA, lambda: 4)
+        self._comm = CommStream(self._engine.check, self._engine.device)
+        self.engine = "low_latency"
+
+    def check(self) -> None:
+        self._engine.check()
+
+    def destroy(self) -> None:
+        self._engine.destroy()
+
+
+def cases_of(size: int, count: int) -> list[Case]:
+    tokens = [tuple((5 * r + 7 * i) % 9 for r in range(size)) for i in range(count)]
+    return [
+        Case(
+            tokens[i],
+            9,
+            (128, 512, 640)[i % 3] if i % 4 != 3 else 512,
+            2 * size,
+            2,
+            STYLES[i % 6],
+            KINDS[i % 4],
+            i % 2 == 0,
+            i % 3 == 0,
+            i,
+        )
+        for i in range(count)
+    ]
+
+
+def main(size: int, count: int) -> None:
+    def live(rank: int, meeting: threading.Barrier, table: list[Any]) -> None:
+        calls = Calls(Threads(rank, size, meeting, table) if size > 1 else Peers(None, 60.0))
+        fill_cache()
+        meeting.wait()
+        for case in cases_of(size, count):
+            errors = round_trip(calls, rank, case, "cuda")
+            torch.cuda.current_stream().synchronize()
+            assert not errors, f"{case}: {errors[:3]}"
+            meeting.wait()
+        calls.destroy()
+
+    # With one rank, which waits for nobody: sanitizers stop the device when they first meet a kernel.
+    first = Calls(Peers(None, 60.0))
+    for case in cases_of(1, count):
+        errors = round_trip(first, 0, case, "cuda")
+        assert not errors, f"{case}: {errors[:3]}"
+    first.destroy()
+    if size > 1:
+        in_threads(size, live)
+    print(f"{size} ranks, {count} cases: fine")
+
+
+if __name__ == "__main__":
+    main(*(int(a) for a in (sys.argv[1:] + ["4", "12"][len(sys.argv) - 1 :])))

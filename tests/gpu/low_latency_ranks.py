@@ -1,0 +1,244 @@
+"""What the ranks of tests/gpu/test_low_latency_kernels.py do; every function runs on every rank."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from low_latency_cases import Case, bits, check_received, fill, round_trip, wrong
+from torch import Tensor
+
+import deepep_train as dt
+
+ARENA = 2 << 30
+_buffers: dict[int, dt.Buffer] = {}
+
+
+def buffer_of(group: dist.ProcessGroup) -> dt.Buffer:
+    """One per process."""
+    if group.size() not in _buffers:
+        _buffers[group.size()] = dt.Buffer(group, num_nvl_bytes=ARENA, low_latency_mode=True, timeout=10)
+        assert _buffers[group.size()].engine == "low_latency"
+    return _buffers[group.size()]
+
+
+def round_trips(rank: int, size: int, group: dist.ProcessGroup, cases: Sequence[Case]) -> list[str]:
+    buffer = buffer_of(group)
+    errors = []
+    for case in cases:
+        errors += [f"{case}: {error}" for error in round_trip(buffer, rank, case, "cuda")]
+    torch.cuda.synchronize()
+    buffer.check()
+    return errors
+
+
+def _digest(*tensors: Tensor) -> str:
+    digest = hashlib.sha256()
+    for t in tensors:
+        digest.update(bits(t.detach().cpu().contiguous().view(-1).view(torch.uint8)).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def soak(rank: int, size: int, group: dist.ProcessGroup, case: Case, iterations: int) -> tuple[set[str], list[str]]:
+    """The hashes of all iterations' results, and what is wrong with the last one's."""
+    buffer = buffer_of(group)
+    x, idx, weights = (t.cuda() for t in case.inputs(rank))
+    shape = (case.num_experts // size, size * case.most, case.hidden)
+    y, valid = torch.empty(shape, dtype=torch.bfloat16, device="cuda"), None
+    seen, sums = set(), []
+    recv, count, handle = None, None, ()
+    for i in range(iterations):
+        del handle
+        recv, count, handle, _, hook = buffer.low_latency_dispatch(x, idx, case.most, case.num_experts, **case.arguments)
+        if hook is not None:
+            hook()
+        if valid is None:
+            fill(case, rank, y, recv, count)
+            valid = (torch.arange(shape[1], device="cuda") < count.unsqueeze(1)).unsqueeze(2)
+        z = buffer.low_latency_combine(y, idx, weights, handle)[0]
+        data, scales = recv if case.kind != "bf16" else (recv, None)
+        # Sums of what was received, as integers, stand for its bits.
+        parts = [data, *([] if scales is None else [scales])]
+        sums.append(
+            [(t.view(torch.int16).long() if t.dtype.itemsize < 4 else t.contiguous().view(torch.int32).long()) for t in parts]
+        )
+        sums[-1] = [((t * (1 + torch.arange(t.size(2), device="cuda"))) * valid).sum() for t in sums[-1]]
+        if i % 50 == 49 or i == iterations - 1:
+            seen |= {_digest(torch.stack(s), z) for s in sums}
+            sums.clear()
+    return seen, check_received(case, rank, recv, count, handle, frozenset()) + wrong("combined", z, case.combined(rank))
+
+
+def graphs(rank: int, size: int, group: dist.ProcessGroup, cases: Sequence[Case]) -> list[str]:
+    """Dispatch and combine of two layers in one graph, replayed with the inputs of other cases of the same shape."""
+    buffer = buffer_of(group)
+    first = cases[0]
+    held = [t.cuda() for t in first.inputs(rank)]
+    shape = (first.num_experts // size, size * first.most, first.hidden)
+    ys = [torch.zeros(shape, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
+
+    def layers() -> list[Any]:
+        kept = []
+        for y in ys:
+            got = buffer.low_latency_dispatch(held[0], held[1], first.most, first.num_experts, **first.arguments)
+            if first.hook:
+                got[4]()
+            z, _, hook = buffer.low_latency_combine(y, held[1], held[2], got[2], return_recv_hook=first.hook)
+            if first.hook:
+                hook()
+            kept.append((*got[:3], z))
+        return kept
+
+    layers()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        kept = layers()
+    errors = []
+    for case in cases:
+        for to, t in zip(held, case.inputs(rank), strict=True):
+            to.copy_(t)
+        graph.replay()
+        for y, (recv, count, handle, _) in zip(ys, kept, strict=True):
+            errors += check_received(case, rank, recv, count, handle, frozenset())
+            fill(case, rank, y, recv, count)
+        graph.replay()
+        errors += [e for *_, z in kept for e in wrong(f"combined, {case}", z, case.combined(rank))]
+    del kept, graph
+    return errors
+
+
+def overlapping(rank: int, size: int, group: dist.ProcessGroup, cases: Sequence[Case]) -> list[str]:
+    """Two results in flight: both sent before either is received, hooks late and on another stream."""
+    buffer = buffer_of(group)
+    other = torch.cuda.Stream()
+    errors, flying = [], []
+    for case in cases:
+        x, idx, weights = (t.cuda() for t in case.inputs(rank))
+        got = buffer.low_latency_dispatch(x, idx, case.most, case.num_experts, **case.arguments)
+        flying.append((case, idx, weights, got))
+    time.sleep(0.01 * rank)
+    other.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(other):
+        for *_, got in flying:
+            got[4]()
+    torch.cuda.current_stream().wait_stream(other)
+    combined = []
+    for case, idx, weights, (recv, count, handle, _, _) in flying:
+        errors += check_received(case, rank, recv, count, handle, frozenset())
+        y = buffer.get_next_low_latency_combine_buffer(handle)
+        fill(case, rank, y, recv, count)
+        combined.append((case, *buffer.low_latency_combine(y, idx, weights, handle, zero_copy=True, return_recv_hook=True)))
+    time.sleep(0.01 * (size - rank))
+    for case, z, _, hook in combined:
+        hook()
+        errors += wrong(f"combined, {case}", z, case.combined(rank))
+    return errors
+
+
+def left_out(rank: int, size: int, group: dist.ProcessGroup, case: Case) -> list[str]:
+    """The last rank is masked by the others, and does nothing; then it takes part again."""
+    buffer = dt.Buffer(group, num_nvl_bytes=64 << 20, low_latency_mode=True, timeout=10)
+    errors = round_trip(buffer, rank, case, "cuda")
+    gone = size - 1
+    dist.barrier(group)
+    status = torch.zeros(size, dtype=torch.int32, device="cuda")
+    if rank != gone:
+        buffer.low_latency_update_mask_buffer(gone, True)
+        buffer.low_latency_query_mask_buffer(status)
+        errors += [] if status.tolist() == [int(r == gone) for r in range(size)] else [f"mask is {status.tolist()}"]
+        for _ in range(4):
+            errors += round_trip(buffer, rank, case, "cuda", frozenset({gone}))
+        torch.cuda.synchronize()
+    dist.barrier(group)
+    if rank != gone:
+        buffer.low_latency_clean_mask_buffer()
+    buffer.clean_low_latency_buffer(case.most, case.hidden, case.num_experts)
+    for _ in range(3):
+        errors += round_trip(buffer, rank, case, "cuda")
+    torch.cuda.synchronize()
+    dist.barrier(group)
+    buffer.destroy()
+    return errors
+
+
+def stopped(rank: int, size: int, group: dist.ProcessGroup, case: Case) -> list[str]:
+    """The last rank stops coming: the others go on without it, and say so."""
+    buffer = dt.Buffer(group, num_nvl_bytes=64 << 20, low_latency_mode=True, timeout=3.0)
+    torch.cuda.synchronize()
+    dist.barrier(group)
+    gone = size - 1
+    errors = round_trip(buffer, rank, case, "cuda")
+    torch.cuda.synchronize()
+    dist.barrier(group)
+    if rank != gone:
+        x, idx, weights = (t.cuda() for t in case.inputs(rank))
+        waits = torch.zeros(2, size, dtype=torch.int64, device="cuda")
+        start = time.monotonic()
+        recv, count, handle, _, _ = buffer.low_latency_dispatch(
+            x, idx, case.most, case.num_experts, None, waits[0], **case.arguments
+        )
+        errors += check_received(case, rank, recv, count, handle, frozenset({gone}))
+        y = torch.empty(case.num_experts // size, size * case.most, case.hidden, dtype=torch.bfloat16, device="cuda")
+        fill(case, rank, y, recv, count)
+        z = buffer.low_latency_combine(y, idx, weights, handle, combine_wait_recv_cost_stats=waits[1])[0]
+        errors += wrong("combined", z, case.combined(rank, frozenset({gone})))
+        took = time.monotonic() - start
+        status = torch.zeros(size, dtype=torch.int32, device="cuda")
+        buffer.low_latency_query_mask_buffer(status)
+        errors += [] if status.tolist() == [int(r == gone) for r in range(size)] else [f"mask is {status.tolist()}"]
+        errors += [] if took < 20 else [f"{took:.1f} s, above one timeout and some"]
+        slowest = int(waits[0].argmax())
+        if slowest != gone or int(waits[0, gone]) < 2_500_000_000 or int(waits[1, gone]) > 500_000_000:
+            errors.append(f"waited {waits.tolist()}")
+        for _ in range(3):
+            errors += round_trip(buffer, rank, case, "cuda", frozenset({gone}))
+        torch.cuda.synchronize()
+    dist.barrier(group)
+    buffer.destroy()
+    return errors
+
+
+def refusals(rank: int, size: int, group: dist.ProcessGroup) -> list[str]:
+    """What wrong calls say; none of them harms the buffer."""
+    buffer = buffer_of(group)
+    case = Case((4,) * size, 4, 512, 2 * size, 2)
+    x, idx, weights = (t.cuda() for t in case.inputs(rank))
+    y = torch.zeros(2, size * 4, 512, dtype=torch.bfloat16, device="cuda")
+    said = []
+
+    def refused(call: Any) -> None:
+        try:
+            call()
+        except dt.DeepEPError as error:
+            said.append(str(error))
+        else:
+            said.append("nothing")
+
+    def dispatch(x: Tensor = x, idx: Tensor = idx, most: int = 4, experts: int = 2 * size, **how: Any) -> Any:
+        return buffer.low_latency_dispatch(x, idx, most, experts, **how)
+
+    one, two = dispatch(), dispatch()
+    refused(dispatch)  # a third
+    buffer.low_latency_combine(y, idx, weights, one[2])
+    three = dispatch()
+    refused(lambda: buffer.low_latency_combine(y, idx, weights, one[2]))  # its slots have been taken
+    del two, three
+    refused(lambda: dispatch(torch.cat([x, x]), torch.cat([idx, idx])))
+    refused(lambda: dispatch(torch.zeros(4, 100, dtype=torch.bfloat16, device="cuda")))
+    refused(lambda: dispatch(torch.zeros(4, 16384 + 128, dtype=torch.bfloat16, device="cuda")))
+    refused(lambda: dispatch(idx=torch.zeros(4, 17, dtype=torch.int64, device="cuda")))
+    refused(lambda: dispatch(experts=1024 * size + size))
+    refused(lambda: dispatch(most=5 if rank else 6))
+    refused(lambda: dispatch(async_finish=True, return_recv_hook=True))
+    refused(lambda: buffer.low_latency_combine(y, idx, weights, (1, 2, 3)))
+    refused(lambda: buffer.low_latency_combine(y, idx, weights, dispatch()[2], zero_copy=True))
+    dispatch(idx=torch.where(idx == 0, 2 * size, idx) if rank == 0 else idx)
+    torch.cuda.synchronize()
+    refused(buffer.check)
+    errors = round_trip(buffer, rank, case, "cuda")
+    return [*said, *errors]

@@ -1,0 +1,109 @@
+"""The low-latency kernels, bit for bit against a loop over experts; the ranks are processes."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import low_latency_ranks as ranks
+import pytest
+from low_latency_cases import KINDS, STYLES, Case
+from shared import run_ranks
+
+SIZES = (1, 2, 4, 8)
+
+
+def cases_of(size: int, count: int, seed: int) -> list[Case]:
+    """At random: numbers of tokens from 0 to the most, shapes, routings, kinds."""
+    r = random.Random(seed)
+    cases = []
+    for i in range(count):
+        most, local = r.choice((1, 7, 33, 128)), r.choice((1, 2, 5))
+        tokens = tuple(r.choice((0, most, r.randint(0, most))) for _ in range(size))
+        top_k = min(r.choice((1, 2, 3, 8, 16)), local * size)
+        hidden = r.choice((128, 384, 640)) if i % 4 != 3 else r.choice((512, 1024))
+        cases.append(
+            Case(
+                tokens, most, hidden, local * size, top_k, r.choice(STYLES), KINDS[i % 4], r.random() < 0.5, r.random() < 0.5, i
+            )
+        )
+    return cases
+
+
+def none_wrong(results: list[list[str]]) -> None:
+    errors = [error for result in results for error in result]
+    assert not errors, f"{len(errors)} errors:\n" + "\n".join(errors[:8])
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_random_exchanges(size: int) -> None:
+    none_wrong(run_ranks(size, ranks.round_trips, cases_of(size, 24, size), timeout=90))
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_logfmt_is_as_near_as_it_may_be(size: int) -> None:
+    cases = [replace(case, logfmt=True, zero_copy=False) for case in cases_of(size, 12, 100 + size)]
+    none_wrong(run_ranks(size, ranks.round_trips, cases, timeout=90))
+
+
+@pytest.mark.parametrize("size", [2, 8])
+def test_the_models_shapes(size: int) -> None:
+    tokens = tuple(128 - r for r in range(size))
+    large = [Case(tokens, 128, 7168, 256 // (8 // size), 8, kind=kind, hook=kind == "bf16") for kind in ("fp8", "bf16")]
+    limits = [
+        Case((3, 2) * (size // 2), 3, 16384, 1024, 16, kind="ue8m0"),
+        Case((2,) * size, 2, 7168, 64, 9, "skewed", "round"),
+    ]
+    none_wrong(run_ranks(size, ranks.round_trips, large[: 1 if size == 2 else 2] + limits, timeout=90))
+
+
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_the_same_bits_every_time(size: int) -> None:
+    case = Case(tuple(32 - r for r in range(size)), 32, 512, 4 * size, 4, "skewed", "fp8")
+    for seen, errors in run_ranks(size, ranks.soak, case, 1000, timeout=90):
+        assert len(seen) == 1 and not errors, (len(seen), errors[:3])
+
+
+@pytest.mark.parametrize("hook", [False, True])
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_graphs(size: int, hook: bool) -> None:
+    cases = [Case((16,) * size, 20, 512, 2 * size, 2, style, "ue8m0", hook, seed=i) for i, style in enumerate(STYLES)]
+    none_wrong(run_ranks(size, ranks.graphs, cases, timeout=90))
+
+
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_two_results_in_flight_and_late_hooks(size: int) -> None:
+    for seed in range(6):
+        cases = [Case((9,) * size, 9, 256, 2 * size, 2, STYLES[seed], kind, True, True, seed) for kind in ("fp8", "bf16")]
+        none_wrong(run_ranks(size, ranks.overlapping, cases))
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_rank_that_is_masked_and_comes_back(size: int) -> None:
+    none_wrong(run_ranks(size, ranks.left_out, Case((8,) * size, 8, 256, 2 * size, 2), fresh=True, timeout=60))
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_rank_that_stops(size: int) -> None:
+    none_wrong(run_ranks(size, ranks.stopped, Case((8,) * size, 8, 256, 2 * size, 2, kind="bf16"), fresh=True, timeout=60))
+
+
+def test_refusals() -> None:
+    expected = (
+        ("2 results are alive",),
+        ("slots a later low_latency_dispatch has taken",),
+        ("x has 8 tokens", "num_max_dispatch_tokens_per_rank=4"),
+        ("multiple of 128, got 100",),
+        ("hidden size up to 16384, got 16512",),
+        ("top-k up to 16, got 17",),
+        ("num_experts up to 1024, got 2050",),
+        ("disagree on max_tokens", "6 on rank 0", "5 on rank 1"),
+        ("async_finish",),
+        ("handle must be",),
+        ("get_next_low_latency_combine_buffer",),
+    )
+    for rank, said in enumerate(run_ranks(2, ranks.refusals)):
+        for text, parts in zip(said, expected, strict=False):
+            assert all(part in text for part in parts), (text, parts)
+        assert ("outside [-1, num_experts)" in said[len(expected)]) == (rank == 0)
+        assert len(said) == len(expected) + 1, said[len(expected) :]
