@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,8 +15,8 @@ from reference import Given, Picture
 from torch import Tensor
 
 import deepep_train as dt
-from deepep_train import fp8
-from deepep_train.fp8 import Recipe
+from deepep_train import fp8, moe
+from deepep_train.fp8 import Quantized, Recipe
 
 HIDDEN = 256
 
@@ -187,6 +188,41 @@ def _groups(me: bool, x: Tensor, good: dict) -> None:
     dt.dispatch(fp8.Quantized(q.recipe, q.data, q.scales, (4, 0), q.rows) if me else q, **good)
 
 
+def _malformed(part: str, value: Callable[[Quantized], Any]) -> Callable[[bool, Tensor, dict], None]:
+    def call(me: bool, x: Tensor, good: dict) -> None:
+        q = fp8.quantize(x)
+        dt.dispatch(replace(q, **{part: value(q)}) if me else q, **good)
+
+    return call
+
+
+def _zero_scale(me: bool, x: Tensor, good: dict) -> None:
+    q = fp8.quantize(x, Recipe.TENSOR, scale=torch.tensor([0.25]))
+    dt.dispatch(replace(q, scales=torch.zeros(1)) if me else q, **good)
+
+
+def _blocks(value: Any) -> Callable[[bool, Tensor, dict], None]:
+    def call(me: bool, x: Tensor, good: dict) -> None:
+        data, scales = fp8.quantize_blocks(x.repeat(1, 2))
+        dt.dispatch(fp8.Payload(data, scales, value if me else fp8.ScaleBlocks(True, 4, 0)), **good)
+
+    return call
+
+
+def _pair_bounded(me: bool, x: Tensor, good: dict) -> None:
+    data, scales = fp8.quantize_blocks(x.repeat(1, 2))
+    dt.dispatch(fp8.Payload(data, scales, fp8.ScaleBlocks(True, 4, 0)), **good, num_worst_tokens=64 if me else 0)
+
+
+def _scales_forgotten(me: bool, x: Tensor, good: dict) -> None:
+    dt.dispatch((x, None) if me else x, **good)
+
+
+def _layer_of_another_dtype(me: bool, x: Tensor, good: dict) -> None:
+    layer = moe.MoELayer(HIDDEN, 128, 6, 2, buffer=good["buffer"], fp8_recipe=Recipe.BLOCK)
+    layer.to(torch.float64 if me else torch.bfloat16)(x.double() if me else x)
+
+
 def _groups_with_a_handle(me: bool, x: Tensor, good: dict) -> None:
     handle = dt.dispatch(fp8.quantize(x), **good).handle
     _groups(me, x, {"buffer": good["buffer"], "handle": handle})
@@ -220,6 +256,17 @@ WRONG: dict[str, Callable[[bool, Tensor, dict], None]] = {
     "groups with a handle": _groups_with_a_handle,
     "bound": _bound,
     "handle with a bound": _handle_with_a_bound,
+    "scales of another size": _malformed("scales", lambda q: q.scales[:4]),
+    "splits of another sum": _malformed("splits", lambda q: (5,)),
+    "a recipe's name": _malformed("recipe", lambda q: "block"),
+    "rows of another shape": _malformed("rows", lambda q: q.rows[1:]),
+    "data that is not FP8": _malformed("data", lambda q: q.data.float()),
+    "zero scale": _zero_scale,
+    "blocks of no multiple": _blocks(fp8.ScaleBlocks(True, 0, 0)),
+    "blocks that are none": _blocks("x"),
+    "pair's bound": _pair_bounded,
+    "scales forgotten": _scales_forgotten,
+    "layer of another dtype": _layer_of_another_dtype,
     "grad_dtype": _grad_dtype,
     "width": _width,
 }
@@ -229,13 +276,24 @@ WRONG: dict[str, Callable[[bool, Tensor, dict], None]] = {
     ("name", "argument", "texts"),
     [
         ("scales differ", "recipe", ["scale 0.5 on rank 1", "scale 0.25 on rank 0, 2"]),
-        ("recipes differ", "scales dtype", ["int32 on rank 1"]),
+        ("recipes differ", "recipe", ["mxfp8 of bfloat16 on rank 1"]),
         ("dtypes differ", "recipe", ["block of float32 on rank 1"]),
         ("pair among them", "recipe", ["block of bfloat16 on rank 0, 2"]),
         ("groups", "x", ["rank 1", "(4, 0)"]),
         ("groups with a handle", "x", ["rank 1", "(4, 0)"]),
         ("bound", "num_worst_tokens", ["rank 1", "64"]),
         ("handle with a bound", "handle", ["rank 0", "rank 2"]),
+        ("scales of another size", "x", ["rank 1", "scales must be", "[4]"]),
+        ("splits of another sum", "x", ["rank 1", "splits must be", "(5,)"]),
+        ("a recipe's name", "x", ["rank 1", "recipe must be", "'block'"]),
+        ("rows of another shape", "x", ["rank 1", "rows must be", "[3, 256]"]),
+        ("data that is not FP8", "x", ["rank 1", "data must be", "a float32 tensor"]),
+        ("zero scale", "scale", ["rank 1", "got 0"]),
+        ("blocks of no multiple", "x", ["rank 1", "multiple", "got 0"]),
+        ("blocks that are none", "x", ["rank 1", "blocks must be", "'x'"]),
+        ("pair's bound", "num_worst_tokens", ["rank 1", "64"]),
+        ("scales forgotten", "x[0]", ["rank 1"]),
+        ("layer of another dtype", "x", ["rank 1", "float64"]),
         ("grad_dtype", "grad_dtype", ["rank 1", "float16"]),
         ("width", "y", ["rank 1", "200"]),
     ],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 import torch.distributed as dist
 from harness import assert_same_bits, run_ranks
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import deepep_train as dt
 from deepep_train import fp8, moe
@@ -98,19 +101,105 @@ def test_delayed_weight_gradient() -> None:
     assert_same_bits(later.grad, at_once.grad * 2)
 
 
+def test_non_leaf_weights_cannot_be_delayed() -> None:
+    """Their gradient would end in a tensor that nobody looks at."""
+    x, w, _ = operands(False)
+    with pytest.raises(dt.ArgumentError, match="leaves") as caught:
+        fp8.grouped_linear(x, w.requires_grad_() * 2, SPLITS, delayed=[])
+    assert caught.value.argument == "weight"
+
+
+@pytest.mark.parametrize("is_received", [False, True], ids=["quantized here", "received"])
+def test_all_that_is_kept_goes_through_autograds_hooks(is_received: bool) -> None:
+    """So that checkpointing frees it and offloading moves it; and a graph may be gone through twice."""
+    x, w, grad = operands(False)
+    x.requires_grad_()
+    w.requires_grad_()
+    saved: list[Tensor] = []
+
+    def pack(t: Tensor) -> int:
+        saved.append(t.clone())
+        return len(saved) - 1
+
+    alive: list[weakref.ref] = []
+    stock = gemm_reference.Operands.rows
+
+    def rows(*args: Any) -> Any:
+        made = stock(*args)
+        alive.extend(weakref.ref(t) for t in made.rowwise)
+        return made
+
+    with pytest.MonkeyPatch.context() as patch, torch.autograd.graph.saved_tensors_hooks(pack, saved.__getitem__):
+        patch.setattr(gemm_reference.Operands, "rows", rows)
+        y = fp8.grouped_linear(received(x, Recipe.BLOCK) if is_received else x, w, None if is_received else SPLITS)
+    gc.collect()
+    assert saved and all(t() is None for t in alive)
+    once = torch.autograd.grad(y, (x, w), grad, retain_graph=True)
+    for t in saved:
+        t.zero_()  # the hooks' tensors are what the backward reads
+    zeros = torch.autograd.grad(y, (x, w), grad)
+    assert all(float(g.abs().max()) > 0 for g in once) and float(zeros[0].abs().max()) == 0
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing_keeps_nothing_and_changes_nothing(use_reentrant: bool) -> None:
+    layer = moe.MoELayer(128, 256, 4, 2, fp8_recipe=Recipe.BLOCK)
+    x = torch.randn(64, 128)
+    _, expected, weights = step(layer, x)
+    layer.zero_grad()
+    bytes_kept = [0]
+
+    def pack(t: Tensor) -> Tensor:
+        bytes_kept[0] += t.nbytes
+        return t
+
+    x.requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = checkpoint(layer, x, use_reentrant=use_reentrant)
+    assert bytes_kept[0] <= x.nbytes
+    (y * torch.linspace(-1, 1, y.size(1))).sum().backward()
+    assert_same_bits(x.grad, expected)
+    for name, p in layer.named_parameters():
+        assert_same_bits(p.grad, weights[name])
+
+
 @pytest.mark.parametrize(
     ("argument", "how"),
     [
+        ("x", {"x": None}),
+        ("x", {"x": torch.zeros(IN)}),
+        ("x", {"x": torch.zeros(sum(SPLITS), IN, dtype=torch.float64)}),
         ("splits", {"splits": (1, 2, 3)}),
+        ("splits", {"splits": None}),
+        ("splits", {"splits": (-8, 8, 64)}),
+        ("splits", {"splits": (16.0, 0, 48)}),
+        ("splits", {"x": torch.zeros(0, IN), "splits": ()}),
+        ("recipe", {"recipe": "block"}),
+        ("delayed", {"delayed": ()}),
         ("weight", {"weight": torch.zeros(2, OUT, IN)}),
         ("weight", {"weight": torch.zeros(3, OUT, 128)}),
         ("weight", {"weight": torch.zeros(3, 100, IN)}),
+        ("weight", {"weight": torch.zeros(3, IN)}),
+        ("weight", {"weight": torch.zeros(3, OUT, IN, dtype=torch.float64)}),
+        ("weight", {"weight": torch.zeros(3, OUT, IN, device="meta")}),
+        ("weight", {"weight": [torch.zeros(OUT, IN)] * 2}),
+        ("weight", {"weight": [torch.zeros(OUT, IN), torch.zeros(2 * OUT, IN), torch.zeros(OUT, IN)]}),
     ],
 )
 def test_wrong_arguments_are_named(argument: str, how: dict[str, Any]) -> None:
     x, w, _ = operands(False)
     with pytest.raises(dt.ArgumentError) as caught:
-        fp8.grouped_linear(x, **({"weight": w, "splits": SPLITS} | how))
+        fp8.grouped_linear(**({"x": x, "weight": w, "splits": SPLITS} | how))
+    assert caught.value.argument == argument
+
+
+@pytest.mark.parametrize(("argument", "how"), [("splits", {"splits": (0, 16, 48)}), ("recipe", {"recipe": Recipe.MXFP8})])
+def test_what_received_rows_know_may_only_be_repeated(argument: str, how: dict[str, Any]) -> None:
+    x, w, _ = operands(False)
+    q = received(x, Recipe.BLOCK)
+    fp8.grouped_linear(q, w, SPLITS, recipe=Recipe.BLOCK)
+    with pytest.raises(dt.ArgumentError) as caught:
+        fp8.grouped_linear(q, w, **how)
     assert caught.value.argument == argument
 
 
@@ -158,6 +247,7 @@ def test_the_layer_in_fp8_follows_float32(recipe: Recipe) -> None:
         ("ffn_hidden_size", {"ffn_hidden_size": 192, "fp8_recipe": Recipe.BLOCK}),
         ("alignment", {"alignment": 8, "fp8_recipe": Recipe.BLOCK}),
         ("delay_wgrad", {"delay_wgrad": True}),
+        ("dtype", {"dtype": torch.float64, "fp8_recipe": Recipe.BLOCK}),
     ],
 )
 def test_the_layers_wrong_arguments_are_named(argument: str, how: dict[str, Any]) -> None:
