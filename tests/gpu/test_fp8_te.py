@@ -42,6 +42,11 @@ def quantizer_of(kind: str) -> Any:
     )
 
 
+def made(quantizer: Any, rows: Tensor) -> Any:
+    """Its kernels want rows."""
+    return quantizer(rows) if len(rows) else quantizer.make_empty(rows.shape, dtype=rows.dtype, device="cuda")
+
+
 def weights_of(kind: str, count: int) -> list[Any]:
     from deepep_train.fp8 import gemm_te
 
@@ -66,7 +71,7 @@ def classes(rank: int, size: int, group: dist.ProcessGroup, exchange: Any, given
     x, idx, weights = to((mine.x, mine.topk_idx, mine.topk_weights), "cuda")
     quantizer = quantizer_of(kind)
     name = "Float8BlockwiseQTensor" if kind.startswith("block") else "Float8Tensor"
-    sent = quantizer(x)
+    sent = made(quantizer, x)
     assert type(sent).__name__ == name
     sent.requires_grad_()
     out = dt.dispatch(sent, idx, weights, buffer=buffer, **how)
@@ -78,7 +83,7 @@ def classes(rank: int, size: int, group: dist.ProcessGroup, exchange: Any, given
         assert type(got).__name__ == name and got.dtype == torch.bfloat16 and tuple(got.shape) == tuple(rows.shape)
         if kind == "current":  # of each expert's rows alone it would find another scale
             continue
-        own.append(quantizer(rows) if len(rows) else quantizer.make_empty(rows.shape, dtype=rows.dtype, device="cuda"))
+        own.append(made(quantizer, rows))
         for one, other in zip(parts(got), parts(own[-1]), strict=True):
             assert one.is_contiguous() and other.is_contiguous()
             if len(rows):
