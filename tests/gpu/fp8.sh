@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything of FP8 that needs a GPU, in one command and 6 minutes: one GPU of SM90 or later, shared by up to 8 ranks.
+# Everything of FP8 that needs a GPU, in one command within 6 minutes: one GPU of SM90 or later, shared by up to 8 ranks.
 #
 #   tests/gpu/fp8.sh [FOLDER]        default runs/fp8; needs nvcc, torch, pytest, Transformer Engine 2.20 and megatron-core
 #
