@@ -53,11 +53,14 @@ class Rows:
         self.rowwise, self._source, self._recipe, self._fp8_dtype = rowwise, source, recipe, fp8_dtype
 
     def columnwise(self) -> list[Tensor]:
-        """Quantized along the rows' number and back."""
+        """Quantized along the rows' number and back; what shares one scale is so in both directions."""
+        if self._recipe is Recipe.TENSOR:
+            return self.rowwise
         return [rounded(s.t().contiguous(), self._recipe, self._fp8_dtype).t() for s in self._source]
 
     def release_rowwise(self) -> None:
-        self.rowwise = []
+        if self._recipe is not Recipe.TENSOR:
+            self.rowwise = []
 
     def unload(self) -> list[Tensor | None]:
         """What `columnwise` needs, for autograd to save: it is gone from here until `load`."""

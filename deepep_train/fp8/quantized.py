@@ -19,6 +19,7 @@ from torch import Tensor
 from deepep_train import checks
 from deepep_train.engines.base import Payload
 from deepep_train.errors import ArgumentError
+from deepep_train.fp8 import kernels
 from deepep_train.fp8.deepep import scaled
 from deepep_train.scale_blocks import BLOCK_SCALING, MXFP8, ScaleBlocks
 
@@ -182,7 +183,8 @@ def quantize(
 
             data, scales = gemm_te.quantize(x, recipe, fp8_dtype, power_of_two, min_amax)
         else:
-            data, scales = quantize_in_torch(x, recipe, fp8_dtype, power_of_two, min_amax, scale)
+            fused = kernels.quantize(x, fp8_dtype, power_of_two, min_amax) if recipe is Recipe.BLOCK else None
+            data, scales = fused or quantize_in_torch(x, recipe, fp8_dtype, power_of_two, min_amax, scale)
     return Quantized(recipe, data, scales, (x.size(0),), _Rows.apply(x))
 
 
