@@ -53,13 +53,14 @@ def uninstall() -> None:
 
 def _check_version() -> None:
     try:
-        text = importlib.import_module("megatron.core").__version__
+        core = importlib.import_module("megatron.core")
     except ImportError as error:
         raise DeepEPError("deepep_train.megatron needs megatron-core: pip install megatron-core") from error
+    text = core.__version__
     major, minor = (int(part) for part in text.split("+")[0].split(".")[:2])
     if not OLDEST <= (major, minor) <= NEWEST:
         known = f"{OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}"
-        raise DeepEPError(f"deepep_train.megatron knows megatron-core {known}, this is {text}")
+        raise DeepEPError(f"deepep_train.megatron knows megatron-core {known}, this is {text} ({core.__file__})")
 
 
 def _imported(name: str) -> Any:

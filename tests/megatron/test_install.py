@@ -168,6 +168,17 @@ def test_the_launcher_takes_megatrons_own_arguments(tmp_path: Path) -> None:
     assert done.stdout.split()[-2:] == ["deepep_train", "8"]
 
 
+def test_the_launcher_takes_the_megatron_beside_the_script(tmp_path: Path) -> None:
+    """As `python pretrain_gpt.py` does in a checkout of Megatron-LM, whatever else is installed."""
+    core = tmp_path / "megatron" / "core" / "__init__.py"
+    core.parent.mkdir(parents=True)
+    core.write_text("__version__ = '9.8.7'")
+    (tmp_path / "train.py").write_text("")
+    done = launch(str(tmp_path / "train.py"))
+    assert done.returncode != 0
+    assert f"this is 9.8.7 ({core})" in done.stderr, done.stderr
+
+
 def test_a_missing_script_is_named() -> None:
     done = launch("/nonexistent/train.py")
     assert done.returncode != 0
