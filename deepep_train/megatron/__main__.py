@@ -39,8 +39,8 @@ def main() -> None:
     script = Path(sys.argv[1])
     if not script.is_file():
         raise SystemExit(f"python -m deepep_train.megatron: there is no script {script}")
-    if not sys.flags.safe_path:
-        # As python itself does for a script, and before Megatron is imported: a checkout of Megatron-LM has its own megatron.core.
+    if not getattr(sys.flags, "safe_path", False):  # Python 3.11
+        # As python does for a script. Before Megatron is imported: a checkout of Megatron-LM has its own megatron.core.
         sys.path[0] = str(script.resolve().parent)
     install()
     accept_backend()
