@@ -131,7 +131,7 @@ class TokenDispatcher(MoETokenDispatcher):
     def get_expert_zero_copy_buffers(self) -> tuple[Tensor | None, Tensor | None]:
         """Memory that peers read from, for the output of experts that can write to a given place: Transformer Engine's fused
         ones. (The gradient of their input would have to be kept from the forward pass on, for one copy saved.)"""
-        is_fused = getattr(self.config, "use_transformer_engine_op_fuser", False)
+        is_fused = getattr(self.config, "use_transformer_engine_op_fuser", False) and _has_te_experts(self.config)
         if self.handle is None or not is_fused or self.buffer.engine == "collective":
             return None, None
         width = getattr(self.config, "moe_latent_size", None) or self.config.hidden_size

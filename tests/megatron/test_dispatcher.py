@@ -184,18 +184,24 @@ def test_alignment_comes_from_the_recipe() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fused", "engine", "latent", "width"),
-    [(True, "nvlink", None, 32), (True, "nvlink", 8, 8), (True, "collective", None, 0), (False, "nvlink", None, 0)],
+    ("engine", "width", "how"),
+    [
+        ("nvlink", 32, {}),
+        ("nvlink", 8, {"moe_latent_size": 8}),
+        ("collective", 0, {}),
+        ("nvlink", 0, {"use_transformer_engine_op_fuser": False}),
+        ("nvlink", 0, {"moe_grouped_gemm": False}),  # SequentialMLP takes no such argument; the fuser serves dense layers, too
+        ("nvlink", 0, {"transformer_impl": "local"}),
+    ],
 )
-def test_fused_experts_get_memory_that_peers_reach(fused: bool, engine: str, latent: int | None, width: int) -> None:
+def test_fused_experts_get_memory_that_peers_reach(engine: str, width: int, how: dict[str, Any]) -> None:
     """Their kernels need a GPU; here only what is asked of the buffer is looked at."""
     from deepep_train.megatron import TokenDispatcher
 
     asked: list[Any] = []
     buffer = SimpleNamespace(engine=engine, empty=lambda *given: asked.append(given) or "memory")
-    config = SimpleNamespace(
-        use_transformer_engine_op_fuser=fused, moe_latent_size=latent, hidden_size=32, params_dtype=torch.bfloat16
-    )
+    fused = {"use_transformer_engine_op_fuser": True, "moe_grouped_gemm": True}
+    config = SimpleNamespace(**({"hidden_size": 32, "params_dtype": torch.bfloat16} | fused | how))
     dispatcher = SimpleNamespace(config=config, buffer=buffer, handle=SimpleNamespace(plan=SimpleNamespace(num_rows=48)))
     found = TokenDispatcher.get_expert_zero_copy_buffers(dispatcher)
     assert found == (("memory", None) if width else (None, None))
