@@ -55,7 +55,14 @@ def parts(tensor: Any) -> tuple[Tensor, Tensor]:
 
 
 # What cannot travel, and what the error says.
-UNSUITABLE = [("2D", "128x128"), ("columnwise", "columnwise"), ("width", "192"), ("swizzled", "swizzled"), ("NVFP4", "4-bit")]
+UNSUITABLE = [
+    ("2D", "128x128"),
+    ("columnwise", "columnwise"),
+    ("no scales", "without them"),
+    ("width", "192"),
+    ("swizzled", "swizzled"),
+    ("NVFP4", "4-bit"),
+]
 
 
 def unsuitable(name: str, device: Device = "cpu") -> Any:
@@ -67,6 +74,10 @@ def unsuitable(name: str, device: Device = "cpu") -> Any:
         return empty(Recipe.BLOCK, 128, device=device, block_scaling_dim=2)
     if name == "columnwise":
         return empty(Recipe.BLOCK, 32, device=device, rowwise=False, columnwise=True)
+    if name == "no scales":
+        tensor = empty(Recipe.BLOCK, 32, device=device)
+        tensor._rowwise_scale_inv = None
+        return tensor
     if name == "width":
         return empty(Recipe.BLOCK, 32, 192, device)
     if name == "swizzled":

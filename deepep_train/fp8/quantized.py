@@ -71,6 +71,7 @@ class Quantized:
         checks.need(isinstance(self.recipe, Recipe), f"{argument}: recipe", "a Recipe", self.recipe)
         data = checks.tensor(self.data, f"{argument}: data", [None, None], DTYPES, None)
         check_hidden(data.size(1), argument)
+        checks.need(data.is_contiguous(), f"{argument}: data", f"contiguous, not of strides {data.stride()}", data)
         known = isinstance(self.splits, tuple) and all(isinstance(m, int) and m >= 0 for m in self.splits)
         fits = known and len(self.splits) > 0 and sum(self.splits) == data.size(0)
         checks.need(fits, f"{argument}: splits", f"a tuple of ints that sum to {data.size(0)}", self.splits)
@@ -78,6 +79,8 @@ class Quantized:
         size = 1 if blocks is None else blocks.size(self.splits, data.size(1) // 128) * (4 // dtype.itemsize)
         scales = checks.tensor(self.scales, f"{argument}: scales", [size], (dtype,), data.device)
         checks.need(scales.is_contiguous(), f"{argument}: scales", "contiguous", scales)
+        is_aligned = scales.storage_offset() * scales.element_size() % 4 == 0
+        checks.need(is_aligned, f"{argument}: scales", "at a multiple of 4 bytes of its memory, as words", scales)
         checks.tensor(self.rows, f"{argument}: rows", data.shape, FLOATS, data.device)
 
     @property

@@ -51,6 +51,8 @@ def from_te(x: Any, argument: str = "x") -> Quantized:
         )
     if data is None:
         raise ArgumentError(f"{argument} must hold rowwise data, got a {name} with columnwise data only", argument)
+    if scales is None:
+        raise ArgumentError(f"{argument} must hold its rowwise data's scales, got a {name} without them", argument)
     if data.dim() != 2:
         raise ArgumentError(f"{argument} must be [tokens, hidden], got a {name} of shape {list(data.shape)}", argument)
     num_rows, hidden = data.shape

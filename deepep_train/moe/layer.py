@@ -200,7 +200,7 @@ class MoELayer(nn.Module):
         if self.fp8_recipe is not None:
             try:
                 sent = fp8.quantize(self._in_experts_dtype(x_TH), self.fp8_recipe)
-            except ArgumentError as error:
+            except Exception as error:  # noqa: BLE001 - out of memory, too
                 self.buffer.refuse_dispatch(error)  # where the other ranks wait for this one
         got = dispatch(
             sent, topk_idx, weights_TK, buffer=self.buffer, num_experts=self.num_experts, layout="expert", alignment=alignment
