@@ -139,7 +139,8 @@ def combine(
         handle: `Dispatched.handle`.
         bias: one or two tensors [T, hidden] of y's dtype.
         grad_dtype: what the backward sends: None the gradient as it is; torch.float8_e4m3fn or float8_e5m2 the gradient
-            quantized once, in 1x128 blocks with power-of-two scales, so that `y`'s gradient has FP8's error (docs/fp8.md).
+            quantized once, in 1x128 blocks with power-of-two scales, so that `y`'s gradient has FP8's error (docs/fp8.md); what
+            is infinite arrives finite, NaN as NaN. A recipe's own choice is `fp8.Recipe.grad_dtype`.
             Wants a hidden size that is a multiple of 128. The same on all ranks.
         num_sms: as in `dispatch`.
 

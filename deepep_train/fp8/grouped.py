@@ -38,8 +38,8 @@ def grouped_linear(
             128x128.
         splits: rows of every group, for rows [M, in]; None or x's own for what was received. Where Transformer Engine's kernels
             multiply, multiples of 16, under MXFP8 of 32: dispatch's alignment.
-        recipe: for rows [M, in], None for BLOCK; a `Quantized` has its own. Gradients are e4m3 under BLOCK and MXFP8, e5m2
-            under TENSOR.
+        recipe: for rows [M, in], None for BLOCK; a `Quantized` has its own. Gradients are in its
+            `grad_dtype`.
         is_transposed: weights are [in, out] instead.
         delayed: if given, the backward pass appends a function that computes the weight gradient and adds it to `.grad`,
             instead of computing it. Weights must be leaves then: nothing would carry their gradient on.
@@ -140,9 +140,8 @@ class _GroupedLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple:
         call, operands, saved = ctx.call, ctx.operands, list(ctx.saved_tensors)
         (num_rows, features), dtype = ctx.rows
-        fp8_dtype = torch.float8_e5m2 if call.recipe is Recipe.TENSOR else torch.float8_e4m3fn
         needs_weight = any(ctx.needs_input_grad[2:])
-        g = operands.rows(grad, call.splits, fp8_dtype, needs_weight)
+        g = operands.rows(grad, call.splits, call.recipe.grad_dtype, needs_weight)
         grad_rows = None
         if ctx.needs_input_grad[0]:
             operands.load(saved[ctx.num_kept :])

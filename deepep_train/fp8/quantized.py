@@ -41,6 +41,11 @@ class Recipe(enum.Enum):
         """Where GEMMs read them; None: one for all rows."""
         return {Recipe.BLOCK: BLOCK_SCALING, Recipe.MXFP8: MXFP8}.get(self)
 
+    @property
+    def grad_dtype(self) -> torch.dtype:
+        """What gradients are quantized to: that of Transformer Engine's default format for the recipe, E4M3 or HYBRID."""
+        return torch.float8_e5m2 if self is Recipe.TENSOR else torch.float8_e4m3fn
+
     def scales_per_row(self, hidden: int) -> int:
         return 1 if self is Recipe.TENSOR else hidden // _PER_SCALE[self.value]
 

@@ -296,6 +296,26 @@ def layers(rank: int, size: int, group: dist.ProcessGroup, recipe: Recipe) -> li
     return [error(a, b.double()) for a, b in both]
 
 
+@pytest.mark.parametrize(
+    ("recipe", "grad_dtype"),
+    [(Recipe.BLOCK, torch.float8_e4m3fn), (Recipe.MXFP8, torch.float8_e4m3fn), (Recipe.TENSOR, torch.float8_e5m2)],
+)
+def test_the_recipes_dtype_of_gradients(recipe: Recipe, grad_dtype: torch.dtype) -> None:
+    assert recipe.grad_dtype is grad_dtype
+    sizes = {"hidden_size": 128, "ffn_hidden_size": 256, "num_experts": 4, "top_k": 2}
+    if recipe is not Recipe.TENSOR:  # which the layer does not take
+        assert moe.MoELayer(**sizes, fp8_recipe=recipe, grad_dtype="recipe").grad_dtype is grad_dtype
+        assert moe.MoELayer(**sizes, fp8_recipe=recipe).grad_dtype is None
+
+
+def test_the_layers_gradients_cross_in_what_was_asked_for() -> None:
+    x, grads = torch.randn(40, 128), []
+    for dtype in (None, torch.float8_e5m2):  # e4m3 would be no news: the experts quantize to it
+        torch.manual_seed(5)
+        grads.append(step(moe.MoELayer(128, 256, 4, 2, fp8_recipe=Recipe.BLOCK, grad_dtype=dtype), x)[1])
+    assert 0.01 < error(grads[1], grads[0].double()) < 0.1
+
+
 @pytest.mark.parametrize("recipe", [Recipe.BLOCK, Recipe.MXFP8])
 def test_the_layer_in_fp8_follows_float32(recipe: Recipe) -> None:
     for errors in run_ranks(2, layers, recipe):
@@ -310,6 +330,8 @@ def test_the_layer_in_fp8_follows_float32(recipe: Recipe) -> None:
         ("alignment", {"alignment": 8, "fp8_recipe": Recipe.BLOCK}),
         ("delay_wgrad", {"delay_wgrad": True}),
         ("dtype", {"dtype": torch.float64, "fp8_recipe": Recipe.BLOCK}),
+        ("grad_dtype", {"grad_dtype": "recipe"}),
+        ("grad_dtype", {"grad_dtype": torch.bfloat16}),
     ],
 )
 def test_the_layers_wrong_arguments_are_named(argument: str, how: dict[str, Any]) -> None:

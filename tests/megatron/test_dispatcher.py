@@ -353,13 +353,50 @@ def test_the_command_line_switches_fp8_off(monkeypatch: pytest.MonkeyPatch) -> N
     assert not switches.wants_fp8_dispatch(fp8_config())
 
 
-def sent_as(rank: int, size: int, group: Any) -> list[bool]:
-    """Whether rows cross in FP8: installed, uninstalled in between, outside of the FP8 context."""
+E4M3, E5M2 = fp8.DTYPES
+
+
+@pytest.mark.parametrize(
+    ("expected", "how"),
+    [
+        (None, {}),
+        (E4M3, {"moe_fp8_gradients": True}),
+        (E5M2, {"moe_fp8_gradients": True, "fp8": "hybrid"}),
+        (None, {"moe_fp8_gradients": True, "fp8": None}),
+        (None, {"moe_fp8_gradients": False}),
+    ],
+)
+def test_in_what_gradients_cross(expected: torch.dtype | None, how: dict[str, Any]) -> None:
+    assert switches.gradient_dtype(fp8_config(**how)) is expected
+
+
+def test_the_command_line_and_the_environment_switch_fp8_gradients_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(switches.GRADIENTS_VARIABLE, "0")
+    assert switches.gradient_dtype(fp8_config()) is None
+    assert switches.take_option(["train.py", switches.GRADIENTS_OPTION, "--bf16"]) == ["train.py", "--bf16"]
+    assert switches.gradient_dtype(fp8_config()) is E4M3
+    assert switches.gradient_dtype(fp8_config(moe_fp8_gradients=False)) is None, "the configuration goes first"
+    for how in ({"moe_fp8_gradients": "yes"}, {"fp8": "e5m2"}):
+        with pytest.raises(ArgumentError):
+            switches.gradient_dtype(fp8_config(**how))
+
+
+def sent_as(rank: int, size: int, group: Any) -> list[tuple[bool, torch.dtype | None]]:
+    """Whether rows cross in FP8, and in what their gradients would: installed, uninstalled in between, outside of the FP8
+    context."""
     setup, sent = small.Setup(config={"hidden_size": 128}), []
     with setup.parallel(), pytest.MonkeyPatch.context() as patch:
         layer = small.layer_of(setup.transformer_config(small.OURS))
         ours = layer.token_dispatcher
-        ours.may_send_fp8 = True
+        ours.may_send_fp8, ours.fp8_gradient_dtype = True, E5M2
+        combine = dispatcher.ops.combine
+        asked: list[Any] = []
+
+        def noting(*args: Any, **how: Any) -> torch.Tensor:
+            asked.append(how["grad_dtype"])
+            return combine(*args, **how)
+
+        patch.setattr(dispatcher.ops, "combine", noting)
         settings = quantized_experts.Settings(fp8.Recipe.BLOCK)
         for is_installed, now in ((True, settings), (False, settings), (True, None)):
             patch.setattr(quantized_experts, "is_installed", lambda now=is_installed: now)
@@ -368,12 +405,13 @@ def sent_as(rank: int, size: int, group: Any) -> list[bool]:
             probs, routing_map = layer.router(x)
             rows, _, _ = ours.dispatch_postprocess(*ours.token_dispatch(*ours.dispatch_preprocess(x, routing_map, probs)))
             assert bool(rows.isnan().any()) == hasattr(rows, quantized_experts._CARRIED)
-            sent.append(hasattr(rows, quantized_experts._CARRIED))
+            ours.token_combine(torch.zeros_like(rows, memory_format=torch.contiguous_format))
+            sent.append((hasattr(rows, quantized_experts._CARRIED), asked.pop()))
     return sent
 
 
 def test_rows_cross_in_fp8_only_to_experts_that_take_them() -> None:
-    assert run_ranks(2, sent_as, timeout=60) == [[True, False, False]] * 2
+    assert run_ranks(2, sent_as, timeout=60) == [[(True, E5M2), (False, None), (False, None)]] * 2
 
 
 def test_experts_refuse_rows_whose_values_were_lost() -> None:
