@@ -86,7 +86,7 @@ class Quantized:
         checks.need(scales.is_contiguous(), f"{argument}: scales", "contiguous", scales)
         is_aligned = scales.storage_offset() * scales.element_size() % 4 == 0
         checks.need(is_aligned, f"{argument}: scales", "at a multiple of 4 bytes of its memory, as words", scales)
-        checks.tensor(self.rows, f"{argument}: rows", data.shape, FLOATS, data.device)
+        checks.tensor(self.rows, f"{argument}: rows", data.shape, FLOATS, data.device, is_read=False)
 
     @property
     def dtype(self) -> torch.dtype:
