@@ -60,11 +60,17 @@ def _has_memory(value: Any) -> bool:
 
 
 def tensor(
-    value: Any, argument: str, shape: Sequence[int | None], dtypes: Sequence[torch.dtype], device: torch.device | None
+    value: Any,
+    argument: str,
+    shape: Sequence[int | None],
+    dtypes: Sequence[torch.dtype],
+    device: torch.device | None,
+    is_read: bool = True,
 ) -> Tensor:
-    """A dense tensor of this shape (None: any size), one of these dtypes, on this device (None: any), with memory."""
+    """A dense tensor of this shape (None: any size), one of these dtypes, on this device (None: any), with memory if its
+    elements are to be read."""
     if (
-        (type(value) in _WITH_MEMORY or _has_memory(value))
+        (type(value) in _WITH_MEMORY or _has_memory(value) or (not is_read and isinstance(value, Tensor)))
         and value.dtype in dtypes
         and value.dim() == len(shape)
         and all(n is None or n == m for n, m in zip(shape, value.shape, strict=True))
@@ -76,7 +82,7 @@ def tensor(
     wanted = f"a {names} tensor of shape [{', '.join('any' if n is None else str(n) for n in shape)}]"
     wanted += f" on {device}" if device is not None else ""
     need(isinstance(value, Tensor), argument, wanted, value)
-    if not _has_memory(value):
+    if is_read and not _has_memory(value):
         text = f"{argument} must be {wanted} with memory of its own, got a {type(value).__name__}"
         text += "; pass its local part, x.to_local()" if hasattr(value, "to_local") else ""
         raise ArgumentError(text, argument.partition(":")[0])
