@@ -16,7 +16,6 @@ well. pytest runs the checks on CPU processes.
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -96,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     return v1_runner.start(args, on_every_rank, Work.of(args, num_local_ranks=local, engine=args.engine), nodes)
 
 
-# The same as commands, for pytest -----------------------------------------------------------------------------------------
+# As a command, for pytest; tests/cluster/test_slurm.py runs it as several machines do -------------------------------------
 
 _SIZES = (
     "--num-tokens",
@@ -136,17 +135,6 @@ def test_two_emulated_nodes_of_two_cpu_processes() -> None:
         assert f"[testing] {kind}, layout='{layout}', brute force ... passed" in text
     assert text.count("passed") == 3 + 16 + 4
     assert text.count("[tuning] combine") == 2 and "network" in text
-
-
-def test_two_commands_as_two_machines() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    where = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
-    both = [_command("--num-processes", "1", "--no-tuning", RANK=str(rank), **where) for rank in range(2)]
-    first, second = map(_output, both)
-    assert "2 ranks, 2 nodes, collective engine" in first and first.count("passed") == 3 + 16 + 4
-    assert second == ""  # rank 0 speaks
 
 
 def test_an_engine_that_cannot_be_had_and_a_mesh_that_does_not_fit() -> None:
