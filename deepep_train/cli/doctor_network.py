@@ -14,11 +14,9 @@ _SYSTEM = Path("/")
 def examine(root: Path = _SYSTEM) -> dict[str, Any]:
     """JSON-able; `root` is where /sys and /proc are looked for."""
     found = nvshmem.find()
-    loaded = nvshmem.loaded()
     return {
         "found": str(found) if found else None,
-        "obstacle": nvshmem.obstacle_in_process(found),
-        "loaded": str(loaded) if loaded else None,
+        "obstacle": nvshmem.obstacle(found),
         "devices": _devices(root / "sys/class/infiniband"),
         "driver": _driver(root),
         "variables": {name: value for name, value in sorted(os.environ.items()) if name.startswith("NVSHMEM_")},

@@ -5,6 +5,7 @@ Standard library only: setup.py runs this file by its path, where neither torch 
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import re
@@ -63,20 +64,25 @@ def obstacle(found: Found | None, to_build: bool = False) -> str:
     return ""
 
 
-def obstacle_in_process(found: Found | None) -> str:
-    """`obstacle`, and besides whether this process has loaded another NVSHMEM already.
+def load(found: Found | None) -> None:
+    """Put the host library where the engine's extension finds its symbols; before the extension is imported.
 
-    torch's CUDA builds load the registry's package as soon as they are imported, by a path of their own that no variable
-    changes. Two libraries of one name cannot be in a process, so the engine gets torch's, whatever it was linked to.
+    torch's CUDA builds load the registry package's library when they are imported, whatever NVSHMEM_DIR says, and what is
+    linked to a library of that name gets the one that is there already. So the extension is not linked to it. Opened by its
+    path the right one comes beside torch's, whose symbols are not global.
+
+    Raises:
+        ImportError: names what was found and what is needed, or whose symbols come first in this process.
     """
     if why := obstacle(found):
-        return why
-    if (library := loaded()) and (version := version_in(library.parent.parent)) and version < MINIMUM:
-        return (
-            f"torch has loaded NVSHMEM {shown(version)} from {library}, which comes before {found}; {NEEDED}, in the "
-            "environment that torch loads it from: install nvidia-nvshmem-cu13 (or -cu12) 3.8 or later there"
-        )
-    return ""
+        raise ImportError(why)
+    assert found is not None
+    ctypes.CDLL(str(host_library(found.folder)), mode=ctypes.RTLD_GLOBAL)
+    numbers = [ctypes.c_int() for _ in range(3)]
+    ctypes.CDLL(None).nvshmemx_vendor_get_version_info(*map(ctypes.byref, numbers))
+    version = (numbers[0].value, numbers[1].value, numbers[2].value)
+    if version < MINIMUM:
+        raise ImportError(f"NVSHMEM {shown(version)}'s symbols come before those of {found} (LD_PRELOAD?), but {NEEDED}")
 
 
 def host_library(folder: Path) -> Path | None:
@@ -97,15 +103,6 @@ def version_in(folder: Path) -> Version | None:
     with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         match = re.search(rb"NVSHMEM v(\d+)\.(\d+)\.(\d+)", content)
         return (int(match[1]), int(match[2]), int(match[3])) if match else None
-
-
-def loaded() -> Path | None:
-    """The host library that is in this process, if one is; None where there is no /proc."""
-    try:
-        lines = Path("/proc/self/maps").read_text().splitlines()
-    except OSError:
-        return None
-    return next((Path(line.split(maxsplit=5)[5]) for line in lines if f"/{_HOST}" in line), None)
 
 
 def shown(version: Version | None) -> str:

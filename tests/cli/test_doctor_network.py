@@ -47,5 +47,5 @@ def test_a_machine_with_nothing(tmp_path: Path) -> None:
 def test_what_can_be_used_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     found = doctor_network.nvshmem.Found(Path("/n"), "NVSHMEM_DIR", (3, 8, 0))
     monkeypatch.setattr(doctor_network.nvshmem, "find", lambda: found)
-    monkeypatch.setattr(doctor_network.nvshmem, "obstacle_in_process", lambda given: "")
+    monkeypatch.setattr(doctor_network.nvshmem, "obstacle", lambda given: "")
     assert doctor_network.as_lines(doctor_network.examine())[0] == "NVSHMEM       NVSHMEM 3.8.0 in /n (NVSHMEM_DIR)"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -83,20 +86,46 @@ def test_a_library_that_does_not_say_its_version(site: Path) -> None:
     assert "does not say" in nvshmem.obstacle(nvshmem.find())
 
 
-def test_what_torch_has_loaded_counts(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NVSHMEM_DIR", str(install(site / "own", "3.8.0")))
-    found = nvshmem.find()
-    old = install(site / "nvidia" / "nvshmem", "3.4.5") / "lib" / "libnvshmem_host.so.3"
-    for library, obstacle in (
-        (None, ""),
-        (site / "own" / "lib" / "libnvshmem_host.so.3", ""),
-        (old, "has loaded NVSHMEM 3.4.5"),
-    ):
-        monkeypatch.setattr(nvshmem, "loaded", lambda library=library: library)
-        why = nvshmem.obstacle_in_process(found)
-        assert (obstacle in why) if obstacle else why == ""
-    assert str(old) in why and f"before NVSHMEM 3.8.0 in {site / 'own'}" in why
-    assert nvshmem.obstacle_in_process(None) == nvshmem.obstacle(None)
+LIBRARY = """
+const char *banner = "NVSHMEM v{0}.{1}.{2}";
+void nvshmemx_vendor_get_version_info(int *major, int *minor, int *patch) {{ *major = {0}; *minor = {1}; *patch = {2}; }}
+"""
+LOAD = """
+import ctypes, runpy, sys
+there = runpy.run_path(sys.argv[3])
+if sys.argv[1]:
+    ctypes.CDLL(sys.argv[1], mode=int(sys.argv[2]))
+try:
+    there["load"](there["find"]())
+    print("loaded")
+except ImportError as error:
+    print(error)
+"""
+
+
+def compile_library(folder: Path, version: str) -> Path:
+    source = folder.with_suffix(".c")
+    source.write_text(LIBRARY.format(*version.split(".")))
+    (folder / "lib").mkdir(parents=True)
+    path = folder / "lib" / "libnvshmem_host.so.3"
+    subprocess.run(["cc", "-shared", "-fPIC", "-Wl,-soname,libnvshmem_host.so.3", source, "-o", path], check=True)
+    return path
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
+def test_load_puts_the_right_one_first_or_says_why_not(tmp_path: Path) -> None:
+    """An older one that was loaded before is harmless, as torch's is, unless it was loaded for all to see."""
+    new, old = (compile_library(tmp_path / name, version) for name, version in (("new", "3.9.1"), ("old", "3.4.5")))
+
+    def told(folder: Path, before: Path | str = "", mode: int = 0) -> str:
+        command = [sys.executable, "-c", LOAD, str(before), str(mode), str(nvshmem.__file__)]
+        environment = os.environ | {"NVSHMEM_DIR": str(folder)}
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
+
+    assert told(tmp_path / "new", old, ctypes.RTLD_LOCAL) == "loaded"
+    why = told(tmp_path / "new", old, ctypes.RTLD_GLOBAL)
+    assert why.startswith(f"NVSHMEM 3.4.5's symbols come before those of NVSHMEM 3.9.1 in {new.parents[1]} (NVSHMEM_DIR)")
+    assert told(tmp_path / "old").startswith(f"found NVSHMEM 3.4.5 in {old.parents[1]} (NVSHMEM_DIR), but")
 
 
 def test_setup_can_run_it_by_its_path_without_torch() -> None:
