@@ -19,7 +19,10 @@ struct Send {
     DT_DEVICE int32_t look(int64_t t, int rank) const {
         return rank < d.num_ranks ? reinterpret_cast<const int32_t*>(p.send_row)[t * d.num_ranks + rank] : -1;
     }
-    DT_DEVICE const char* from(int64_t t) const { return reinterpret_cast<const char*>(p.x) + t * p.row_bytes; }
+    DT_DEVICE const char* from(int64_t t) const {
+        return p.row_from != 0 ? reinterpret_cast<const char* const*>(p.row_from)[t]
+                               : reinterpret_cast<const char*>(p.x) + t * p.row_bytes;
+    }
     DT_DEVICE char* at(int rank, int what) const { return d.peers[rank] + offsets[rank * kOffsets + what]; }
     DT_DEVICE char* to(int rank, int32_t row) const { return at(rank, 0) + row * p.row_bytes; }
 

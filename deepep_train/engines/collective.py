@@ -90,6 +90,7 @@ class CollectiveEngine(Engine):
         in_rank, recv_counts = request.layout.is_token_in_rank, [row[rank] for row in counts_RR]
         forwarding = learn_forwarding(peers, in_rank, self.num_local_ranks) if self.forwards else None
         route = self._route(in_rank, forwarding, recv_counts)
+        self._begin(route, "dispatch")
         num_received = sum(recv_counts)
 
         idx = weights = None
@@ -164,6 +165,12 @@ class CollectiveEngine(Engine):
             return direct(self.peers, is_token_in_rank, recv_counts)
         return two_level(self.peers, is_token_in_rank, forwarding, recv_counts, self.num_local_ranks)
 
+    def _begin(self, route: Route, operation: str) -> None:
+        """What a new route needs from the other ranks before its first row: nothing, here."""
+
+    def _need_room(self, plan: CollectivePlan, rows: Tensor) -> None:
+        """Raise, on every rank alike, if rows of this width cannot travel: here all can."""
+
     def _check_bounds(self, request: DispatchRequest, bounds: list[int], counts_RR: list[list[int]], rows: list[int]) -> None:
         """Every rank sees every rank's bound and need, so all of them raise."""
         if request.arrangement == "rank":
@@ -208,6 +215,7 @@ class CollectiveEngine(Engine):
         rows = request.rows[: plan.num_received]
         if plan.experts is not None:
             rows = ordered_sums(request.rows, plan.experts.by_token, plan.experts.offsets)
+        self._need_room(plan, rows)
         z = plan.route.sum_back(rows, request.bias)
         weights = request.weights
         if weights is None:
