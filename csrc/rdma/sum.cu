@@ -11,6 +11,7 @@ using nvlink::GatherShape;
 
 struct Nodes {
     static constexpr int kRounds = kMaxNodes / 32;
+    static constexpr int kThreads = 256;  // with twice as many the words of 256 nodes would not fit into registers
     const End& end;
     const SumParams& p;
 
@@ -35,7 +36,7 @@ struct FewNodes : Nodes {
 };
 
 template <typename T, typename Work>
-__global__ void __launch_bounds__(GatherShape::kWarps * 32, 1)
+__global__ void __launch_bounds__(Work::kThreads, 1)
     sum_kernel(const __grid_constant__ End end, const __grid_constant__ SumParams p) {
     extern __shared__ __align__(128) char shared[];
     fence_async_proxy();
@@ -49,9 +50,11 @@ using Kernel = void (*)(End, SumParams);
 void launch_sum(const End& end, const SumParams& p, cudaStream_t stream) {
     const Kernel few[] = {sum_kernel<__nv_bfloat16, FewNodes>, sum_kernel<__half, FewNodes>, sum_kernel<float, FewNodes>};
     const Kernel many[] = {sum_kernel<__nv_bfloat16, Nodes>, sum_kernel<__half, Nodes>, sum_kernel<float, Nodes>};
-    const Kernel kernel = (end.num_nodes <= 32 ? few : many)[p.dtype];
+    const bool is_few = end.num_nodes <= 32;
+    const Kernel kernel = (is_few ? few : many)[p.dtype];
+    const int threads = is_few ? FewNodes::kThreads : Nodes::kThreads;
     DT_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, GatherShape::kSharedBytes));
-    kernel<<<p.num_sms, GatherShape::kWarps * 32, GatherShape::kSharedBytes, stream>>>(end, p);
+    kernel<<<p.num_sms, threads, GatherShape::kSharedBytes, stream>>>(end, p);
     DT_CUDA(cudaGetLastError());
 }
 
