@@ -5,7 +5,7 @@ Everything else is in pyproject.toml. Environment:
     TORCH_CUDA_ARCH_LIST    architectures to compile for, such as "9.0a;10.0"; default: all below that nvcc knows
     DEEPEP_TRAIN_DEBUG=1    kernels that delay at random wherever ranks meet, and arenas of NaN: see docs/kernels.md
     DEEPEP_TRAIN_NO_CUDA=1  build without kernels although there is an nvcc
-    NVSHMEM_DIR             NVSHMEM for the rdma engine, if not the registry's package; without a fit one that engine is left out
+    NVSHMEM_DIR             NVSHMEM for the rdma engine, if not the registry's package; without one that engine is left out
 """
 
 from __future__ import annotations
@@ -123,7 +123,14 @@ class BuildKernels(build_ext):
             made = list(pool.map(compile_one, ext.sources))
         link = [nvcc, "-shared", "-cudart", "static", *made, "-o", str(out)]
         if folder is not None:  # the host library is found when the extension is imported: see nvshmem_present.load
-            link += [*(gencode(a) for a in archs), "-rdc=true", "-Xcompiler", "-fPIC", f"-L{folder / 'lib'}", "-lnvshmem_device"]
+            link += [
+                *(gencode(a) for a in archs),
+                "-rdc=true",
+                "-Xcompiler",
+                "-fPIC",
+                f"-L{folder / 'lib'}",
+                "-lnvshmem_device",
+            ]
         subprocess.run(link, check=True)
 
 

@@ -14,13 +14,15 @@ PYBIND11_MODULE(_rdma, m) {
     const auto no_gil = py::call_guard<py::gil_scoped_release>();
     {
         using P = RailParams;
-        py::class_<P>(m, "RailParams").def(py::init<>()) DT_FIELD(rows) DT_FIELD(token) DT_FIELD(send_at) DT_FIELD(recv_at)
-            DT_FIELD(addresses) DT_FIELD(row_bytes) DT_FIELD(rows_per_put) DT_FIELD(num_sms);
+        py::class_<P>(m, "RailParams")
+            .def(py::init<>()) DT_FIELD(rows) DT_FIELD(token) DT_FIELD(send_at) DT_FIELD(recv_at) DT_FIELD(addresses)
+                DT_FIELD(row_bytes) DT_FIELD(rows_per_put) DT_FIELD(num_sms);
     }
     {
         using P = SumParams;
-        py::class_<P>(m, "SumParams").def(py::init<>()) DT_FIELD(out) DT_FIELD(bias_0) DT_FIELD(bias_1) DT_FIELD(place)
-            DT_FIELD(recv_at) DT_FIELD(row_bytes) DT_FIELD(num_tokens) DT_FIELD(dtype) DT_FIELD(num_sms);
+        py::class_<P>(m, "SumParams")
+            .def(py::init<>()) DT_FIELD(out) DT_FIELD(bias_0) DT_FIELD(bias_1) DT_FIELD(place) DT_FIELD(recv_at)
+                DT_FIELD(row_bytes) DT_FIELD(num_tokens) DT_FIELD(dtype) DT_FIELD(num_sms);
     }
     py::class_<Failure>(m, "Failure")
         .def_readonly("number", &Failure::number)

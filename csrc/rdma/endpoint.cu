@@ -38,7 +38,7 @@ Endpoint::Endpoint(int device, int rank, int num_ranks, int num_local_ranks, int
     end_.failed = reinterpret_cast<uint32_t*>(own + words + 128);
     end_.num_qps = num_qps;
     DT_CUDA(cudaMalloc(&end_.qps, sizeof(int) * num_qps));
-    DT_CUDA(cudaMemcpy(end_.qps, queue_pairs(num_qps), sizeof(int) * num_qps, cudaMemcpyHostToDevice));
+    DT_CUDA(cudaMemcpy(end_.qps, queue_pairs(num_qps), sizeof(int) * num_qps, cudaMemcpyDefault));
     void* page = nullptr;
     DT_CUDA(cudaHostAlloc(&page, sizeof(Page), cudaHostAllocMapped | cudaHostAllocPortable));
     std::memset(page, 0, sizeof(Page));

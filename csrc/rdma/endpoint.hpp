@@ -16,7 +16,7 @@ std::string unique_id();
 void start(int device, int rank, int num_ranks, const std::string& id);
 // Collective among all ranks that were started, as is `queue_pairs`; never freed.
 void* allocate(size_t bytes);
-// Host memory, int [count].
+// int [count], wherever NVSHMEM keeps it.
 int* queue_pairs(int count);
 
 struct Failure {

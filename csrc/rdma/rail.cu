@@ -20,8 +20,8 @@ namespace deepep_train::rdma {
 
 namespace {
 
-constexpr int kThreads = 1024;
-constexpr int kAtOnce = 4;  // 16-byte words that a thread asks memory for before it stores the first
+constexpr int kThreads = 768;  // with 1024 there are too few registers
+constexpr int kAtOnce = 4;     // 16-byte words that a thread asks memory for before it stores the first
 
 DT_DEVICE uint64_t load_acquire_sys(const uint64_t* address) {
     uint64_t value;
@@ -82,25 +82,23 @@ __device__ void write_addresses(const End& end, const RailParams& p) {
     for (int n = 0; n < end.num_nodes; ++n)
         for (int f = recv_at[n] + blockIdx.x * kThreads + threadIdx.x; f < recv_at[n + 1]; f += gridDim.x * kThreads) {
             const int64_t i = f - recv_at[n];
-            out[f] = n == end.node
-                         ? p.rows + reinterpret_cast<const int32_t*>(p.token)[own + i] * p.row_bytes
-                         : reinterpret_cast<uint64_t>(end.recv + n * end.segment_bytes + i * p.row_bytes);
+            out[f] = n == end.node ? p.rows + reinterpret_cast<const int32_t*>(p.token)[own + i] * p.row_bytes
+                                   : reinterpret_cast<uint64_t>(end.recv + n * end.segment_bytes + i * p.row_bytes);
         }
 }
 
 __global__ void __launch_bounds__(kThreads, 1)
     rail_kernel(const __grid_constant__ End end, const __grid_constant__ RailParams p) {
-    __shared__ bool go, last;
+    __shared__ bool go, last, whole;
     __shared__ int32_t send_at[kMaxNodes + 1];
     const uint64_t number = *end.number + 1, start = global_timer();
-    const bool whole = !has_failed(end);
     nvshmemx_qp_handle_t qp = end.qps[blockIdx.x % end.num_qps];
-    for (int n = threadIdx.x; n <= end.num_nodes; n += kThreads)
-        send_at[n] = reinterpret_cast<const int32_t*>(p.send_at)[n];
+    for (int n = threadIdx.x; n <= end.num_nodes; n += kThreads) send_at[n] = reinterpret_cast<const int32_t*>(p.send_at)[n];
+    if (threadIdx.x == 0) whole = !has_failed(end);  // once: another block may be giving up
+    __syncthreads();
     if (whole && blockIdx.x == 0 && threadIdx.x < end.num_nodes && threadIdx.x != end.node)
         nvshmemx_signal_op(end.ready + end.node, number, NVSHMEM_SIGNAL_SET, threadIdx.x * end.num_local_ranks + end.rail);
     if (p.addresses != 0) write_addresses(end, p);
-    __syncthreads();
 
     // Every node's rows in puts of so many, the puts dealt to the blocks; each rank begins with the node behind its own.
     int put = 0;

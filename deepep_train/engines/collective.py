@@ -168,9 +168,6 @@ class CollectiveEngine(Engine):
     def _begin(self, route: Route, operation: str) -> None:
         """What a new route needs from the other ranks before its first row: nothing, here."""
 
-    def _need_room(self, plan: CollectivePlan, rows: Tensor) -> None:
-        """Raise, on every rank alike, if rows of this width cannot travel: here all can."""
-
     def _check_bounds(self, request: DispatchRequest, bounds: list[int], counts_RR: list[list[int]], rows: list[int]) -> None:
         """Every rank sees every rank's bound and need, so all of them raise."""
         if request.arrangement == "rank":
@@ -215,7 +212,6 @@ class CollectiveEngine(Engine):
         rows = request.rows[: plan.num_received]
         if plan.experts is not None:
             rows = ordered_sums(request.rows, plan.experts.by_token, plan.experts.offsets)
-        self._need_room(plan, rows)
         z = plan.route.sum_back(rows, request.bias)
         weights = request.weights
         if weights is None:

@@ -28,7 +28,7 @@ from deepep_train.engines.nvlink_failures import cuda_failed, device_error, who_
 from deepep_train.engines.peers import Peers
 from deepep_train.engines.sms import default_sms, most_sms
 from deepep_train.engines.two_level import Forwarding
-from deepep_train.errors import DeepEPError, PeerTimeoutError
+from deepep_train.errors import ArgumentError, DeepEPError, PeerTimeoutError
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # that are summed
 _STEP = 16  # bytes: rows are padded to a multiple
@@ -184,21 +184,21 @@ class Rails:
             stream=self._stream(),
         )
 
-    def fits(self, most: int, row_bytes: int) -> str:
-        """Why streams of so many rows have no room; "" if they have. The same on every rank."""
-        row_bytes = _padded(row_bytes)
-        if most * row_bytes <= self._segment:
-            return ""
-        need = 2 * self.nodes * (most * row_bytes + 127)
-        return (
-            f"{most} rows of {row_bytes} bytes between two nodes do not fit into the {self._segment} bytes for one node; "
-            f"pass num_rdma_bytes={need} or more to Buffer"
-        )
+    def _need_room(self, tables: Tables, row_bytes: int) -> None:
+        """Raise, on every rank alike, if the streams have no room for rows of this width."""
+        if tables.most * row_bytes > self._segment:
+            need = 2 * self.nodes * (tables.most * row_bytes + 127)
+            raise ArgumentError(
+                f"{tables.most} rows of {row_bytes} bytes between two nodes do not fit into the {self._segment} bytes for one "
+                f"node; pass num_rdma_bytes={need} or more to Buffer",
+                "num_rdma_bytes",
+            )
 
     def dispatch(self, tables: Tables, rows: Tensor, num_received: int, spare: int, num_sms: int = 0) -> Tensor:
         """[T, n] -> [num_received + spare, n] by (source rank, token), zeros at the end."""
         data = _as_rows(rows)
         row_bytes = data.size(1)
+        self._need_room(tables, row_bytes)
         with self._operation(tables) as stream:
             addresses = torch.empty(tables.forwarded, dtype=torch.int64, device=self.device)
             self._exchange(tables, data, row_bytes, addresses, num_sms, stream)
@@ -227,6 +227,7 @@ class Rails:
         ascending node, each in float32, rounded once."""
         data, biases = _as_rows(rows), [_as_rows(b) for b in bias]
         row_bytes = data.size(1)
+        self._need_room(tables, row_bytes)
         with self._operation(tables) as stream:
             if not self._arena.holds(data) and data.numel():
                 try:
@@ -316,8 +317,8 @@ class Rails:
         if (failure := self._end.failure()) is not None:
             who = ", ".join(map(str, failure.ranks))
             raise PeerTimeoutError(
-                f"exchange {failure.number} over the rail on rank {rank}: waited {timeout:g} s in vain for {failure.meeting} of "
-                f"rank {who}{who_ended(self._processes)}; this buffer can no longer be used",
+                f"exchange {failure.number} over the rail on rank {rank}: waited {timeout:g} s in vain for {failure.meeting}, "
+                f"of rank {who}{who_ended(self._processes)}; this buffer can no longer be used",
                 failure.ranks,
                 "rail",
             )
@@ -352,9 +353,7 @@ class RailRoute(Route):
     tables: list[Tables] = field(kw_only=True, default_factory=list)
 
     def learn(self, operation: str) -> None:
-        made = self.rails.learn(
-            self.forwarding, self.hops[0].send_row, self.is_token_in_rank, self.recv_counts, operation
-        )
+        made = self.rails.learn(self.forwarding, self.hops[0].send_row, self.is_token_in_rank, self.recv_counts, operation)
         self.tables[:] = [made]
 
     def send(self, rows: Tensor, spare: int = 0) -> Tensor:

@@ -1,5 +1,5 @@
-"""The engine of several nodes whose GPUs reach each other through NVSHMEM: the collective engine's dispatch and combine, counts,
-agreement and handles included, with rows that travel through kernels (rails.py)."""
+"""The engine of several nodes whose GPUs reach each other through NVSHMEM: the collective engine's dispatch and combine with
+its counts, agreement and handles, and rows that travel through kernels (rails.py)."""
 
 from __future__ import annotations
 
@@ -86,15 +86,6 @@ class RdmaEngine(CollectiveEngine):
         plan = prepared.require().plan
         assert isinstance(plan, CollectivePlan)
         self._begin(plan.route, operation)
-
-    def _move_rows(self, rows: Tensor, plan: CollectivePlan) -> Tensor:
-        self._need_room(plan, rows)
-        return super()._move_rows(rows, plan)
-
-    def _need_room(self, plan: CollectivePlan, rows: Tensor) -> None:
-        assert isinstance(plan.route, RailRoute)
-        if why := self.rails.fits(plan.route.tables[0].most, rows.size(1) * rows.element_size()):
-            raise ArgumentError(why, "num_rdma_bytes")
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         return self.rails.empty(shape, dtype)

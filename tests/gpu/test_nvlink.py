@@ -31,7 +31,7 @@ def check(
     engine: str = "nvlink",
     num_local_ranks: int | None = None,
 ) -> None:
-    """`spare`: extra rows of num_worst_tokens; None: let the CPU wait for the counts. With `num_local_ranks` sums are by node."""
+    """`spare`: extra rows of num_worst_tokens; None: let the CPU wait for the counts. `num_local_ranks`: sums are by node."""
     given, ys, biases, worst, arrived, pictures = [], [], [], [], [], []
     for case in cases:
         picture = Picture(case.given(), case.num_experts)

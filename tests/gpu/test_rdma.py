@@ -1,10 +1,13 @@
-"""The rdma engine, bit for bit against the picture of all ranks at once: nodes are numbers of ranks on one machine, whose puts go
-through NVSHMEM as between machines and end as stores to the same GPU's memory."""
+"""The rdma engine, bit for bit against the picture of all ranks at once. Nodes are groups of ranks on one machine: puts between
+them go through NVSHMEM, as between machines, and end as stores to the same GPU's memory."""
 
 from __future__ import annotations
 
 import itertools
 import os
+import signal
+import threading
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +19,7 @@ from harness import assert_same_bits
 from reference import Given, Picture
 from shared import buffer_of, run_ranks, to
 from test_nvlink import DTYPES, check, some_tokens
+from test_nvlink_failures import MPS, SLACK, TIMEOUT, work
 
 import deepep_train as dt
 from deepep_train import engines
@@ -38,8 +42,8 @@ def test_random_exchanges(mesh: tuple[int, int], layout: str) -> None:
     shapes = itertools.product(STYLES, (8, 1032, 3))
     cases = [
         Exchange(
-            some_tokens(mesh[0], seed), hidden, 1 + seed % 9, 1 + seed % 5, style, DTYPES[seed % 3], layout, (1, 4, 16)[seed % 3],
-            strided=seed % 4 == 3, seed=seed,
+            some_tokens(mesh[0], seed), hidden, 1 + seed % 9, 1 + seed % 5, style, DTYPES[seed % 3], layout,
+            (1, 4, 16)[seed % 3], strided=seed % 4 == 3, seed=seed,
         )
         for seed, (style, hidden) in enumerate(shapes)
     ]  # fmt: skip
@@ -170,3 +174,34 @@ def test_combine_of_other_rows() -> None:
     assert not torch.equal(picture.combine(0, ys, origins, (), 4), picture.combine(0, ys, origins, (), 2))
     for mesh in ((8, 4), (8, 2)):
         check([case], num_biases=2, **on(mesh))
+
+
+# Failures: last, in processes of their own ------------------------------------------------------------------------------
+
+
+def survive(rank: int, size: int, group: dist.ProcessGroup, victim: int) -> tuple[str, Any, float]:
+    buffer = dt.Buffer(group, engine="rdma", num_local_ranks=2, timeout=TIMEOUT)
+    work(buffer, rank, size)
+    if rank == victim:
+        threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
+    began = time.monotonic()
+    while time.monotonic() - began < 40:
+        call = time.monotonic()
+        try:
+            work(buffer, rank, size)
+        except Exception as error:  # noqa: BLE001 - under MPS it may be torch's
+            return type(error).__name__, getattr(error, "ranks", None), time.monotonic() - call
+    return "nothing", None, 0.0
+
+
+def test_a_rank_is_killed() -> None:
+    victim = 3
+    seen = run_ranks(4, survive, victim, timeout=100, fresh=True, dead=[victim])
+    for rank, (kind, ranks, seconds) in enumerate(one or ("", None, 0.0) for one in seen):
+        if rank == victim:
+            continue
+        assert kind != "nothing"
+        assert seconds < TIMEOUT + SLACK
+        if not MPS:
+            assert kind == "PeerTimeoutError", seen
+            assert victim in ranks, seen
