@@ -56,19 +56,24 @@ class DispatchRequest:
     recipe: str = ""
 
     def signature(self) -> dict[str, object]:
-        return self.payload.signature() | {
-            "num_experts": self.num_experts,
-            "top_k": 0 if self.topk_idx is None else self.topk_idx.size(1),
-            "topk_weights given": self.topk_weights is not None,
-            "layout": self.arrangement,
-            "alignment": self.alignment,
-            "recipe": self.recipe,
-        }
+        return (
+            {"recipe": self.recipe}
+            | self.payload.signature()
+            | {
+                "num_experts": self.num_experts,
+                "top_k": 0 if self.topk_idx is None else self.topk_idx.size(1),
+                "topk_weights given": self.topk_weights is not None,
+                "layout": self.arrangement,
+                "alignment": self.alignment,
+            }
+        )
 
 
-def wrong_counts(given: Tensor, counted: Tensor, argument: str = "num_tokens_per_rank") -> ArgumentError:
-    """The counts given are not what `is_token_in_rank` comes to; both int32 of one shape."""
-    return ArgumentError(f"{argument}={given.tolist()} does not count is_token_in_rank, which has {counted.tolist()}", argument)
+def wrong_counts(
+    given: Tensor, counted: Tensor, argument: str = "num_tokens_per_rank", of: str = "is_token_in_rank"
+) -> ArgumentError:
+    """The counts given are not what `of` comes to; both int32 of one shape."""
+    return ArgumentError(f"{argument}={given.tolist()} does not count {of}, which has {counted.tolist()}", argument)
 
 
 @dataclass(frozen=True)
@@ -81,8 +86,8 @@ class RedispatchRequest:
     recipe: str = ""
 
     def signature(self) -> dict[str, object]:
-        how = {"layout": self.plan.layout, "alignment": self.plan.alignment, "recipe": self.recipe}
-        return self.payload.signature() | how
+        how = {"layout": self.plan.layout, "alignment": self.plan.alignment}
+        return {"recipe": self.recipe} | self.payload.signature() | how
 
 
 @dataclass(frozen=True)

@@ -375,7 +375,9 @@ def _padded(row_bytes: int) -> int:
 
 def _as_rows(t: Tensor) -> Tensor:
     """[rows, n] of any dtype -> uint8 [rows, padded bytes], aligned; the same memory where it can be."""
-    t = t.detach().contiguous()
+    t = t.detach()
+    if not t.is_contiguous() or t.stride(-1) != 1:  # what has no rows counts as contiguous whatever its strides are
+        t = t.clone(memory_format=torch.contiguous_format)
     width = t.size(1) * t.element_size()
     rows = t.view(torch.uint8).view(t.size(0), width)
     if padding := _padded(width) - width:
