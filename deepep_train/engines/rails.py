@@ -6,13 +6,12 @@ second's. Rows are bytes here: whatever a dispatch moves, payload, scales or wha
 
 from __future__ import annotations
 
-import functools
 import os
 import secrets
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,46 +25,17 @@ from deepep_train.engines.arena import Arena, ArenaFull
 from deepep_train.engines.hops import Route
 from deepep_train.engines.nvlink_failures import cuda_failed, device_error, who_ended
 from deepep_train.engines.peers import Peers
+from deepep_train.engines.rail_tables import Counts, Tables, leaving, mask_words, masks_of, node_counts, slots
 from deepep_train.engines.sms import default_sms, most_sms
 from deepep_train.engines.two_level import Forwarding
 from deepep_train.errors import ArgumentError, DeepEPError, PeerTimeoutError
+from deepep_train.routing import tokens_per_node
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # that are summed
 _STEP = 16  # bytes: rows are padded to a multiple
 _PUT_BYTES = 64 << 10  # of one put, about
 _SIGNAL_BYTES = 8
 _PROCESS = secrets.token_hex(8)  # containers may share host names and process numbers
-
-
-@dataclass(frozen=True)
-class Tables:
-    """One dispatch's places, on the GPU, int32. S rows leave over the rail, F come to be forwarded, by node and then by token;
-    both count this node's, which stay.
-
-    Attributes:
-        token: [S], the token of each row that leaves.
-        send_at, recv_at: [nodes + 1], where each node's begin among the S and the F.
-        slot: [F, local ranks], where a row stands in the tensor of each rank of this node; -1: not there.
-        place: [T, nodes], the number of a token among its rank's rows for a node; -1: none.
-        forwarded: F.
-        over, back: rows that this rank puts into the network in a dispatch and in a combine, by node.
-        most: the most rows of one stream, over all ranks.
-        stream: the id of the stream that made them.
-    """
-
-    token: Tensor
-    send_at: Tensor
-    recv_at: Tensor
-    slot: Tensor
-    place: Tensor
-    forwarded: int
-    over: list[int]
-    back: list[int]
-    most: int
-    stream: int
-
-    def tensors(self) -> list[Tensor]:
-        return [self.token, self.send_at, self.recv_at, self.slot, self.place]
 
 
 class Rails:
@@ -101,6 +71,9 @@ class Rails:
             error = str(caught)
         self._raise_any([{"error": text} for text in peers.gather_objects(error, "Buffer")])
         self._segment = segment
+        # Python's eyes on the memory that the rail writes to.
+        storage = torch._C._construct_storage_from_data_pointer(self._end.recv, self.device, self.nodes * segment)
+        self._received = torch.empty(0, dtype=torch.uint8, device=self.device).set_(storage)
 
     def _open_node(self, arena_bytes: int) -> None:
         """Map the memory of this node's ranks."""
@@ -145,52 +118,61 @@ class Rails:
 
     # What a route needs ------------------------------------------------------------------------------------------------
 
-    def learn(
-        self, forwarding: Forwarding, send_row: Tensor, is_token_in_rank: Tensor, recv_counts: list[int], operation: str
-    ) -> Tables:
-        """A collective call: who forwards must know where its rows begin at every rank of its node.
+    def learn(self, forwarding: Forwarding, is_token_in_rank: Tensor, recv_counts: list[int], operation: str) -> Tables:
+        """The tables of a handle that knows its masks alone; a collective call, since who forwards must know where its rows
+        begin at every rank of its node.
 
         Args:
-            send_row: int64 [S], the tokens that leave, by node and then ascending.
             is_token_in_rank: bool [T, R].
             recv_counts: rows that come to this rank, by their source.
         """
-        token_in_node = is_token_in_rank.view(-1, self.nodes, self.local).any(2)
-        over, back = token_in_node.sum(0).tolist(), list(forwarding.counts)
-        mine = torch.tensor([max(over + back), *recv_counts], dtype=torch.int64, device=self.peers.header_device)
-        table = self.peers.all_gather(mine, operation).cpu()
-        most = int(table[:, 0].max())
-        # counts[s, l]: rows from rank s to local rank l of this node.
-        counts_SL = table[self.node * self.local : (self.node + 1) * self.local, 1:].t()
-        begin_NL = (counts_SL.cumsum(0) - counts_SL)[self.rail :: self.local]
-        on_device = functools.partial(torch.tensor, dtype=torch.int32, device=self.device)
-        send_at, recv_at = (on_device([0, *n]).cumsum(0, dtype=torch.int32) for n in (over, back))
-        masks, forwarded = forwarding.masks, sum(back)
-        upto = F.pad(masks.cumsum(0, dtype=torch.int32), (0, 0, 1, 0))
-        shift_NL = begin_NL.to(self.device, torch.int32) - upto[recv_at[:-1].long()]
-        slot = upto[:-1] + shift_NL.repeat_interleave(torch.tensor(back, device=self.device), 0, output_size=forwarded)
-        place = (token_in_node.cumsum(0, dtype=torch.int32) - 1).masked_fill(~token_in_node, -1)
-        over[self.node] = back[self.node] = 0
-        return Tables(
-            token=send_row.to(torch.int32),
-            send_at=send_at,
-            recv_at=recv_at,
-            slot=slot.masked_fill(~masks, -1).to(torch.int32).contiguous(),
-            place=place.contiguous(),
-            forwarded=forwarded,
-            over=over,
-            back=back,
-            most=most,
-            stream=self._stream(),
-        )
+        peers = self.peers
+        send, recv = tokens_per_node(is_token_in_rank, self.nodes).tolist(), list(forwarding.counts)
+        mine = torch.tensor([max(send + recv), *recv_counts], dtype=torch.int64, device=peers.header_device)
+        table = peers.all_gather(mine, operation).cpu()
+        counts = node_counts(peers.rank, self.local, send, recv, table[:, 1:].t(), int(table[:, 0].max()))
+        tables = leaving(counts, is_token_in_rank, self._stream())
+        return replace(tables, slot=slots(counts, tables.recv_at, forwarding.masks))
+
+    def open(self, counts: Counts, is_token_in_rank: Tensor, words: Tensor, num_received: int) -> tuple[Tables, Tensor]:
+        """The tables of a new dispatch, and `words` (int32 [T, n]) as they come, [num_received, n].
+
+        A token's masks go with its words; forwarders make their tables from what came over the rail and then forward it.
+        """
+        with self._operation(None) as stream:
+            tables = leaving(counts, is_token_in_rank, stream)
+            width = words.size(1)
+            sent = torch.cat([words, mask_words(is_token_in_rank)], 1)
+            data = _as_rows(sent)
+            row_bytes = data.size(1)
+            self._need_room(tables, row_bytes)
+            addresses = torch.empty(tables.forwarded, dtype=torch.int64, device=self.device)
+            self._exchange(tables, data, row_bytes, addresses, 0, stream)
+            came = self._came(tables, data).view(torch.int32)[:, width : sent.size(1)]
+            masks = masks_of(came, self.node, self.local)
+            tables = replace(tables, slot=slots(counts, tables.recv_at, masks))
+            got = self._forward(tables, data, addresses, num_received, 0, 0, stream)
+            return tables, got.view(torch.int32)[:, :width]
+
+    def _came(self, tables: Tables, data: Tensor) -> Tensor:
+        """[F, row_bytes]: a copy of what the rail has brought, and of this node's own among `data`."""
+        row_bytes, counts = data.size(1), tables.counts
+        own = sum(counts.send[: self.node])
+        parts = []
+        for n, rows in enumerate(counts.recv):
+            if n == self.node:
+                parts.append(data.index_select(0, tables.token[own : own + rows]))
+            else:
+                parts.append(self._received[n * self._segment :][: rows * row_bytes].view(rows, row_bytes))
+        return torch.cat(parts)
 
     def _need_room(self, tables: Tables, row_bytes: int) -> None:
         """Raise, on every rank alike, if the streams have no room for rows of this width."""
-        if tables.most * row_bytes > self._segment:
-            need = 2 * self.nodes * (tables.most * row_bytes + 127)
+        if tables.counts.most * row_bytes > self._segment:
+            need = 2 * self.nodes * (tables.counts.most * row_bytes + 127)
             raise ArgumentError(
-                f"{tables.most} rows of {row_bytes} bytes between two nodes do not fit into the {self._segment} bytes for one "
-                f"node; pass num_rdma_bytes={need} or more to Buffer",
+                f"{tables.counts.most} rows of {row_bytes} bytes between two nodes do not fit into the {self._segment} bytes "
+                f"for one node; pass num_rdma_bytes={need} or more to Buffer",
                 "num_rdma_bytes",
             )
 
@@ -202,25 +184,40 @@ class Rails:
         with self._operation(tables) as stream:
             addresses = torch.empty(tables.forwarded, dtype=torch.int64, device=self.device)
             self._exchange(tables, data, row_bytes, addresses, num_sms, stream)
-            try:
-                (landing,) = self._arena.land([((num_received + spare, row_bytes), torch.uint8)])
-            except ArenaFull as full:
-                self._comm.refuse(full.num_bytes, stream)
-                raise self._too_small(full.num_bytes) from None
-            assert landing is not None
-            d = _C.DispatchParams()
-            d.x, d.row_from = data.data_ptr(), addresses.data_ptr()
-            d.row_bytes, d.num_tokens = row_bytes, tables.forwarded
-            d.send_slot = d.send_row = tables.slot.data_ptr()
-            d.offsets = [self._arena.offset(landing.visible), 0, 0, 0, 0]
-            d.sizes = [num_received * row_bytes, 0, 0, 0, 0]
-            d.signature, d.num_sms = row_bytes, self._sms(num_sms, "dispatch")
-            self._comm.dispatch(d, stream)
-            if spare:
-                landing.visible[num_received:].zero_()
-            if landing.tensor is not landing.visible:
-                landing.tensor.copy_(landing.visible)
-            return _as_elements(landing.tensor, rows)
+            got = self._forward(tables, data, addresses, num_received, spare, num_sms, stream)
+            return _as_elements(got, rows)
+
+    def _forward(
+        self,
+        tables: Tables,
+        data: Tensor,
+        addresses: Tensor,
+        num_received: int,
+        spare: int,
+        num_sms: int,
+        stream: int,
+    ) -> Tensor:
+        """Rows from their `addresses`, this node's in `data`, to the ranks of this node: [num_received + spare, row_bytes]."""
+        row_bytes = data.size(1)
+        try:
+            (landing,) = self._arena.land([((num_received + spare, row_bytes), torch.uint8)])
+        except ArenaFull as full:
+            self._comm.refuse(full.num_bytes, stream)
+            raise self._too_small(full.num_bytes) from None
+        assert landing is not None
+        d = _C.DispatchParams()
+        d.x, d.row_from = data.data_ptr(), addresses.data_ptr()
+        d.row_bytes, d.num_tokens = row_bytes, tables.forwarded
+        d.send_slot = d.send_row = tables.slot.data_ptr()
+        d.offsets = [self._arena.offset(landing.visible), 0, 0, 0, 0]
+        d.sizes = [num_received * row_bytes, 0, 0, 0, 0]
+        d.signature, d.num_sms = row_bytes, self._sms(num_sms, "dispatch")
+        self._comm.dispatch(d, stream)
+        if spare:
+            landing.visible[num_received:].zero_()
+        if landing.tensor is not landing.visible:
+            landing.tensor.copy_(landing.visible)
+        return landing.tensor
 
     def combine(self, tables: Tables, rows: Tensor, num_tokens: int, bias: Sequence[Tensor], num_sms: int = 0) -> Tensor:
         """[num_received, n] -> [num_tokens, n]: each node's rows by ascending rank, then the biases and the nodes' sums by
@@ -268,18 +265,20 @@ class Rails:
         p.row_bytes, p.rows_per_put = row_bytes, max(1, _PUT_BYTES // row_bytes)
         p.num_sms = self._sms(num_sms, "dispatch" if data is not None else "combine")
         self._end.rail(p, stream)
-        sent = tables.over if data is not None else tables.back
+        counts = tables.counts.send if data is not None else tables.counts.recv
+        sent = [count for node, count in enumerate(counts) if node != self.node]
         puts = sum(-(-n // p.rows_per_put) for n in sent)
         self.network_bytes += sum(sent) * row_bytes + _SIGNAL_BYTES * (puts + self.nodes - 1)
 
     @contextmanager
-    def _operation(self, tables: Tables) -> Iterator[int]:
+    def _operation(self, tables: Tables | None) -> Iterator[int]:
         """Gives the stream; operations of all streams follow each other."""
         with self._lock, torch.cuda.device(self.device):
             stream = self._stream()
             self._comm.enter(stream)
             self._arena.begin_operation()
-            if tables.stream != stream:  # a handle may die as soon as a call that uses it returns: its tables must not
+            if tables is not None and tables.stream != stream:
+                # A handle may die as soon as a call that uses it returns: its tables must not.
                 current = torch.cuda.current_stream(self.device)
                 for table in tables.tensors():
                     table.record_stream(current)
@@ -353,7 +352,7 @@ class RailRoute(Route):
     tables: list[Tables] = field(kw_only=True, default_factory=list)
 
     def learn(self, operation: str) -> None:
-        made = self.rails.learn(self.forwarding, self.hops[0].send_row, self.is_token_in_rank, self.recv_counts, operation)
+        made = self.rails.learn(self.forwarding, self.is_token_in_rank, self.recv_counts, operation)
         self.tables[:] = [made]
 
     def send(self, rows: Tensor, spare: int = 0) -> Tensor:

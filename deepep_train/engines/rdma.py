@@ -10,8 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deepep_train.engines.base import CombineRequest, DispatchRequest, Payload, Prepared, Received, RedispatchRequest
-from deepep_train.engines.collective import CollectiveEngine, CollectivePlan
-from deepep_train.engines.hops import Route
+from deepep_train.engines.collective import CollectiveEngine, CollectivePlan, Opened, words_along
+from deepep_train.engines.hops import Hop, Route
+from deepep_train.engines.rail_tables import Tables, counts_of
 from deepep_train.engines.rails import DTYPES, RailRoute, Rails
 from deepep_train.engines.two_level import Forwarding, two_level
 from deepep_train.errors import ArgumentError
@@ -70,22 +71,44 @@ class RdmaEngine(CollectiveEngine):
         self.check()
         return super().combine(prepared)
 
+    def _open(
+        self, request: DispatchRequest, counts_RR: list[list[int]], per_node_RN: Tensor, recv_counts: list[int]
+    ) -> Opened:
+        in_rank = request.layout.is_token_in_rank
+        counts = counts_of(self.rank, self.num_local_ranks, torch.tensor(counts_RR), per_node_RN)
+        tables, words = self.rails.open(counts, in_rank, words_along(request), sum(recv_counts))
+        forwarding = Forwarding(counts.recv, tables.slot >= 0)
+        return Opened(self._way((), in_rank, forwarding, recv_counts, [tables]), forwarding, words)
+
     def _route(self, is_token_in_rank: Tensor, forwarding: Forwarding | None, recv_counts: list[int]) -> Route:
+        """Of a handle that was rebuilt from its tensors: its tables are learned when it is used."""
         assert forwarding is not None
         hops = two_level(self.peers, is_token_in_rank, forwarding, recv_counts, self.num_local_ranks).hops
-        return RailRoute(
-            hops, rails=self.rails, forwarding=forwarding, is_token_in_rank=is_token_in_rank, recv_counts=recv_counts
-        )
+        return self._way(hops, is_token_in_rank, forwarding, recv_counts, [])
 
-    def _begin(self, route: Route, operation: str) -> None:
+    def _way(
+        self,
+        hops: tuple[Hop, ...],
+        is_token_in_rank: Tensor,
+        forwarding: Forwarding,
+        recv_counts: list[int],
+        tables: list[Tables],
+    ) -> RailRoute:
+        given = {"forwarding": forwarding, "is_token_in_rank": is_token_in_rank, "recv_counts": recv_counts}
+        return RailRoute(hops, rails=self.rails, tables=tables, **given)
+
+    def _hops(self, route: Route) -> tuple[Hop, ...]:
         assert isinstance(route, RailRoute)
-        route.learn(operation)
+        if route.hops:
+            return route.hops
+        how = (route.is_token_in_rank, route.forwarding, route.recv_counts, self.num_local_ranks)
+        return two_level(self.peers, *how).hops
 
     def _agree_on_rows(self, operation: str, prepared: Prepared) -> None:
         super()._agree_on_rows(operation, prepared)
         plan = prepared.require().plan
-        assert isinstance(plan, CollectivePlan)
-        self._begin(plan.route, operation)
+        assert isinstance(plan, CollectivePlan) and isinstance(plan.route, RailRoute)
+        plan.route.learn(operation)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         return self.rails.empty(shape, dtype)
