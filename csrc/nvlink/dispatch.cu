@@ -47,7 +47,8 @@ struct Send {
     }
 
     DT_DEVICE void send_scales(int64_t t, int rank, int64_t slot) const {
-        const auto* words = reinterpret_cast<const uint32_t*>(p.scales) + t * p.scale_row_stride;
+        const auto* words = p.scales_from != 0 ? reinterpret_cast<const uint32_t* const*>(p.scales_from)[t]
+                                               : reinterpret_cast<const uint32_t*>(p.scales) + t * p.scale_row_stride;
         auto* there = reinterpret_cast<uint32_t*>(at(rank, 1)) + slot * p.scale_words;
         for (int i = threadIdx.x % 32; i < p.scale_words; i += 32) there[i] = words[i * p.scale_word_stride];
     }

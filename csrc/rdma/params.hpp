@@ -16,8 +16,11 @@ struct RailParams {
     uint64_t token = 0;      // int32 [S]: which of them each row sent is, by node and then ascending; this node's included
     uint64_t send_at = 0;    // int32 [nodes + 1]: where each node's begin among the S rows
     uint64_t recv_at = 0;    // int32 [nodes + 1]: the same of the F rows that come, this node's included
+    uint64_t beside = 0;     // further rows, [any, beside_bytes], that travel behind those, such as scales
     uint64_t addresses = 0;  // out, uint64 [F]: where each row that comes lies, this node's in `rows`; 0: not wanted
-    int64_t row_bytes = 0;   // a multiple of 16
+    uint64_t beside_addresses = 0;  // out, uint64 [F], of what is beside it
+    int64_t row_bytes = 0;          // a multiple of 16, as is the next
+    int64_t beside_bytes = 0;
     int rows_per_put = 1;
     int num_sms = 1;
 };

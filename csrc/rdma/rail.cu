@@ -21,7 +21,8 @@ namespace deepep_train::rdma {
 namespace {
 
 constexpr int kThreads = 768;  // with 1024 there are too few registers
-constexpr int kAtOnce = 4;     // 16-byte words that a thread asks memory for before it stores the first
+constexpr int kWarps = kThreads / 32;
+constexpr int kAtOnce = 7;  // 16-byte words that a thread asks memory for before it stores the first
 
 DT_DEVICE uint64_t load_acquire_sys(const uint64_t* address) {
     uint64_t value;
@@ -54,36 +55,45 @@ DT_DEVICE bool wait_for(const End& end, const uint64_t* word, uint64_t wanted, u
     return true;
 }
 
-// With one block: rows [first, first + count) of those sent, from where they are to `send`.
+// Of one row with what is beside it, as they travel.
+DT_DEVICE int64_t wire_bytes(const RailParams& p) { return p.row_bytes + p.beside_bytes; }
+
+// With one warp: rows [first, first + count) of those sent, from where they are to `send`.
 __device__ void pack(const End& end, const RailParams& p, int64_t first, int count) {
     const auto* token = reinterpret_cast<const int32_t*>(p.token) + first;
-    const int words = static_cast<int>(p.row_bytes / 16), all = words * count;
-    auto* to = reinterpret_cast<uint4*>(end.send + first * p.row_bytes);
-    for (int base = threadIdx.x; base < all; base += kThreads * kAtOnce) {
+    const int words = static_cast<int>(wire_bytes(p) / 16), all = words * count;
+    auto* to = reinterpret_cast<uint4*>(end.send + first * wire_bytes(p));
+    int row = 0, word = threadIdx.x % 32;  // of the next one asked for; no divisions
+    for (int base = threadIdx.x % 32; base < all; base += 32 * kAtOnce) {
         uint4 bits[kAtOnce];
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) {
-            const int at = base + i * kThreads;
-            if (at < all)
-                bits[i] = load_row(reinterpret_cast<const char*>(p.rows) + token[at / words] * p.row_bytes + at % words * 16);
+            for (; word >= words; word -= words) ++row;
+            const int64_t at = word * 16;
+            if (row < count)
+                bits[i] = load_row(reinterpret_cast<const char*>(at < p.row_bytes ? p.rows + token[row] * p.row_bytes + at
+                                                                                  : p.beside + token[row] * p.beside_bytes +
+                                                                                        (at - p.row_bytes)));
+            word += 32;
         }
 #pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) {
-            const int at = base + i * kThreads;
-            if (at < all) to[at] = bits[i];
-        }
+        for (int i = 0; i < kAtOnce; ++i)
+            if (base + i * 32 < all) to[base + i * 32] = bits[i];
     }
 }
 
 __device__ void write_addresses(const End& end, const RailParams& p) {
     auto* out = reinterpret_cast<uint64_t*>(p.addresses);
+    auto* out_beside = reinterpret_cast<uint64_t*>(p.beside_addresses);
     const auto* recv_at = reinterpret_cast<const int32_t*>(p.recv_at);
     const int32_t own = reinterpret_cast<const int32_t*>(p.send_at)[end.node];
     for (int n = 0; n < end.num_nodes; ++n)
         for (int f = recv_at[n] + blockIdx.x * kThreads + threadIdx.x; f < recv_at[n + 1]; f += gridDim.x * kThreads) {
             const int64_t i = f - recv_at[n];
-            out[f] = n == end.node ? p.rows + reinterpret_cast<const int32_t*>(p.token)[own + i] * p.row_bytes
-                                   : reinterpret_cast<uint64_t>(end.recv + n * end.segment_bytes + i * p.row_bytes);
+            const int64_t t = n == end.node ? reinterpret_cast<const int32_t*>(p.token)[own + i] : 0;
+            const auto came = reinterpret_cast<uint64_t>(end.recv + n * end.segment_bytes + i * wire_bytes(p));
+            out[f] = n == end.node ? p.rows + t * p.row_bytes : came;
+            if (p.beside != 0) out_beside[f] = n == end.node ? p.beside + t * p.beside_bytes : came + p.row_bytes;
         }
 }
 
@@ -100,35 +110,35 @@ __global__ void __launch_bounds__(kThreads, 1)
         nvshmemx_signal_op(end.ready + end.node, number, NVSHMEM_SIGNAL_SET, threadIdx.x * end.num_local_ranks + end.rail);
     if (p.addresses != 0) write_addresses(end, p);
 
-    // Every node's rows in puts of so many, the puts dealt to the blocks; each rank begins with the node behind its own.
-    int put = 0;
+    // Every node's rows in puts of so many, the puts dealt to the warps; each rank begins with the node behind its own. Warps
+    // need nothing of each other, so that one packs while others put.
+    const int64_t row_bytes = wire_bytes(p);
+    const int senders = gridDim.x * kWarps, me = threadIdx.x / 32 * gridDim.x + blockIdx.x;
     bool fine = whole;
-    for (int turn = 1; turn < end.num_nodes && fine; ++turn) {
+    for (int turn = 1, before = 0; turn < end.num_nodes && fine; ++turn) {
         const int n = (end.node + turn) % end.num_nodes;
-        const int pe = n * end.num_local_ranks + end.rail;
-        bool is_ready = false;
-        for (int first = send_at[n]; first < send_at[n + 1]; first += p.rows_per_put, ++put) {
-            if (put % static_cast<int>(gridDim.x) != static_cast<int>(blockIdx.x)) continue;
-            const int count = min(p.rows_per_put, send_at[n + 1] - first);
+        const int puts = (send_at[n + 1] - send_at[n] + p.rows_per_put - 1) / p.rows_per_put;
+        int put = (me - before % senders + senders) % senders;
+        before += puts;
+        if (put >= puts) continue;
+        int is_ready = 1;
+        for (bool is_first = true; put < puts; put += senders, is_first = false) {
+            const int first = send_at[n] + put * p.rows_per_put, count = min(p.rows_per_put, send_at[n + 1] - first);
             if (p.rows != 0) pack(end, p, first, count);
-            if (!is_ready) {
-                if (threadIdx.x == 0) {
-                    go = wait_for(end, end.ready + n, number, start);
-                    if (!go) give_up(end, number, end.ready, nullptr, number, 0);
-                }
-                is_ready = true;
+            if (is_first && threadIdx.x % 32 == 0) {
+                is_ready = wait_for(end, end.ready + n, number, start);
+                if (!is_ready) give_up(end, number, end.ready, nullptr, number, 0);
             }
-            __threadfence_system();  // the card reads what this block's threads have packed
-            __syncthreads();
-            fine = go;
-            __syncthreads();
+            __threadfence_system();  // the card, and the put's other lanes, read what this lane has packed
+            fine = __shfl_sync(0xffffffffu, is_ready, 0);
             if (!fine) break;
-            char* to = end.recv + end.node * end.segment_bytes + (first - send_at[n]) * p.row_bytes;
-            nvshmemx_qp_char_put_signal_nbi_block(to, end.send + first * p.row_bytes, count * p.row_bytes,
-                                                  end.arrived + end.node, static_cast<uint64_t>(count), NVSHMEM_SIGNAL_ADD, pe,
-                                                  qp);
+            char* to = end.recv + end.node * end.segment_bytes + (first - send_at[n]) * row_bytes;
+            nvshmemx_qp_char_put_signal_nbi_warp(to, end.send + first * row_bytes, count * row_bytes, end.arrived + end.node,
+                                                 static_cast<uint64_t>(count), NVSHMEM_SIGNAL_ADD,
+                                                 n * end.num_local_ranks + end.rail, qp);
         }
     }
+    __syncthreads();  // all of this block's puts are on their way
     // `send` may be overwritten by the kernel behind.
     if (fine && threadIdx.x < end.num_nodes && threadIdx.x != end.node)
         nvshmemx_qp_quiet(threadIdx.x * end.num_local_ranks + end.rail, &qp, 1);
@@ -158,7 +168,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     } else {
         // Rows that have not come are NaN, so that nobody takes what lay there before for them.
         for (int n = 0; n < end.num_nodes; ++n) {
-            const int64_t bytes = (recv_at[n + 1] - recv_at[n]) * p.row_bytes;
+            const int64_t bytes = (recv_at[n + 1] - recv_at[n]) * row_bytes;
             for (int64_t at = threadIdx.x * 16; n != end.node && at < bytes; at += kThreads * 16)
                 *reinterpret_cast<uint4*>(end.recv + n * end.segment_bytes + at) = uint4{~0u, ~0u, ~0u, ~0u};
         }

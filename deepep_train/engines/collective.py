@@ -7,6 +7,7 @@ order the contract wants: by source rank, then by token.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -168,8 +169,12 @@ class CollectiveEngine(Engine):
         return self._move(request.payload, _mine(request.plan))
 
     def _move(self, payload: Payload, plan: CollectivePlan) -> Payload:
-        data = self._move_rows(payload.data, plan)
-        scales = None if payload.scales is None else self._move_rows(payload.scales, plan)
+        parts = [payload.data] if payload.scales is None else [payload.data, payload.scales]
+        # FP8: copied as bytes, which every backend and every index kernel knows.
+        plain = [p.detach().view(torch.uint8) if p.dtype.itemsize == 1 else p.detach() for p in parts]
+        got = self._deliver(plain, plan)
+        data, *rest = [g.view(p.dtype) for g, p in zip(got, parts, strict=True)]
+        scales = rest[0] if rest else None
         if scales is None or payload.blocks is None:
             return Payload(data, scales)
         if plan.experts is None:
@@ -178,16 +183,11 @@ class CollectiveEngine(Engine):
             splits, is_padding = plan.tokens_per_expert.tolist(), plan.experts.source_row == plan.num_received
         return Payload(data, payload.blocks.put(scales, splits, is_padding), payload.blocks)
 
-    def _move_rows(self, rows: Tensor, plan: CollectivePlan) -> Tensor:
-        """[num_tokens, n] -> [num_rows, n], bit for bit; rows that stand for nothing are zero."""
-        rows, dtype = rows.detach(), rows.dtype
-        if dtype.itemsize == 1:
-            rows = rows.view(torch.uint8)  # FP8: copied as bytes, which every backend and every index kernel knows
+    def _deliver(self, parts: Sequence[Tensor], plan: CollectivePlan) -> list[Tensor]:
+        """[num_tokens, n] each -> [num_rows, n], bit for bit; rows that stand for nothing are zero."""
         if plan.row_from is None:
-            got = plan.route.send(rows, plan.num_rows - plan.num_received)
-        else:
-            got = plan.route.gather(rows).index_select(0, plan.row_from)
-        return got.view(dtype)
+            return [plan.route.send(rows, plan.num_rows - plan.num_received) for rows in parts]
+        return [plan.route.gather(rows).index_select(0, plan.row_from) for rows in parts]
 
     def _route(self, is_token_in_rank: Tensor, forwarding: Forwarding | None, recv_counts: list[int]) -> Route:
         if forwarding is None:

@@ -33,7 +33,7 @@ from deepep_train.routing import tokens_per_node
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # that are summed
 _STEP = 16  # bytes: rows are padded to a multiple
-_PUT_BYTES = 64 << 10  # of one put, about
+_PUT_BYTES = 32 << 10  # of one put, about
 _SIGNAL_BYTES = 8
 _PROCESS = secrets.token_hex(8)  # containers may share host names and process numbers
 
@@ -144,14 +144,12 @@ class Rails:
             width = words.size(1)
             sent = torch.cat([words, mask_words(is_token_in_rank)], 1)
             data = _as_rows(sent)
-            row_bytes = data.size(1)
-            self._need_room(tables, row_bytes)
-            addresses = torch.empty(tables.forwarded, dtype=torch.int64, device=self.device)
-            self._exchange(tables, data, row_bytes, addresses, 0, stream)
+            self._need_room(tables, data.size(1))
+            addresses = self._exchange(tables, [data], data.size(1), 0, stream)
             came = self._came(tables, data).view(torch.int32)[:, width : sent.size(1)]
             masks = masks_of(came, self.node, self.local)
             tables = replace(tables, slot=slots(counts, tables.recv_at, masks))
-            got = self._forward(tables, data, addresses, num_received, 0, 0, stream)
+            (got,) = self._forward(tables, [data], addresses, num_received, 0, 0, stream)
             return tables, got.view(torch.int32)[:, :width]
 
     def _came(self, tables: Tables, data: Tensor) -> Tensor:
@@ -176,48 +174,59 @@ class Rails:
                 "num_rdma_bytes",
             )
 
-    def dispatch(self, tables: Tables, rows: Tensor, num_received: int, spare: int, num_sms: int = 0) -> Tensor:
-        """[T, n] -> [num_received + spare, n] by (source rank, token), zeros at the end."""
-        data = _as_rows(rows)
-        row_bytes = data.size(1)
-        self._need_room(tables, row_bytes)
+    def dispatch(
+        self, tables: Tables, parts: Sequence[Tensor], num_received: int, spare: int, num_sms: int = 0
+    ) -> list[Tensor]:
+        """One or two tensors' rows, which travel together, [T, n] each -> [num_received + spare, n] each, by (source rank,
+        token), zeros at the end."""
+        data = [_as_rows(part) for part in parts]
+        wire_bytes = sum(d.size(1) for d in data)
+        self._need_room(tables, wire_bytes)
         with self._operation(tables) as stream:
-            addresses = torch.empty(tables.forwarded, dtype=torch.int64, device=self.device)
-            self._exchange(tables, data, row_bytes, addresses, num_sms, stream)
+            addresses = self._exchange(tables, data, wire_bytes, num_sms, stream)
             got = self._forward(tables, data, addresses, num_received, spare, num_sms, stream)
-            return _as_elements(got, rows)
+            return [_as_elements(rows, part) for rows, part in zip(got, parts, strict=True)]
 
     def _forward(
         self,
         tables: Tables,
-        data: Tensor,
+        data: Sequence[Tensor],
         addresses: Tensor,
         num_received: int,
         spare: int,
         num_sms: int,
         stream: int,
-    ) -> Tensor:
-        """Rows from their `addresses`, this node's in `data`, to the ranks of this node: [num_received + spare, row_bytes]."""
-        row_bytes = data.size(1)
+    ) -> list[Tensor]:
+        """Rows from their `addresses` to the ranks of this node: for each of `data` [num_received + spare, its row's bytes]."""
         try:
-            (landing,) = self._arena.land([((num_received + spare, row_bytes), torch.uint8)])
+            landings = self._arena.land([((num_received + spare, d.size(1)), torch.uint8) for d in data])
         except ArenaFull as full:
             self._comm.refuse(full.num_bytes, stream)
             raise self._too_small(full.num_bytes) from None
-        assert landing is not None
         d = _C.DispatchParams()
-        d.x, d.row_from = data.data_ptr(), addresses.data_ptr()
-        d.row_bytes, d.num_tokens = row_bytes, tables.forwarded
+        rows, *beside = data
+        offsets, sizes = [0] * 5, [0] * 5
+        for i, (landing, part) in enumerate(zip(landings, data, strict=True)):
+            assert landing is not None
+            offsets[i], sizes[i] = self._arena.offset(landing.visible), num_received * part.size(1)
+        d.x, d.row_from = rows.data_ptr(), addresses[0].data_ptr()
+        d.row_bytes, d.num_tokens = rows.size(1), tables.forwarded
+        if beside:
+            d.scales_from = addresses[1].data_ptr()
+            d.scale_words, d.scale_word_stride = beside[0].size(1) // 4, 1
         d.send_slot = d.send_row = tables.slot.data_ptr()
-        d.offsets = [self._arena.offset(landing.visible), 0, 0, 0, 0]
-        d.sizes = [num_received * row_bytes, 0, 0, 0, 0]
-        d.signature, d.num_sms = row_bytes, self._sms(num_sms, "dispatch")
+        d.offsets, d.sizes = offsets, sizes
+        d.signature, d.num_sms = sum(part.size(1) << (32 * i) for i, part in enumerate(data)), self._sms(num_sms, "dispatch")
         self._comm.dispatch(d, stream)
-        if spare:
-            landing.visible[num_received:].zero_()
-        if landing.tensor is not landing.visible:
-            landing.tensor.copy_(landing.visible)
-        return landing.tensor
+        got = []
+        for landing in landings:
+            assert landing is not None
+            if spare:
+                landing.visible[num_received:].zero_()
+            if landing.tensor is not landing.visible:
+                landing.tensor.copy_(landing.visible)
+            got.append(landing.tensor)
+        return got
 
     def combine(self, tables: Tables, rows: Tensor, num_tokens: int, bias: Sequence[Tensor], num_sms: int = 0) -> Tensor:
         """[num_received, n] -> [num_tokens, n]: each node's rows by ascending rank, then the biases and the nodes' sums by
@@ -239,7 +248,7 @@ class Rails:
             c.signature, c.dtype = row_bytes, DTYPES[rows.dtype]
             c.num_sms = self._sms(num_sms, "combine")
             self._comm.combine(c, stream)
-            self._exchange(tables, None, row_bytes, None, num_sms, stream)
+            self._exchange(tables, (), row_bytes, num_sms, stream)
             out = torch.empty(num_tokens, row_bytes, dtype=torch.uint8, device=self.device)
             s = self._params[1]()
             s.out, s.row_bytes, s.num_tokens, s.dtype = out.data_ptr(), row_bytes, num_tokens, DTYPES[rows.dtype]
@@ -252,23 +261,29 @@ class Rails:
 
     # Inside ------------------------------------------------------------------------------------------------------------
 
-    def _exchange(
-        self, tables: Tables, data: Tensor | None, row_bytes: int, addresses: Tensor | None, num_sms: int, stream: int
-    ) -> None:
-        """Along the rail: a dispatch's rows, or, without `data`, what a combine has left in `send`."""
+    def _exchange(self, tables: Tables, data: Sequence[Tensor], wire_bytes: int, num_sms: int, stream: int) -> Tensor:
+        """Along the rail: a dispatch's rows, of `wire_bytes` together, or, without `data`, what a combine has left in `send`.
+
+        Returns: where they lie once they have come, this node's in `data`: int64 [len(data), F].
+        """
         p = self._params[0]()
+        addresses = torch.empty(len(data), tables.forwarded, dtype=torch.int64, device=self.device)
         there, back = tables.send_at.data_ptr(), tables.recv_at.data_ptr()
-        if data is not None:
-            p.rows, p.token = data.data_ptr(), tables.token.data_ptr()
-            p.addresses = 0 if addresses is None else addresses.data_ptr()
-        p.send_at, p.recv_at = (there, back) if data is not None else (back, there)
-        p.row_bytes, p.rows_per_put = row_bytes, max(1, _PUT_BYTES // row_bytes)
-        p.num_sms = self._sms(num_sms, "dispatch" if data is not None else "combine")
+        p.send_at, p.recv_at = (there, back) if data else (back, there)
+        p.row_bytes = wire_bytes
+        if data:
+            p.rows, p.row_bytes, p.token = data[0].data_ptr(), data[0].size(1), tables.token.data_ptr()
+            p.addresses = addresses[0].data_ptr()
+        if len(data) > 1:
+            p.beside, p.beside_bytes, p.beside_addresses = data[1].data_ptr(), data[1].size(1), addresses[1].data_ptr()
+        p.rows_per_put = max(1, _PUT_BYTES // wire_bytes)
+        p.num_sms = self._sms(num_sms, "dispatch" if data else "combine")
         self._end.rail(p, stream)
-        counts = tables.counts.send if data is not None else tables.counts.recv
+        counts = tables.counts.send if data else tables.counts.recv
         sent = [count for node, count in enumerate(counts) if node != self.node]
         puts = sum(-(-n // p.rows_per_put) for n in sent)
-        self.network_bytes += sum(sent) * row_bytes + _SIGNAL_BYTES * (puts + self.nodes - 1)
+        self.network_bytes += sum(sent) * wire_bytes + _SIGNAL_BYTES * (puts + self.nodes - 1)
+        return addresses
 
     @contextmanager
     def _operation(self, tables: Tables | None) -> Iterator[int]:
@@ -355,11 +370,11 @@ class RailRoute(Route):
         made = self.rails.learn(self.forwarding, self.is_token_in_rank, self.recv_counts, operation)
         self.tables[:] = [made]
 
-    def send(self, rows: Tensor, spare: int = 0) -> Tensor:
-        return self.rails.dispatch(self.tables[0], rows, sum(self.recv_counts), spare)
+    def send_together(self, parts: Sequence[Tensor], spare: int = 0) -> list[Tensor]:
+        return self.rails.dispatch(self.tables[0], parts, sum(self.recv_counts), spare)
 
-    def gather(self, rows: Tensor) -> Tensor:
-        return self.send(rows, 1)
+    def send(self, rows: Tensor, spare: int = 0) -> Tensor:
+        return self.send_together([rows], spare)[0]
 
     def place(self, row: Tensor) -> Tensor:
         return row

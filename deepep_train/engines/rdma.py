@@ -86,6 +86,12 @@ class RdmaEngine(CollectiveEngine):
         hops = two_level(self.peers, is_token_in_rank, forwarding, recv_counts, self.num_local_ranks).hops
         return self._way(hops, is_token_in_rank, forwarding, recv_counts, [])
 
+    def _deliver(self, parts: Sequence[Tensor], plan: CollectivePlan) -> list[Tensor]:
+        assert isinstance(plan.route, RailRoute)
+        if plan.row_from is None:
+            return plan.route.send_together(parts, plan.num_rows - plan.num_received)
+        return [rows.index_select(0, plan.row_from) for rows in plan.route.send_together(parts, 1)]
+
     def _way(
         self,
         hops: tuple[Hop, ...],
@@ -94,8 +100,14 @@ class RdmaEngine(CollectiveEngine):
         recv_counts: list[int],
         tables: list[Tables],
     ) -> RailRoute:
-        given = {"forwarding": forwarding, "is_token_in_rank": is_token_in_rank, "recv_counts": recv_counts}
-        return RailRoute(hops, rails=self.rails, tables=tables, **given)
+        return RailRoute(
+            hops,
+            rails=self.rails,
+            forwarding=forwarding,
+            is_token_in_rank=is_token_in_rank,
+            recv_counts=recv_counts,
+            tables=tables,
+        )
 
     def _hops(self, route: Route) -> tuple[Hop, ...]:
         assert isinstance(route, RailRoute)
