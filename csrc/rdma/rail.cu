@@ -22,7 +22,7 @@ namespace {
 
 constexpr int kThreads = 768;  // with 1024 there are too few registers
 constexpr int kWarps = kThreads / 32;
-constexpr int kAtOnce = 7;  // 16-byte words that a thread asks memory for before it stores the first
+constexpr int kAtOnce = 4;  // 16-byte words that a thread asks memory for before it stores the first
 
 DT_DEVICE uint64_t load_acquire_sys(const uint64_t* address) {
     uint64_t value;
