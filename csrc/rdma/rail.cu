@@ -93,7 +93,7 @@ __device__ void write_addresses(const End& end, const RailParams& p) {
             const int64_t t = n == end.node ? reinterpret_cast<const int32_t*>(p.token)[own + i] : 0;
             const auto came = reinterpret_cast<uint64_t>(end.recv + n * end.segment_bytes + i * wire_bytes(p));
             out[f] = n == end.node ? p.rows + t * p.row_bytes : came;
-            if (p.beside != 0) out_beside[f] = n == end.node ? p.beside + t * p.beside_bytes : came + p.row_bytes;
+            if (out_beside != nullptr) out_beside[f] = n == end.node ? p.beside + t * p.beside_bytes : came + p.row_bytes;
         }
 }
 

@@ -201,7 +201,7 @@ class Rails:
         try:
             landings = self._arena.land([((num_received + spare, d.size(1)), torch.uint8) for d in data])
         except ArenaFull as full:
-            self._comm.refuse(full.num_bytes, stream)
+            self._comm.refuse("dispatch", full.num_bytes, stream)
             raise self._too_small(full.num_bytes) from None
         d = _C.DispatchParams()
         rows, *beside = data
@@ -239,7 +239,7 @@ class Rails:
                 try:
                     data = self._arena.temporary(data.shape, data.dtype).copy_(data)
                 except ArenaFull as full:
-                    self._comm.refuse(full.num_bytes, stream)
+                    self._comm.refuse("combine", full.num_bytes, stream)
                     raise self._too_small(full.num_bytes) from None
             c = _C.CombineParams()
             c.y, c.out, c.row_bytes, c.num_tokens = data.data_ptr(), self._end.send, row_bytes, tables.forwarded

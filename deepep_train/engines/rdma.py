@@ -9,7 +9,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from deepep_train.engines.base import CombineRequest, DispatchRequest, Payload, Prepared, Received, RedispatchRequest
+from deepep_train.engines.base import (
+    CombineRequest,
+    DispatchRequest,
+    Payload,
+    Prepared,
+    Received,
+    RedispatchRequest,
+    need_own_device,
+)
 from deepep_train.engines.collective import CollectiveEngine, CollectivePlan, Opened, words_along
 from deepep_train.engines.hops import Hop, Route
 from deepep_train.engines.rail_tables import Tables, counts_of
@@ -122,7 +130,8 @@ class RdmaEngine(CollectiveEngine):
         assert isinstance(plan, CollectivePlan) and isinstance(plan.route, RailRoute)
         plan.route.learn(operation)
 
-    def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device | None) -> Tensor:
+        need_own_device(device, self.device)
         return self.rails.empty(shape, dtype)
 
     def memory_stats(self) -> dict[str, int]:
