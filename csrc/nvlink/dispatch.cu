@@ -19,7 +19,10 @@ struct Send {
     DT_DEVICE int32_t look(int64_t t, int rank) const {
         return rank < d.num_ranks ? reinterpret_cast<const int32_t*>(p.send_row)[t * d.num_ranks + rank] : -1;
     }
-    DT_DEVICE const char* from(int64_t t) const { return reinterpret_cast<const char*>(p.x) + t * p.row_bytes; }
+    DT_DEVICE const char* from(int64_t t) const {
+        return p.row_from != 0 ? reinterpret_cast<const char* const*>(p.row_from)[t]
+                               : reinterpret_cast<const char*>(p.x) + t * p.row_bytes;
+    }
     DT_DEVICE char* at(int rank, int what) const { return d.peers[rank] + offsets[rank * kOffsets + what]; }
     DT_DEVICE char* to(int rank, int32_t row) const { return at(rank, 0) + row * p.row_bytes; }
 
@@ -44,7 +47,8 @@ struct Send {
     }
 
     DT_DEVICE void send_scales(int64_t t, int rank, int64_t slot) const {
-        const auto* words = reinterpret_cast<const uint32_t*>(p.scales) + t * p.scale_row_stride;
+        const auto* words = p.scales_from != 0 ? reinterpret_cast<const uint32_t* const*>(p.scales_from)[t]
+                                               : reinterpret_cast<const uint32_t*>(p.scales) + t * p.scale_row_stride;
         auto* there = reinterpret_cast<uint32_t*>(at(rank, 1)) + slot * p.scale_words;
         for (int i = threadIdx.x % 32; i < p.scale_words; i += 32) there[i] = words[i * p.scale_word_stride];
     }

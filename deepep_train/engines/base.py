@@ -157,6 +157,14 @@ class NoPeerAccess(DeepEPError):
     """These ranks cannot reach each other's memory, though nothing told so before they tried; the same on every rank."""
 
 
+def need_own_device(device: torch.device | None, own: torch.device | None) -> None:
+    """For engines that serve one GPU alone: `device` must be that one, or None."""
+    if device is not None and device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    if device not in (None, own):
+        raise ArgumentError(f"device must be {own}, this engine's, got {device}", "device")
+
+
 class Engine(ABC):
     """Moves rows between the ranks of one group. Results are the same, bit for bit, on every engine.
 

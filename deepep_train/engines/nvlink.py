@@ -31,6 +31,7 @@ from deepep_train.engines.base import (
     Prepared,
     Received,
     RedispatchRequest,
+    need_own_device,
 )
 from deepep_train.engines.low_latency import LowLatency
 from deepep_train.engines.nvlink_failures import cuda_failed, device_error, layout_error
@@ -134,10 +135,7 @@ class NvlinkEngine(Engine):
     # Memory ------------------------------------------------------------------------------------------------------------
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device | None) -> Tensor:
-        if device is not None and device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", torch.cuda.current_device())
-        if device not in (None, self.device):
-            raise ArgumentError(f"device must be {self.device}, this engine's, got {device}", "device")
+        need_own_device(device, self.device)
         with self._lock, torch.cuda.device(self.device):
             try:
                 return self._arena.empty(shape, dtype)
