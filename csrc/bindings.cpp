@@ -111,8 +111,8 @@ void bind_low_latency(py::module_ m) {
     {
         using P = ll::DispatchParams;
         ParamsBinding<P, ll::Common>(m, "DispatchParams") DT_FIELD(x) DT_FIELD(topk_idx) DT_FIELD(pick_index)
-            DT_FIELD(bad_index) DT_FIELD(num_tokens) DT_FIELD(scales) DT_FIELD(recv_x) DT_FIELD(recv_scales) DT_FIELD(src_info)
-                DT_FIELD(ranges) DT_FIELD(recv_count) DT_FIELD(cumulative) DT_FIELD(wait_ns);
+            DT_FIELD(bad_index) DT_FIELD(num_tokens) DT_FIELD(scales) DT_FIELD(keep) DT_FIELD(recv_x) DT_FIELD(recv_scales)
+                DT_FIELD(src_info) DT_FIELD(ranges) DT_FIELD(recv_count) DT_FIELD(cumulative) DT_FIELD(wait_ns);
     }
     {
         using P = ll::CombineParams;
@@ -129,7 +129,9 @@ void bind_low_latency(py::module_ m) {
     m.attr("max_hidden") = ll::kMaxHidden;
     m.def("dispatch_send", [=](const ll::DispatchParams& p, uint64_t s) { ll::launch_dispatch_send(p, as_stream(s)); });
     m.def("dispatch_receive", [=](const ll::DispatchParams& p, uint64_t s) { ll::launch_dispatch_receive(p, as_stream(s)); });
+    m.def("dispatch", [=](const ll::DispatchParams& p, uint64_t s) { ll::launch_dispatch(p, as_stream(s)); });
     m.def("combine_send", [=](const ll::CombineParams& p, uint64_t s) { ll::launch_combine_send(p, as_stream(s)); });
+    m.def("combine", [=](const ll::CombineParams& p, uint64_t s) { ll::launch_combine(p, as_stream(s)); });
     m.def("combine_receive", [=](const ll::CombineParams& p, uint64_t s) { ll::launch_combine_receive(p, as_stream(s)); });
 }
 

@@ -1,0 +1,284 @@
+// What a rank does with its tokens in dispatch: every token goes once to each rank that has an expert of it, into the slot that
+// is its own there. Beside the rows goes a list of what comes: which tokens, for which local experts, and each pick's number
+// among this rank's picks of its expert. The receiver then knows every row's place without counting.
+#pragma once
+
+#include <cuda_fp8.h>
+
+#include "space.cuh"
+
+namespace deepep_train::low_latency {
+
+constexpr int kSendThreads = 512;
+constexpr int kSendWarps = kSendThreads / 32;
+
+struct Sending {
+    int32_t counts[kMaxExperts];               // picks of each expert so far
+    uint16_t before[kSendWarps][kMaxExperts];  // in this round, by the warps before
+    int16_t expert[kSendThreads];              // this round's picks; -1: none, or one that the token has picked already
+    int32_t index[kSendThreads];
+    int32_t listed[kMaxRanks];  // tokens on each rank's list so far
+    uint64_t present;
+    char* spaces[kMaxRanks];
+};
+
+// -1 for what is no expert.
+DT_DEVICE int expert_of(const DispatchParams& p, int64_t pick) {
+    const int64_t e = reinterpret_cast<const int64_t*>(p.topk_idx)[pick];
+    return e >= 0 && e < p.num_experts ? static_cast<int>(e) : -1;
+}
+
+// By one block: numbers a round's picks of each expert, in the order of tokens, and counts them. `expert`: this thread's.
+inline __device__ void number_picks(const DispatchParams& p, Sending& shared, int expert) {
+    constexpr int kMine = kMaxExperts / kSendThreads;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    for (int w = 0; w < kSendWarps; ++w)
+        for (int e = threadIdx.x; e < p.num_experts; e += kSendThreads) shared.before[w][e] = 0;
+    __syncthreads();
+    const unsigned same = __match_any_sync(0xffffffffu, expert);
+    const int earlier = __popc(same & ((1u << lane) - 1));
+    if (expert >= 0 && earlier == 0) shared.before[warp][expert] = static_cast<uint16_t>(__popc(same));
+    __syncthreads();
+    int sums[kMine] = {};
+#pragma unroll
+    for (int i = 0; i < kMine; ++i) {
+        const int e = threadIdx.x + i * kSendThreads;
+        if (e >= p.num_experts) continue;
+#pragma unroll
+        for (int w = 0; w < kSendWarps; ++w) {
+            const int here = shared.before[w][e];
+            shared.before[w][e] = static_cast<uint16_t>(sums[i]);
+            sums[i] += here;
+        }
+    }
+    __syncthreads();
+    shared.expert[threadIdx.x] = static_cast<int16_t>(expert);
+    shared.index[threadIdx.x] = expert < 0 ? -1 : shared.counts[expert] + shared.before[warp][expert] + earlier;
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kMine; ++i)
+        if (threadIdx.x + i * kSendThreads < p.num_experts) shared.counts[threadIdx.x + i * kSendThreads] += sums[i];
+}
+
+// By the same block: `tokens` from token `first` on go onto the lists; a warp writes those of one destination.
+inline __device__ void list_tokens(const DispatchParams& p, const Layout& layout, Sending& shared, uint64_t present, int first,
+                                   int tokens) {
+    const int lane = threadIdx.x % 32, local = p.num_experts / p.num_ranks;
+    for (int peer = threadIdx.x / 32; peer < p.num_ranks; peer += kSendWarps) {
+        if (!is_in(present, peer)) continue;
+        const List list(space_of(p, peer) + layout.list(p.set, p.rank), p);
+        int listed = shared.listed[peer];
+        for (int base = 0; base < tokens; base += 32) {
+            const int t = base + lane;
+            uint32_t here = 0;  // bit k: pick k is of this peer
+            for (int k = 0; k < p.top_k && t < tokens; ++k) {
+                const int e = shared.expert[t * p.top_k + k] - peer * local;
+                if (e >= 0 && e < local) here |= 1u << k;
+            }
+            const unsigned all = __ballot_sync(0xffffffffu, here != 0);
+            if (here != 0) {
+                const int64_t at = listed + __popc(all & ((1u << lane) - 1));
+                list.tokens[at] = first + t;
+                for (int k = 0; k < p.top_k; ++k) {
+                    const int pick = t * p.top_k + k;
+                    const uint32_t e = shared.expert[pick] - peer * local;
+                    list.places[at * p.top_k + k] = (here >> k & 1) != 0 ? e << kIndexBits | shared.index[pick] : kNoPlace;
+                }
+            }
+            listed += __popc(all);
+        }
+        if (lane == 0) shared.listed[peer] = listed;
+    }
+}
+
+// By one block: everything that goes beside the rows.
+inline __device__ void plan(const DispatchParams& p, const Layout& layout, Sending& shared, uint64_t present) {
+    for (int e = threadIdx.x; e < p.num_experts; e += kSendThreads) shared.counts[e] = 0;
+    if (threadIdx.x < kMaxRanks) shared.listed[threadIdx.x] = 0;
+    const int round = kSendThreads / p.top_k;  // tokens
+    for (int first = 0; first < p.num_tokens; first += round) {
+        const int tokens = p.num_tokens - first < round ? p.num_tokens - first : round;
+        const int64_t pick = int64_t{first} * p.top_k + threadIdx.x;
+        const bool inside = static_cast<int>(threadIdx.x) < tokens * p.top_k;
+        const int expert = inside ? expert_of(p, pick) : -1;
+        if (inside && expert < 0 && reinterpret_cast<const int64_t*>(p.topk_idx)[pick] != -1)
+            *reinterpret_cast<volatile int32_t*>(p.bad_index) = 1;
+        // A token that names an expert twice has one row there, or a source could have more rows than the expert has room for.
+        shared.expert[threadIdx.x] = static_cast<int16_t>(expert);
+        __syncthreads();
+        const int self = threadIdx.x;
+        int same = inside ? self / p.top_k * p.top_k : self;
+        while (same < self && shared.expert[same] != expert) ++same;
+        __syncthreads();
+        number_picks(p, shared, same == self ? expert : -1);
+        if (inside) reinterpret_cast<int32_t*>(p.pick_index)[pick] = shared.index[same];
+        list_tokens(p, layout, shared, present, first, tokens);
+        __syncthreads();
+    }
+    __syncthreads();
+    const int local = p.num_experts / p.num_ranks;
+    for (int e = threadIdx.x; e < p.num_experts; e += kSendThreads)
+        if (is_in(present, e / local))
+            List(space_of(p, e / local) + layout.list(p.set, p.rank), p).counts[e % local] = shared.counts[e];
+    for (int peer = threadIdx.x; peer < p.num_ranks; peer += kSendThreads) {
+        if (!is_in(present, peer)) continue;
+        const List list(space_of(p, peer) + layout.list(p.set, p.rank), p);
+        list.head[0] = shared.listed[peer];
+        list.head[1] = p.keep;
+    }
+}
+
+// By a warp: the ranks that token t goes to.
+DT_DEVICE uint64_t destinations(const DispatchParams& p, int64_t t, uint64_t present) {
+    const int lane = threadIdx.x % 32, local = p.num_experts / p.num_ranks;
+    const int e = lane < p.top_k ? expert_of(p, t * p.top_k + lane) : -1;
+    const uint64_t mine = e < 0 ? 0 : 1ull << (e / local);
+    const uint64_t low = __reduce_or_sync(0xffffffffu, static_cast<uint32_t>(mine));
+    const uint64_t high = __reduce_or_sync(0xffffffffu, static_cast<uint32_t>(mine >> 32));
+    return (high << 32 | low) & present;
+}
+
+// Rows as they are.
+struct Plain : Piece<4> {
+    DT_DEVICE void read(const DispatchParams& p, int64_t t, int piece) {
+        load_last(reinterpret_cast<const char*>(p.x) + t * p.hidden * 2, piece * kBytes, p.hidden * 2);
+    }
+    DT_DEVICE void prepare(const DispatchParams&) {}
+    DT_DEVICE void write(const DispatchParams& p, char* slot, int piece) const { store(slot, piece * kBytes, p.hidden * 2); }
+    static DT_BOTH int pieces(const DispatchParams& p) { return in(p.hidden * 2); }
+};
+
+// Blocks of 128 values, scaled so that the largest magnitude becomes e4m3's: as deepep_train.fp8.quantize_blocks does, bit for
+// bit. A lane has 16 neighbouring values, 8 lanes a block.
+struct Quantized {
+    static constexpr int kRounds = 2, kValues = 512 * kRounds;
+    uint4 bits[kRounds][2];  // first bf16; then bits[i][0] is 16 FP8 values and bits[i][1].x their scale
+
+    static DT_BOTH int pieces(const DispatchParams& p) { return (p.hidden + kValues - 1) / kValues; }
+    static DT_DEVICE int start(int piece, int round) { return piece * kValues + round * 512 + threadIdx.x % 32 * 16; }
+
+    DT_DEVICE void read(const DispatchParams& p, int64_t t, int piece) {
+        const auto* row = reinterpret_cast<const char*>(p.x) + t * p.hidden * 2;
+#pragma unroll
+        for (int i = 0; i < kRounds; ++i) {
+            bits[i][0] = bits[i][1] = make_uint4(0, 0, 0, 0);
+            if (start(piece, i) < p.hidden) {
+                bits[i][0] = load_row_last(row + start(piece, i) * 2);
+                bits[i][1] = load_row_last(row + start(piece, i) * 2 + 16);
+            }
+        }
+    }
+
+    static DT_DEVICE uint32_t largest(uint4 v) {
+        constexpr uint32_t kMagnitudes = 0x7fff7fffu;
+        return __vmaxu2(__vmaxu2(v.x & kMagnitudes, v.y & kMagnitudes), __vmaxu2(v.z & kMagnitudes, v.w & kMagnitudes));
+    }
+    static DT_DEVICE float low(uint32_t pair) { return __uint_as_float(pair << 16); }
+    static DT_DEVICE float high(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
+    // The e4m3 value of value / scale, which is what rounding the float32 quotient gives, for all bfloat16 values and scales
+    // of blocks: compared for each pair of a magnitude and a largest one.
+    struct Divider {
+        float scale, inverse;
+        DT_DEVICE explicit Divider(float by) {
+            scale = isinf(by) ? 1.0f : by;
+            inverse = __fdiv_rn(1.0f, by);
+        }
+        DT_DEVICE float operator()(float value) const {
+            const float near = __fmul_rn(value, inverse);
+            return __fmaf_rn(__fmaf_rn(-near, scale, value), inverse, near);
+        }
+        DT_DEVICE uint32_t two(uint32_t pair) const {
+            const float2 scaled = {(*this)(low(pair)), (*this)(high(pair))};
+            return __nv_cvt_float2_to_fp8x2(scaled, __NV_SATFINITE, __NV_E4M3);
+        }
+        DT_DEVICE uint32_t four(uint32_t a, uint32_t b) const { return two(a) | two(b) << 16; }
+    };
+
+    DT_DEVICE void prepare(const DispatchParams& p) {
+#pragma unroll
+        for (int i = 0; i < kRounds; ++i) {
+            const uint4 a = bits[i][0], b = bits[i][1];
+            // As integers bf16 magnitudes have the order of their values, NaN last.
+            uint32_t most = __vmaxu2(largest(a), largest(b));
+#pragma unroll
+            for (int distance = 1; distance < 8; distance *= 2)
+                most = __vmaxu2(most, __shfl_xor_sync(0xffffffffu, most, distance));
+            const float amax = low(max(most & 0xffffu, most >> 16));
+            float scale = __fdiv_rn(amax < 1e-4f ? 1e-4f : amax, 448.0f);
+            if (p.scales != kFloatScales) {
+                const uint32_t word = __float_as_uint(scale);  // up to the next power of two
+                scale = __uint_as_float((word & 0x7f800000u) + ((word & 0x007fffffu) != 0 ? 0x00800000u : 0u));
+            }
+            const Divider by(scale);
+            bits[i][0] = make_uint4(by.four(a.x, a.y), by.four(a.z, a.w), by.four(b.x, b.y), by.four(b.z, b.w));
+            bits[i][1].x = __float_as_uint(scale);
+        }
+        if (p.scales != kPackedScales) return;
+#pragma unroll
+        for (int i = 0; i < kRounds; ++i) {
+            uint32_t packed = 0;
+#pragma unroll
+            for (int block = 0; block < 4; ++block)
+                packed |= (__shfl_sync(0xffffffffu, bits[i][1].x, block * 8) >> 23 & 0xffu) << (8 * block);
+            bits[i][1].x = packed;
+        }
+    }
+
+    DT_DEVICE void write(const DispatchParams& p, char* slot, int piece) const {
+        auto* words = reinterpret_cast<uint32_t*>(slot + p.hidden);
+        const int lane = threadIdx.x % 32;
+#pragma unroll
+        for (int i = 0; i < kRounds; ++i) {
+            const int at = start(piece, i);
+            if (at >= p.hidden) continue;
+            store_row(slot + at, bits[i][0]);
+            if (p.scales != kPackedScales) {
+                if (lane % 8 == 0) words[at / kBlock] = bits[i][1].x;
+            } else if (lane == 0) {
+                words[at / (4 * kBlock)] = bits[i][1].x;
+            }
+        }
+    }
+};
+
+// By every block of a launch, the `number`-th dispatch of its set.
+template <typename Row>
+DT_DEVICE void send(const DispatchParams& p, Control* mine, uint32_t number, Sending& shared) {
+    // The first block makes the lists, and, unless it is the only one, nothing else.
+    const int first = gridDim.x > 1 ? 1 : 0, warps = (gridDim.x - first) * kSendWarps;
+    const int pieces = Row::pieces(p);
+    const int64_t units = int64_t{p.num_tokens} * pieces;
+    int64_t unit = (static_cast<int64_t>(blockIdx.x) - first) + static_cast<int64_t>(threadIdx.x / 32) * (gridDim.x - first);
+    if (static_cast<int>(blockIdx.x) < first) unit = units;
+    Row row;
+    if (unit < units) row.read(p, unit / pieces, static_cast<int>(unit % pieces));
+    if (threadIdx.x >= 64 && threadIdx.x - 64 < p.num_ranks) shared.spaces[threadIdx.x - 64] = space_of(p, threadIdx.x - 64);
+    if (threadIdx.x < 32) {
+        const uint64_t present = wait_for_answers(p, mine->sent_to[p.set], mine->taken[p.set]);
+        if (threadIdx.x == 0) shared.present = present;
+    }
+    __syncthreads();
+    const uint64_t present = shared.present;
+    const Layout layout(p);
+    if (blockIdx.x == 0) plan(p, layout, shared, present);
+    while (unit < units) {
+        const int64_t t = unit / pieces;
+        const int piece = static_cast<int>(unit % pieces);
+        const int64_t slot = layout.slot(p.set, p.rank, t);
+        uint64_t to = destinations(p, t, present);
+        if (p.keep != 0 && to != 0) to = 1ull << p.rank;
+        row.prepare(p);
+        for (uint64_t left = to; left != 0; left &= left - 1) row.write(p, shared.spaces[__ffsll(left) - 1] + slot, piece);
+        unit += warps;
+        if (unit < units) row.read(p, unit / pieces, static_cast<int>(unit % pieces));
+    }
+    if (!is_last_block(mine, p, kDispatchSend, gridDim.x)) return;
+    for (int peer = threadIdx.x; peer < p.num_ranks; peer += kSendThreads) {
+        if (is_masked(p, peer)) continue;
+        store_release_sys(&control_of(p, peer)->sent[p.set].at[p.rank], number);
+        mine->sent_to[p.set].at[peer] = number;
+    }
+    if (threadIdx.x == 0) mine->dispatches[p.set] = number;
+}
+
+}  // namespace deepep_train::low_latency
