@@ -1,7 +1,8 @@
 # make train   trains an MoE language model on two expert-parallel ranks      make test   lints and tests
 # make train-megatron   the same on Megatron-Core
-# Both set up .venv first. ARGS is passed on: make train ARGS="--steps 50 --data ~/texts"
-.PHONY: train train-megatron test lint format environment
+# make test-te   the tests with Transformer Engine's classes, in .venv-te: see .ci/test_te.sh, not part of CI
+# All set up .venv first. ARGS is passed on: make train ARGS="--steps 50 --data ~/texts"
+.PHONY: train train-megatron test test-te lint format environment
 ARGS ?=
 NPROC ?= 2
 BIN := .venv/bin
@@ -19,6 +20,9 @@ train-megatron: environment
 
 test: environment lint
 	$(BIN)/python -m pytest $(ARGS)
+
+test-te: environment
+	@.ci/test_te.sh $(ARGS)
 
 lint: environment
 	$(BIN)/ruff format --check .

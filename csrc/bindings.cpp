@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <array>
 
+#include "fp8/kernels.hpp"
 #include "low_latency/kernels.hpp"
 #include "nvlink/communicator.hpp"
 
@@ -135,6 +136,25 @@ void bind_low_latency(py::module_ m) {
     m.def("combine_receive", [=](const ll::CombineParams& p, uint64_t s) { ll::launch_combine_receive(p, as_stream(s)); });
 }
 
+void bind_fp8(py::module_ m) {
+    namespace fp8 = deepep_train::fp8;
+    {
+        using P = fp8::QuantizeParams;
+        ParamsBinding<P>(m, "QuantizeParams") DT_FIELD(x) DT_FIELD(data) DT_FIELD(scales) DT_FIELD(num_rows) DT_FIELD(hidden)
+            DT_FIELD(scale_row_stride) DT_FIELD(scale_step) DT_FIELD(min_amax) DT_FIELD(power_of_two) DT_FIELD(dtype)
+                DT_FIELD(e5m2);
+    }
+    {
+        using P = fp8::DequantizeParams;
+        ParamsBinding<P>(m, "DequantizeParams") DT_FIELD(data) DT_FIELD(scales) DT_FIELD(out) DT_FIELD(num_rows)
+            DT_FIELD(hidden) DT_FIELD(scale_row_stride) DT_FIELD(scale_step) DT_FIELD(values_per_scale) DT_FIELD(dtype)
+                DT_FIELD(e5m2);
+    }
+    const auto as_stream = [](uint64_t stream) { return reinterpret_cast<cudaStream_t>(stream); };
+    m.def("quantize", [=](const fp8::QuantizeParams& p, uint64_t s) { fp8::launch_quantize(p, as_stream(s)); });
+    m.def("dequantize", [=](const fp8::DequantizeParams& p, uint64_t s) { fp8::launch_dequantize(p, as_stream(s)); });
+}
+
 void bind_results(py::module_& m) {
     py::class_<CountResult>(m, "CountResult")
         .def_readonly("bad", &CountResult::bad)
@@ -166,6 +186,7 @@ PYBIND11_MODULE(_C, m) {
     bind_params(m);
     bind_results(m);
     bind_low_latency(m.def_submodule("low_latency"));
+    bind_fp8(m.def_submodule("fp8"));
     using C = Communicator;
     const auto no_gil = py::call_guard<py::gil_scoped_release>();
     py::class_<C>(m, "Communicator")

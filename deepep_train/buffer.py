@@ -349,7 +349,7 @@ class Buffer(LowLatencyCalls):
 
         if handle is not None:
             again, event = self._comm.run(
-                lambda: self.redispatch(x, handle, topk_idx, topk_weights, also=check_streams, config=config),
+                lambda: self.redispatch(x, handle, topk_idx, topk_weights, also=check_streams, num_sms=_sms_of(config)),
                 inputs,
                 previous_event,
                 async_finish,
@@ -414,7 +414,7 @@ class Buffer(LowLatencyCalls):
             checks.stream_arguments(previous_event, async_finish, allocate_on_comm_stream, config)
 
         (z, weights), event = self._comm.run(
-            lambda: self.combine_rows(x, handle, topk_weights, bias, also=check_streams, config=config),
+            lambda: self.combine_rows(x, handle, topk_weights, bias, also=check_streams, num_sms=_sms_of(config)),
             inputs,
             previous_event,
             async_finish,
@@ -441,8 +441,10 @@ class Buffer(LowLatencyCalls):
         alignment: int,
         num_worst_tokens: int,
         recipe: str = "",
+        num_sms: int = 0,
     ) -> Received:
-        """`get_dispatch_layout` and a dispatch into either layout, on the current stream; `recipe` must agree among ranks."""
+        """`get_dispatch_layout` and a dispatch into either layout, on the current stream; `recipe` must agree among ranks,
+        `num_sms` as in `DispatchRequest`."""
         self.check()
 
         def make() -> DispatchRequest:
@@ -460,7 +462,8 @@ class Buffer(LowLatencyCalls):
                 checks.layout(layout),
                 checks.integer(alignment, "alignment", 1),
                 checks.integer(num_worst_tokens, "num_worst_tokens"),
-                recipe=recipe,
+                checks.integer(num_sms, "num_sms"),
+                recipe,
             )
 
         return self._engine.dispatch(Prepared(make))
@@ -483,11 +486,11 @@ class Buffer(LowLatencyCalls):
         topk_weights: Tensor | None = None,
         num_experts: int | None = None,
         also: Callable[[], None] = lambda: None,
-        config: Config | None = None,
+        num_sms: int = 0,
         recipe: str = "",
     ) -> Payload:
         """Send `x` the way the handle's dispatch went, into its layout, on the current stream; `also` checks what else the
-        caller was given; `recipe` must agree among ranks."""
+        caller was given; `recipe` and `num_sms` as above."""
         self.check()
 
         def make() -> RedispatchRequest:
@@ -497,7 +500,7 @@ class Buffer(LowLatencyCalls):
                 checks.need(given is None, name, "None with a handle", given)
             payload = checks.payload(x, num_tokens=plan.num_tokens)
             self._engine.check_payload(payload)
-            return RedispatchRequest(payload, plan, _sms_of(config), recipe)
+            return RedispatchRequest(payload, plan, checks.integer(num_sms, "num_sms"), recipe)
 
         return self._engine.redispatch(Prepared(make))
 
@@ -509,7 +512,7 @@ class Buffer(LowLatencyCalls):
         bias: Tensor | tuple[Tensor, Tensor] | None = None,
         argument: str = "x",
         also: Callable[[], None] = lambda: None,
-        config: Config | None = None,
+        num_sms: int = 0,
     ) -> tuple[Tensor, Tensor | None]:
         """`combine` from either layout, on the current stream; `argument` is the caller's name for `x`, `also` as above."""
         self.check()
@@ -523,7 +526,8 @@ class Buffer(LowLatencyCalls):
             if topk_weights is not None:
                 shape = [plan.num_rows] if plan.layout == "expert" else [plan.num_rows, plan.top_k or None]
                 checks.tensor(topk_weights, "topk_weights", shape, (torch.float32,), x.device)
-            return CombineRequest(x, plan, topk_weights, checks.bias(bias, plan.num_tokens, x), _sms_of(config))
+            sms = checks.integer(num_sms, "num_sms")
+            return CombineRequest(x, plan, topk_weights, checks.bias(bias, plan.num_tokens, x), sms)
 
         return self._engine.combine(Prepared(make))
 
@@ -570,8 +574,9 @@ class Buffer(LowLatencyCalls):
         return RankLayout(per_rank, per_node, per_expert, in_rank)
 
 
-def _sms_of(config: Config | None) -> int:
-    return 0 if config is None or config.is_default else config.num_sms
+def _sms_of(config: Any) -> int:
+    """What is no `Config` is refused where the peers hear of it."""
+    return config.num_sms if isinstance(config, Config) and not config.is_default else 0
 
 
 def _unwrap(payload: Payload) -> PayloadArgument:

@@ -13,6 +13,7 @@ from deepep_train.engines.base import Payload
 from deepep_train.errors import ArgumentError
 from deepep_train.events import EventOverlap
 from deepep_train.handle import LAYOUTS
+from deepep_train.scale_blocks import ScaleBlocks
 
 PAYLOAD_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.uint8)
@@ -131,6 +132,7 @@ def payload(x: Any, argument: str = "x", num_tokens: int | None = None) -> Paylo
         need(data.size(1) >= 1, f"{argument}[0]", "at least one element wide", data)
         need(scales.size(1) >= 1, f"{argument}[1]", "at least one scale wide", scales)
         if blocks is not None:
+            _scale_blocks(blocks, f"{argument}: blocks")
             need(scales.element_size() == 4, f"{argument}[1]", "32-bit scales, to be put into blocks", scales)
         return Payload(data, scales, blocks)
     if isinstance(x, Tensor) and x.dtype in FP8_DTYPES:
@@ -138,6 +140,14 @@ def payload(x: Any, argument: str = "x", num_tokens: int | None = None) -> Paylo
     data = tensor(x, argument, [num_tokens, None], PAYLOAD_DTYPES, None)
     need(data.size(1) >= 1, argument, "at least one element wide", data)
     return Payload(data)
+
+
+def _scale_blocks(value: Any, argument: str) -> None:
+    need(isinstance(value, ScaleBlocks), argument, "fp8.ScaleBlocks or None", value)
+    flag(value.tokens_innermost, f"{argument}.tokens_innermost")
+    integer(value.multiple, f"{argument}.multiple", 1)
+    is_word = isinstance(value.padding_word, int) and -(2**31) <= value.padding_word < 2**31
+    need(is_word, f"{argument}.padding_word", "an int of 32 bits", value.padding_word)
 
 
 def experts(num_experts: Any, num_ranks: int) -> int:

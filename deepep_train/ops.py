@@ -51,6 +51,7 @@ def dispatch(
     alignment: int = 1,
     num_worst_tokens: int = 0,
     handle: Handle | None = None,
+    num_sms: int = 0,
 ) -> Dispatched:
     """Send every token to the ranks of its experts; a collective call of the buffer's group.
 
@@ -59,10 +60,11 @@ def dispatch(
     float32.
 
     Args:
-        x: [T, hidden], bfloat16, float16, float32 or float64; an FP8 pair (data [T, hidden], scales [T, n]); what
-            `fp8.quantize` made; a `fp8.Payload`, such a pair with the `fp8.ScaleBlocks` to put its scales into; or a
-            Transformer Engine tensor: 1x128 block scaling, MXFP8, or per-tensor scaling with one scale on all ranks. T may
-            differ between ranks and be 0. Quantized values have gradients in the dtype that was quantized.
+        x: [T, hidden], bfloat16, float16, float32 or float64; an FP8 pair (data [T, hidden], scales [T, n] float32 or int32;
+            uint8 on the collective engine only); what `fp8.quantize` made; a `fp8.Payload`, such a pair with the
+            `fp8.ScaleBlocks` to put its scales into; or a Transformer Engine tensor: 1x128 block scaling, MXFP8, or
+            per-tensor scaling with one scale on all ranks. T may differ between ranks and be 0. Quantized values have
+            gradients in the dtype that was quantized.
         topk_idx: int64 [T, K] in [-1, num_experts); -1 is not routed. Expert e lives on rank e // (num_experts / ranks).
         topk_weights: float32 [T, K], or None.
         buffer: the group's buffer.
@@ -73,6 +75,7 @@ def dispatch(
             `fp8.quantize` or Transformer Engine made: where its scales stand depends on the counts.
         handle: of an earlier dispatch, whose routing and layout are used again; the top-k and `num_experts` stay None and so
             do the result's `topk_idx` and `topk_weights`.
+        num_sms: SMs that this call and its backward may occupy; 0: `Buffer.set_num_sms`'s number, else the engine's own.
 
     Raises:
         ArgumentError: on every rank, if an argument is wrong on any of them or they disagree; names rank and argument.
@@ -80,13 +83,13 @@ def dispatch(
     """
     if not isinstance(buffer, Buffer):
         raise ArgumentError(f"buffer must be a deepep_train.Buffer, got {checks.shown(buffer)}", "buffer")
-    call = _DispatchCall(buffer, topk_idx, num_experts, layout, alignment, num_worst_tokens, handle)
+    call = _DispatchCall(buffer, topk_idx, num_experts, layout, alignment, num_worst_tokens, handle, num_sms)
     if isinstance(x, fp8.Quantized) or te.is_te(x):
         rows, weights = _dispatch_quantized(x, topk_weights, call)
     else:
         is_pair = isinstance(x, Payload) or (isinstance(x, (tuple, list)) and len(x) == 2)
         data, scales = x[:2] if is_pair else (x, None)
-        call.blocks = x.blocks if isinstance(x, Payload) else None
+        call.is_pair, call.blocks = is_pair, x.blocks if isinstance(x, Payload) else None
         data, scales, weights, _ = _Dispatch.apply(data, scales, topk_weights, call)
         rows = data if scales is None else (data, scales)
     assert call.handle is not None
@@ -96,10 +99,12 @@ def dispatch(
 def _dispatch_quantized(x: Any, topk_weights: Tensor | None, call: _DispatchCall) -> tuple[Any, Tensor | None]:
     source = None
     try:
-        call.quantized = x if isinstance(x, fp8.Quantized) else te.from_te(x)
-        checks.need(len(call.quantized.splits) == 1, "x", "one group of rows", call.quantized.splits)
-        source = call.quantized.rows
-    except ArgumentError as error:
+        q = x if isinstance(x, fp8.Quantized) else te.from_te(x)
+        q.check("x")
+        checks.need(len(q.splits) == 1, "x", "one group of rows", q.splits)
+        call.wire, call.recipe = q.to_wire(), q.agreement()
+        call.quantized, source = q, q.rows
+    except Exception as error:  # noqa: BLE001 - whatever it is, the peers must hear of it
         call.refused = error
     rows, scales, weights, data = _Dispatch.apply(source, None, topk_weights, call)
     assert call.quantized is not None and call.handle is not None
@@ -119,6 +124,7 @@ def combine(
     *,
     bias: Tensor | tuple[Tensor, Tensor] | None = None,
     grad_dtype: torch.dtype | None = None,
+    num_sms: int = 0,
 ) -> Tensor:
     """Bring every token's rows back to its rank and sum them, unweighted; a collective call of the group.
 
@@ -134,6 +140,7 @@ def combine(
         grad_dtype: what the backward sends: None the gradient as it is; torch.float8_e4m3fn or float8_e5m2 the gradient
             quantized once, in 1x128 blocks with power-of-two scales, so that `y`'s gradient has FP8's error (docs/fp8.md).
             Wants a hidden size that is a multiple of 128. The same on all ranks.
+        num_sms: as in `dispatch`.
 
     Returns:
         z: [T, hidden] in y's dtype, zeros for a token that was routed nowhere.
@@ -145,7 +152,7 @@ def combine(
     if not isinstance(handle, Handle):
         raise ArgumentError(f"handle must be what deepep_train.dispatch returned, got {checks.shown(handle)}", "handle")
     biases = bias if isinstance(bias, (tuple, list)) else (bias,)
-    return _Combine.apply(y, handle, grad_dtype, *biases)
+    return _Combine.apply(y, handle, grad_dtype, num_sms, *biases)
 
 
 @dataclass
@@ -159,14 +166,14 @@ class _DispatchCall:
     alignment: int
     num_worst_tokens: int
     handle: Handle | None
+    num_sms: int
     recv_topk_idx: Tensor | None = None
     quantized: fp8.Quantized | None = None
+    wire: Payload | None = None  # of `quantized`
+    recipe: str = ""  # its agreement
+    is_pair: bool = False
     blocks: ScaleBlocks | None = None  # asked for by a pair
-    refused: ArgumentError | None = None  # why a quantized `x` cannot be sent: raised where the peers hear of it
-
-    @property
-    def recipe(self) -> str:
-        return "" if self.quantized is None else self.quantized.agreement()
+    refused: Exception | None = None  # why a quantized `x` cannot be sent: raised where the peers hear of it
 
     @property
     def has_blocks(self) -> bool:
@@ -203,7 +210,8 @@ class _Dispatch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, data: Any, scales: Any, topk_weights: Any, call: _DispatchCall) -> tuple:
         quantized = call.quantized
-        x = quantized.to_wire() if quantized is not None else data if scales is None else Payload(data, scales, call.blocks)
+        x = call.wire if call.wire is not None else Payload(data, scales, call.blocks) if call.is_pair else data
+        call.wire = None
         if call.handle is not None:
             payload = call.buffer.redispatch(
                 x,
@@ -212,13 +220,14 @@ class _Dispatch(torch.autograd.Function):
                 topk_weights,
                 call.num_experts,
                 also=call.check_against_handle,
+                num_sms=call.num_sms,
                 recipe=call.recipe,
             )
             weights = None
         else:
             payload, weights = _dispatch_fresh(x, topk_weights, call)
         assert call.handle is not None
-        ctx.handle = call.handle
+        ctx.handle, ctx.num_sms = call.handle, call.num_sms
         if payload.scales is not None:
             ctx.mark_non_differentiable(payload.scales)
         if quantized is None:
@@ -235,7 +244,7 @@ class _Dispatch(torch.autograd.Function):
                 # The entries of experts that live elsewhere are constants, whatever the caller did with them.
                 assert handle.plan.recv_topk_idx is not None
                 grad_weights = grad_weights.masked_fill(handle.plan.recv_topk_idx < 0, 0.0)
-            grad_x, grad_w = handle.buffer.combine_rows(grad_data, handle, grad_weights)
+            grad_x, grad_w = handle.buffer.combine_rows(grad_data, handle, grad_weights, num_sms=ctx.num_sms)
         return (
             _differentiable_once("dispatch", grad_x, grad_data),
             None,
@@ -250,7 +259,15 @@ def _dispatch_fresh(x: Any, topk_weights: Any, call: _DispatchCall) -> tuple[Pay
     except ArgumentError as error:
         call.buffer.refuse_dispatch(error)
     got = call.buffer.route_and_dispatch(
-        x, call.topk_idx, topk_weights, call.num_experts, call.layout, call.alignment, call.num_worst_tokens, call.recipe
+        x,
+        call.topk_idx,
+        topk_weights,
+        call.num_experts,
+        call.layout,
+        call.alignment,
+        call.num_worst_tokens,
+        call.recipe,
+        call.num_sms,
     )
     call.handle, call.recv_topk_idx = Handle(got.tensors, got.plan, call.buffer), got.topk_idx
     return got.payload, got.topk_weights
@@ -258,8 +275,8 @@ def _dispatch_fresh(x: Any, topk_weights: Any, call: _DispatchCall) -> tuple[Pay
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Any, handle: Handle, grad_dtype: torch.dtype | None, *biases: Any) -> Tensor:
-        ctx.handle, ctx.grad_dtype = handle, grad_dtype
+    def forward(ctx: Any, y: Any, handle: Handle, grad_dtype: torch.dtype | None, num_sms: int, *biases: Any) -> Tensor:
+        ctx.handle, ctx.grad_dtype, ctx.num_sms = handle, grad_dtype, num_sms
         given = tuple(b for b in biases if b is not None)
 
         def check() -> None:
@@ -269,22 +286,22 @@ class _Combine(torch.autograd.Function):
                 fits = isinstance(y, Tensor) and y.dim() == 2 and y.size(1) % fp8.HIDDEN_MULTIPLE == 0
                 checks.need(fits, "y", f"[rows, a multiple of {fp8.HIDDEN_MULTIPLE}] with grad_dtype", y)
 
-        return handle.buffer.combine_rows(y, handle, None, given or None, argument="y", also=check)[0]
+        return handle.buffer.combine_rows(y, handle, None, given or None, argument="y", also=check, num_sms=num_sms)[0]
 
     @staticmethod
     def backward(ctx: Any, grad_z: Tensor) -> tuple:
         with torch.no_grad():
-            grad_y = _send_gradient(grad_z, ctx.handle, ctx.grad_dtype)
-        biases = [grad_z if needed else None for needed in ctx.needs_input_grad[3:]]
-        return _differentiable_once("combine", grad_y, grad_z), None, None, *biases
+            grad_y = _send_gradient(grad_z, ctx.handle, ctx.grad_dtype, ctx.num_sms)
+        biases = [grad_z if needed else None for needed in ctx.needs_input_grad[4:]]
+        return _differentiable_once("combine", grad_y, grad_z), None, None, None, *biases
 
 
-def _send_gradient(grad: Tensor, handle: Handle, grad_dtype: torch.dtype | None) -> Tensor:
+def _send_gradient(grad: Tensor, handle: Handle, grad_dtype: torch.dtype | None, num_sms: int) -> Tensor:
     """Dispatch a gradient along the handle's routing, by way of FP8 if asked to."""
     if grad_dtype is None:
-        return handle.buffer.redispatch(grad, handle).data
+        return handle.buffer.redispatch(grad, handle, num_sms=num_sms).data
     q = fp8.quantize(grad.to(torch.float32), fp8.Recipe.BLOCK, fp8_dtype=grad_dtype)
-    data, scales = handle.buffer.redispatch(Payload(*q.to_wire()[:2]), handle, recipe=q.agreement())[:2]
+    data, scales = handle.buffer.redispatch(Payload(*q.to_wire()[:2]), handle, num_sms=num_sms, recipe=q.agreement())[:2]
     assert scales is not None
     return fp8.dequantize_blocks(data, scales, grad.dtype)  # by rows as they came: nothing but this reads the scales
 

@@ -66,7 +66,7 @@ PAYLOAD = {
         "dispatch", "x", lambda s: {"x": s.x.to("meta"), "topk_idx": s.idx.to("meta"), "topk_weights": s.w.to("meta")}
     ),
     "FP8 without scales": _x(lambda s: s.fp8[0]),
-    "FP8 with scales None": _x(lambda s: (s.fp8[0], None)),
+    "FP8 with scales None": _x(lambda s: (s.fp8[0], None), "x[1]"),
     "a triple": _x(lambda s: (*s.fp8, s.fp8[1])),
     "a pair of float32": _x(lambda s: (s.x, s.fp8[1]), "x[0]"),
     "a pair without data": _x(lambda s: (None, s.fp8[1]), "x[0]"),

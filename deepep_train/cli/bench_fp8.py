@@ -63,11 +63,11 @@ def measure(plan: Plan) -> None:
 
 
 def _arena_bytes(shape: Shape, num_ranks: int) -> int:
-    """Two results of the dispatch of either side, and the input and result of combine's gradient; a quarter of the arena is
-    staging."""
+    """Two results of the dispatch of either side, the input and result of combine's gradient, and what the linear takes; a
+    quarter of the arena is staging."""
     t = traffic_of(shape, num_ranks)
     padded = int(t.expert_rows.max()) + ALIGNMENT * (shape.num_experts // num_ranks)
-    return (2 * int(t.received.max()) * shape.hidden * 2 + (3 + 8) * padded * shape.hidden + (256 << 20)) * 4 // 3
+    return (2 * int(t.received.max()) * shape.hidden * 2 + (4 + 8) * padded * shape.hidden + (256 << 20)) * 4 // 3
 
 
 def _calls(buffer: Buffer, shape: Shape) -> tuple[dict[str, Callable[[], Any]], float]:
@@ -130,7 +130,29 @@ def _calls(buffer: Buffer, shape: Shape) -> tuple[dict[str, Callable[[], Any]], 
     grad = torch.randn_like(x)
     calls["combine's gradient, bf16"] = _backward_of_combine(buffer, handle, grad, None)
     calls["combine's gradient, FP8"] = _backward_of_combine(buffer, handle, grad, torch.float8_e4m3fn)
+    calls |= _parts_of_a_linear(dispatch(q, buffer=buffer, handle=handle).x, operands)
     return calls, (q.data[0].nbytes + wire.scales[0].numel() * 4) / x[0].nbytes
+
+
+def _parts_of_a_linear(q: fp8.Quantized, operands: Any) -> dict[str, Callable[[], Any]]:
+    """The first linear's forward and backward pass on what arrived, piece by piece; the wgrad's operand in its two steps."""
+    from deepep_train.fp8 import gemm_te
+
+    rows, splits = gemm_te.Received(q), q.splits
+    out = torch.empty(sum(splits), OUT_FEATURES, dtype=torch.bfloat16, device="cuda")
+    grad, dx = torch.randn_like(out), torch.empty(q.data.shape, dtype=torch.bfloat16, device="cuda")
+    g = operands.rows(grad, splits, torch.float8_e4m3fn, True)
+    again = gemm_te.Received(q)
+    again.columnwise()
+    dw = [torch.empty(OUT_FEATURES, q.data.size(1), dtype=torch.bfloat16, device="cuda") for _ in splits]
+    return {
+        "linear: forward GEMM": lambda: operands.forward(rows, out, splits),
+        "linear: output's gradient quantized both ways": lambda: operands.rows(grad, splits, torch.float8_e4m3fn, True),
+        "linear: dgrad GEMM": lambda: operands.input_gradient(g, dx, splits),
+        "linear: wgrad's operand, dequantized": q.dequantize,
+        "linear: wgrad's operand, dequantized and quantized": lambda: gemm_te.Received(q).columnwise(),
+        "linear: wgrad GEMM": lambda: operands.weight_gradient(again, g, dw, splits),
+    }
 
 
 def _backward_of_combine(buffer: Buffer, handle: Any, grad: Tensor, grad_dtype: torch.dtype | None) -> Callable[[], Any]:

@@ -56,14 +56,17 @@ class DispatchRequest:
     recipe: str = ""
 
     def signature(self) -> dict[str, object]:
-        return self.payload.signature() | {
-            "num_experts": self.num_experts,
-            "top_k": 0 if self.topk_idx is None else self.topk_idx.size(1),
-            "topk_weights given": self.topk_weights is not None,
-            "layout": self.arrangement,
-            "alignment": self.alignment,
-            "recipe": self.recipe,
-        }
+        return (
+            {"recipe": self.recipe}
+            | self.payload.signature()
+            | {
+                "num_experts": self.num_experts,
+                "top_k": 0 if self.topk_idx is None else self.topk_idx.size(1),
+                "topk_weights given": self.topk_weights is not None,
+                "layout": self.arrangement,
+                "alignment": self.alignment,
+            }
+        )
 
 
 def wrong_counts(given: Tensor, counted: Tensor, argument: str = "num_tokens_per_rank") -> ArgumentError:
@@ -81,8 +84,8 @@ class RedispatchRequest:
     recipe: str = ""
 
     def signature(self) -> dict[str, object]:
-        how = {"layout": self.plan.layout, "alignment": self.plan.alignment, "recipe": self.recipe}
-        return self.payload.signature() | how
+        how = {"layout": self.plan.layout, "alignment": self.plan.alignment}
+        return {"recipe": self.recipe} | self.payload.signature() | how
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,14 @@ from deepep_train.fp8.deepep import (
     unpack_ue8m0,
 )
 from deepep_train.fp8.grouped import grouped_linear
-from deepep_train.fp8.quantized import DTYPES, HIDDEN_MULTIPLE, Quantized, Recipe, placeholder, quantize
+from deepep_train.fp8.quantized import DTYPES, FLOATS, HIDDEN_MULTIPLE, Quantized, Recipe, is_placeholder, placeholder, quantize
 from deepep_train.scale_blocks import ScaleBlocks
 
 __all__ = [
     "BLOCK",
     "DTYPES",
     "E4M3_MAX",
+    "FLOATS",
     "HIDDEN_MULTIPLE",
     "MIN_AMAX",
     "Payload",
@@ -27,6 +28,7 @@ __all__ = [
     "ScaleBlocks",
     "dequantize_blocks",
     "grouped_linear",
+    "is_placeholder",
     "pack_ue8m0",
     "placeholder",
     "quantize",

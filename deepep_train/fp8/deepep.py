@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from deepep_train.errors import ArgumentError
+from deepep_train.fp8 import kernels
 
 BLOCK = 128
 E4M3_MAX = 448.0
@@ -47,8 +48,15 @@ def dequantize_blocks(data: Tensor, scales: Tensor, dtype: torch.dtype = torch.b
 def scaled(data: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """FP8 [rows, hidden] times float32 [rows, n], one for each hidden / n values: in float32, rounded once to `dtype`.
 
-    Every FP8 value is one of `dtype`'s, so the product is rounded in place and no float32 copy of the rows is written.
+    On GPUs by a kernel of one pass, else in torch. Every FP8 value is one of `dtype`'s, so the product is rounded in place and
+    no float32 copy of the rows is written.
     """
+    done = kernels.dequantize(data, scales, dtype)
+    return scaled_in_torch(data, scales, dtype) if done is None else done
+
+
+def scaled_in_torch(data: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """`scaled`, of any tensors on any device."""
     values = data.to(dtype)
     num_rows, n = scales.shape
     blocks = values.view(num_rows, n, data.size(1) // n)

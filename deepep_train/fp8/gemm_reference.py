@@ -53,11 +53,22 @@ class Rows:
         self.rowwise, self._source, self._recipe, self._fp8_dtype = rowwise, source, recipe, fp8_dtype
 
     def columnwise(self) -> list[Tensor]:
-        """Quantized along the rows' number and back."""
+        """Quantized along the rows' number and back; what shares one scale is so in both directions."""
+        if self._recipe is Recipe.TENSOR:
+            return self.rowwise
         return [rounded(s.t().contiguous(), self._recipe, self._fp8_dtype).t() for s in self._source]
 
     def release_rowwise(self) -> None:
-        self.rowwise = []
+        if self._recipe is not Recipe.TENSOR:
+            self.rowwise = []
+
+    def unload(self) -> list[Tensor | None]:
+        """What `columnwise` needs, for autograd to save: it is gone from here until `load`."""
+        kept, self._source = self._source, []
+        return list(kept)
+
+    def load(self, tensors: list[Tensor]) -> None:
+        self._source = tensors
 
 
 def _received(q: Quantized) -> Rows:
@@ -74,6 +85,14 @@ class Operands:
         self.weights = [rounded_weight(w, recipe, fp8_dtype) for w in given]
 
     received = staticmethod(_received)
+
+    def unload(self) -> list[Tensor]:
+        """What `input_gradient` needs of the weights, for autograd to save; nothing else needs any of them again."""
+        kept, self.weights = [w for _, w in self.weights], []
+        return kept
+
+    def load(self, tensors: list[Tensor]) -> None:
+        self.weights = [(w, w) for w in tensors]
 
     def rows(self, x: Tensor, splits: Sequence[int], fp8_dtype: torch.dtype, columnwise: bool) -> Rows:
         source = list(x.detach().split(list(splits)))

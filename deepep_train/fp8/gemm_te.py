@@ -16,6 +16,7 @@ import transformer_engine_torch as tex
 from torch import Tensor
 from transformer_engine.pytorch.constants import TE_DType_To_Torch
 from transformer_engine.pytorch.cpp_extensions import general_grouped_gemm
+from transformer_engine.pytorch.quantized_tensor import prepare_for_saving, restore_from_saved
 from transformer_engine.pytorch.tensor.float8_blockwise_tensor import Float8BlockQuantizer
 from transformer_engine.pytorch.tensor.float8_tensor import Float8CurrentScalingQuantizer
 from transformer_engine.pytorch.tensor.mxfp8_tensor import MXFP8Quantizer
@@ -70,6 +71,13 @@ class Rows:
         for storage in self.rowwise:
             storage.update_usage(rowwise_usage=False, columnwise_usage=True)
 
+    def unload(self) -> list[Tensor | None]:
+        """The tensors, for autograd to save: they are gone from here until `load`."""
+        return prepare_for_saving(*self.rowwise)[0]
+
+    def load(self, tensors: list[Tensor | None]) -> None:
+        restore_from_saved(self.rowwise, tensors)
+
 
 class Received:
     """Received groups as GEMM operands: rowwise as they came; columnwise, for the weight gradient, quantized again from their
@@ -81,9 +89,6 @@ class Received:
         self._quantizers = quantizers or [quantizer(q.recipe, q.data.dtype)] * len(q.splits)
         self.rowwise = [self._storage(q, *group, own) for group, own in zip(q.groups(), self._quantizers, strict=True)]
         self._columnwise: list[Any] | None = None
-
-    def release_rowwise(self) -> None:
-        """What came is kept instead of a second copy, and quantized again when it is needed."""
 
     @staticmethod
     def _storage(q: Quantized, data: Tensor, scales: Tensor, own: Any) -> Any:
@@ -155,6 +160,13 @@ class Operands:
         self.weights = [own(w.detach().contiguous()) for w in weights]
 
     received = staticmethod(Received)
+
+    def unload(self) -> list[Tensor | None]:
+        """The weights' tensors, for autograd to save; `rows` and `weight_gradient` do without."""
+        return prepare_for_saving(*self.weights)[0]
+
+    def load(self, tensors: list[Tensor | None]) -> None:
+        restore_from_saved(self.weights, tensors)
 
     def rows(self, x: Tensor, splits: Sequence[int], fp8_dtype: torch.dtype, columnwise: bool) -> Rows:
         own = quantizer(self.recipe, fp8_dtype, columnwise=columnwise)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from deepep_train import checks
 from deepep_train.errors import ArgumentError
-from deepep_train.fp8.quantized import Quantized, Recipe, check_hidden
+from deepep_train.fp8.quantized import FLOATS, Quantized, Recipe, check_hidden, placeholder
 from deepep_train.fp8.te_present import has_te_kernels
 
 
@@ -18,7 +20,7 @@ def grouped_linear(
     weight: Tensor | Sequence[Tensor],
     splits: Sequence[int] | None = None,
     *,
-    recipe: Recipe = Recipe.BLOCK,
+    recipe: Recipe | None = None,
     is_transposed: bool = False,
     delayed: list[Callable[[], None]] | None = None,
 ) -> Tensor:
@@ -26,47 +28,74 @@ def grouped_linear(
 
     Rows that were quantized before the wire enter the forward product as they came. The weight gradient needs them quantized
     along the other dimension: their values are quantized again for it, in the backward pass. Products are Transformer Engine's
-    grouped GEMM on GPUs where it is installed, elsewhere torch's with the same roundings of the operands.
+    grouped GEMM on GPUs where it is installed, elsewhere torch's with the same roundings of the operands. All that the backward
+    pass needs is saved as autograd saves tensors, so that activation checkpointing and saved-tensor hooks free or move it.
 
     Args:
         x: what a dispatch into expert layout gave, or rows [M, in], bfloat16, float16 or float32, which are quantized here.
-        weight: [E, out, in] or E tensors [out, in]; quantized here, under BLOCK in blocks of 128x128.
+        weight: [E, out, in] or E tensors [out, in], bfloat16, float16 or float32; quantized here, under BLOCK in blocks of
+            128x128.
         splits: rows of every group, for rows [M, in]; a multiple of 16, MXFP8 of 32, for Transformer Engine's kernels.
-        recipe: for rows [M, in]; a `Quantized` has its own. Gradients are e4m3 under BLOCK and MXFP8, e5m2 under TENSOR.
+        recipe: for rows [M, in], None for BLOCK; a `Quantized` has its own. Gradients are e4m3 under BLOCK and MXFP8, e5m2
+            under TENSOR.
         is_transposed: weights are [in, out] instead.
         delayed: if given, the backward pass appends a function that computes the weight gradient and adds it to `.grad`,
-            instead of computing it.
+            instead of computing it. Weights must be leaves then: nothing would carry their gradient on.
 
     Raises:
         ArgumentError: naming the argument and its value.
     """
     if isinstance(x, Quantized):
-        rows, q, recipe, splits = x.rows, x, x.recipe, x.splits
+        x.check("x")
+        checks.need(splits is None or tuple(splits) == x.splits, "splits", f"None or x's own, {x.splits}", splits)
+        checks.need(recipe in (None, x.recipe), "recipe", f"None or x's own, {x.recipe}", recipe)
+        rows, q, recipe, groups = x.rows, x, x.recipe, x.splits
     else:
-        if splits is None or sum(splits) != x.size(0):
-            raise ArgumentError(f"splits must sum to the {x.size(0)} rows of x, got {splits}", "splits")
-        rows, q, splits = x, None, tuple(int(m) for m in splits)
-    weights = (weight,) if isinstance(weight, Tensor) else tuple(weight)
-    count = weights[0].size(0) if isinstance(weight, Tensor) else len(weights)
-    if count != len(splits):
-        raise ArgumentError(f"weight must be for {len(splits)} groups, got {count}", "weight")
-    shape = weights[0].shape[-2:]
-    check_hidden(shape[0], "weight")
-    check_hidden(shape[1], "weight")
-    if shape[0 if is_transposed else 1] != rows.size(1):
-        raise ArgumentError(f"weight must take {rows.size(1)} values, got shape {list(weights[0].shape)}", "weight")
-    call = _Call(q, splits, recipe, is_transposed, delayed, isinstance(weight, Tensor))
+        rows, q, recipe = checks.tensor(x, "x", [None, None], FLOATS, None), None, Recipe.BLOCK if recipe is None else recipe
+        checks.need(isinstance(recipe, Recipe), "recipe", f"one of {', '.join(map(str, Recipe))}", recipe)
+        groups = _checked_splits(splits, rows.size(0))
+    checks.need(delayed is None or isinstance(delayed, list), "delayed", "a list or None", delayed)
+    weights = _checked_weights(weight, len(groups), rows, is_transposed, delayed is not None)
+    call = _Call(q, groups, recipe, is_transposed, delayed, isinstance(weight, Tensor))
     return _GroupedLinear.apply(rows, call, *weights)
 
 
+def _checked_splits(splits: Any, num_rows: int) -> tuple[int, ...]:
+    known = isinstance(splits, (tuple, list)) and len(splits) > 0
+    known = known and all(isinstance(m, int) and not isinstance(m, bool) and m >= 0 for m in splits)
+    if not known or sum(splits) != num_rows:
+        raise ArgumentError(f"splits must be ints from 0 on that sum to the {num_rows} rows of x, got {splits!r}", "splits")
+    return tuple(splits)
+
+
+def _checked_weights(weight: Any, num_groups: int, rows: Tensor, is_transposed: bool, is_delayed: bool) -> tuple[Tensor, ...]:
+    if isinstance(weight, Tensor):
+        weights: tuple[Tensor, ...] = (checks.tensor(weight, "weight", [num_groups, None, None], FLOATS, rows.device),)
+    else:
+        known = isinstance(weight, (tuple, list)) and len(weight) == num_groups
+        checks.need(known, "weight", f"a tensor or a list of {num_groups} tensors", weight)
+        first = checks.tensor(weight[0], "weight", [None, None], FLOATS, rows.device)
+        weights = tuple(checks.tensor(w, "weight", first.shape, (first.dtype,), rows.device) for w in weight)
+    shape = weights[0].shape[-2:]
+    for features in shape:
+        check_hidden(features, "weight")
+    takes = shape[0 if is_transposed else 1]
+    checks.need(takes == rows.size(1), "weight", f"for rows of {rows.size(1)} values, not {takes}", weights[0])
+    lost = is_delayed and any(w.requires_grad and not w.is_leaf for w in weights)
+    checks.need(not lost, "weight", "leaves of the graph with delayed=, which adds to their .grad", weights[0])
+    return weights
+
+
+@dataclass
 class _Call:
     """What carries no gradient."""
 
-    def __init__(
-        self, q: Quantized | None, splits: tuple[int, ...], recipe: Recipe, is_transposed: bool, delayed: Any, is_stacked: bool
-    ) -> None:
-        self.q, self.splits, self.recipe, self.is_transposed = q, splits, recipe, is_transposed
-        self.delayed, self.is_stacked = delayed, is_stacked
+    q: Quantized | None
+    splits: tuple[int, ...]
+    recipe: Recipe
+    is_transposed: bool
+    delayed: list[Callable[[], None]] | None
+    is_stacked: bool
 
     def each(self, weights: Sequence[Tensor]) -> list[Tensor]:
         return list(weights[0].unbind(0)) if self.is_stacked else list(weights)
@@ -78,41 +107,61 @@ class _GroupedLinear(torch.autograd.Function):
         each = call.each(weights)
         operands = _operands(rows, call.recipe)(each, call.recipe, call.is_transposed, torch.float8_e4m3fn)
         needs_weight = any(ctx.needs_input_grad[2:])
-        if call.q is not None:
-            x = operands.received(call.q)
-        else:
-            x = operands.rows(rows, call.splits, torch.float8_e4m3fn, needs_weight)
+        q, call.q = call.q, None
+        x = operands.rows(rows, call.splits, torch.float8_e4m3fn, needs_weight) if q is None else operands.received(q)
         out_features = each[0].size(1 if call.is_transposed else 0)
         out = torch.empty(rows.size(0), out_features, dtype=rows.dtype, device=rows.device)
         operands.forward(x, out, call.splits)
-        if needs_weight:
+        kept: list[Tensor | None] = []
+        ctx.x = None
+        if needs_weight and q is not None:
+            kept = [q.data, q.scales]
+        elif needs_weight:
             x.release_rowwise()
-        ctx.operands, ctx.x, ctx.call = operands, x if needs_weight else None, call
-        ctx.rows, ctx.weights = (rows.shape, rows.dtype), weights
-        call.q = None
+            ctx.x, kept = x, x.unload()
+        ctx.num_kept, ctx.is_received = len(kept), q is not None
+        ctx.save_for_backward(*kept, *operands.unload())
+        ctx.operands, ctx.call = operands, call
+        ctx.rows = rows.shape, rows.dtype
+        # The weights themselves only where `.grad` is theirs to fill: what is kept of them is quantized.
+        ctx.like = [(w.shape, w.dtype) for w in weights]
+        ctx.weights = weights if call.delayed is not None else ()
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        call, operands = ctx.call, ctx.operands
+        call, operands, saved = ctx.call, ctx.operands, list(ctx.saved_tensors)
+        (num_rows, features), dtype = ctx.rows
         fp8_dtype = torch.float8_e5m2 if call.recipe is Recipe.TENSOR else torch.float8_e4m3fn
         needs_weight = any(ctx.needs_input_grad[2:])
         g = operands.rows(grad, call.splits, fp8_dtype, needs_weight)
         grad_rows = None
         if ctx.needs_input_grad[0]:
-            shape, dtype = ctx.rows
-            grad_rows = operands.input_gradient(g, torch.empty(shape, dtype=dtype, device=grad.device), call.splits)
+            operands.load(saved[ctx.num_kept :])
+            out = torch.empty(num_rows, features, dtype=dtype, device=grad.device)
+            grad_rows = operands.input_gradient(g, out, call.splits)
+            operands.unload()
         if not needs_weight:
-            return grad_rows, None, *[None] * len(ctx.weights)
-        x, weights = ctx.x, ctx.weights
+            return grad_rows, None, *[None] * len(ctx.like)
+        if ctx.is_received:
+            data, scales = saved[:2]
+            values = placeholder(num_rows, features, dtype, grad.device)
+            x = operands.received(Quantized(call.recipe, data, scales, call.splits, values))
+        else:
+            x = ctx.x
+            x.load(saved[: ctx.num_kept])
+        like, weights = ctx.like, ctx.weights
 
         def weight_gradients() -> list[Tensor]:
-            into = [torch.empty_like(w, memory_format=torch.contiguous_format) for w in weights]
+            into = [torch.empty(shape, dtype=dtype, device=grad.device) for shape, dtype in like]
             operands.weight_gradient(x, g, call.each(into), call.splits)
             return into
 
         if call.delayed is None:
-            return grad_rows, None, *weight_gradients()
+            gradients = weight_gradients()
+            if not ctx.is_received:
+                x.unload()
+            return grad_rows, None, *gradients
 
         def later() -> None:
             with torch.no_grad():
@@ -120,7 +169,7 @@ class _GroupedLinear(torch.autograd.Function):
                     w.grad = more if w.grad is None else w.grad.add_(more)
 
         call.delayed.append(later)
-        return grad_rows, None, *[None] * len(weights)
+        return grad_rows, None, *[None] * len(like)
 
 
 def _operands(rows: Tensor, recipe: Recipe) -> Any:

@@ -1,9 +1,10 @@
 """Tensors quantized once, before the wire, with Transformer Engine's numerics and its layouts of scales, in plain torch.
 
-The numerics follow Transformer Engine's kernels as public copies of its source show them, not pinned to release 2.20: block
-scaling common/recipe/recipe_common.cuh (`compute_scale_from_amax`), MXFP8 common/util/ptx.cuh (`float_to_e8m0`,
-`exp2f_rcp`). They have not been compared with the kernels' bits. Shape letters: M rows, K hidden, n scales per row, E experts'
-groups of rows, M_e rows of one group, padding included.
+The numerics follow Transformer Engine's kernels as public copies of its source show them: block scaling
+common/recipe/recipe_common.cuh (`compute_scale_from_amax`), MXFP8 common/util/ptx.cuh (`float_to_e8m0`, `exp2f_rcp`).
+tests/gpu/test_fp8.py compares bits with the kernels of release 2.20.
+
+Shape letters: M rows, K hidden, n scales per row, E experts' groups of rows, M_e rows of one group, padding included.
 """
 
 from __future__ import annotations
@@ -15,15 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deepep_train import checks
 from deepep_train.engines.base import Payload
 from deepep_train.errors import ArgumentError
+from deepep_train.fp8 import kernels
 from deepep_train.fp8.deepep import scaled
 from deepep_train.scale_blocks import BLOCK_SCALING, MXFP8, ScaleBlocks
 
 HIDDEN_MULTIPLE = 128  # of every recipe, so that a row's scales always fill whole 32-bit words on the wire
 _PER_SCALE = {"block": 128, "mxfp8": 32}
 DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
-_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class Recipe(enum.Enum):
@@ -63,6 +66,20 @@ class Quantized:
     splits: tuple[int, ...]
     rows: Tensor
 
+    def check(self, argument: str) -> None:
+        """Raise `ArgumentError` unless the parts belong together. (`quantize` and dispatches make nothing else.)"""
+        checks.need(isinstance(self.recipe, Recipe), f"{argument}: recipe", "a Recipe", self.recipe)
+        data = checks.tensor(self.data, f"{argument}: data", [None, None], DTYPES, None)
+        check_hidden(data.size(1), argument)
+        known = isinstance(self.splits, tuple) and all(isinstance(m, int) and m >= 0 for m in self.splits)
+        fits = known and len(self.splits) > 0 and sum(self.splits) == data.size(0)
+        checks.need(fits, f"{argument}: splits", f"a tuple of ints that sum to {data.size(0)}", self.splits)
+        blocks, dtype = self.recipe.blocks, torch.uint8 if self.recipe is Recipe.MXFP8 else torch.float32
+        size = 1 if blocks is None else blocks.size(self.splits, data.size(1) // 128) * (4 // dtype.itemsize)
+        scales = checks.tensor(self.scales, f"{argument}: scales", [size], (dtype,), data.device)
+        checks.need(scales.is_contiguous(), f"{argument}: scales", "contiguous", scales)
+        checks.tensor(self.rows, f"{argument}: rows", data.shape, FLOATS, data.device)
+
     @property
     def dtype(self) -> torch.dtype:
         """Of the values that were quantized and of their gradient."""
@@ -90,6 +107,8 @@ class Quantized:
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The values [M, K] in `dtype` (None: the one that was quantized), differentiable."""
+        if dtype is not None:
+            checks.need(dtype in checks.PAYLOAD_DTYPES, "dtype", "a floating dtype of at least 16 bits", dtype)
         return _Dequantize.apply(self.rows, self, dtype or self.dtype)
 
     def to_wire(self) -> Payload:
@@ -105,8 +124,12 @@ class Quantized:
         return Quantized(self.recipe, payload.data, scales, splits, rows)
 
     def agreement(self) -> str:
-        """What must be the same on all ranks, besides dtypes and shapes. TENSOR reads its scale, and so waits for a GPU."""
-        scale = f", scale {float(self.scales):.9g}" if self.recipe is Recipe.TENSOR else ""
+        """What must be the same on all ranks, besides dtypes and shapes. TENSOR reads its scale, and so waits for a GPU.
+
+        Raises:
+            ArgumentError: unless that scale is positive and finite.
+        """
+        scale = f", scale {_checked_scale(self.scales):.9g}" if self.recipe is Recipe.TENSOR else ""
         return f"{self.recipe.value} of {str(self.dtype).removeprefix('torch.')}{scale}"
 
 
@@ -127,7 +150,8 @@ def quantize(
         x: [M, K] bfloat16, float16 or float32, K a multiple of 128.
         fp8_dtype: float8_e4m3fn or float8_e5m2.
         power_of_two, min_amax: BLOCK only; Transformer Engine's `force_pow_2_scales` and `amax_epsilon`.
-        scale: TENSOR only and there required, float32 [1], the same on all ranks: values are divided by it.
+        scale: TENSOR only and there required, float32 [1], positive, the same on all ranks: values are divided by it. On a GPU
+            its value is looked at by the dispatch, which has to wait for it anyway.
 
     Raises:
         ArgumentError: naming the argument and its value.
@@ -136,13 +160,19 @@ def quantize(
         raise ArgumentError(f"recipe must be one of {', '.join(map(str, Recipe))}, got {recipe!r}", "recipe")
     if fp8_dtype not in DTYPES:
         raise ArgumentError(f"fp8_dtype must be torch.float8_e4m3fn or torch.float8_e5m2, got {fp8_dtype}", "fp8_dtype")
-    if not isinstance(x, Tensor) or x.dtype not in _FLOATS or x.dim() != 2:
+    if not isinstance(x, Tensor) or x.dtype not in FLOATS or x.dim() != 2:
         got = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else repr(x)
         raise ArgumentError(f"x must be [rows, hidden], bfloat16, float16 or float32, got {got}", "x")
     check_hidden(x.size(1), "x")
     is_scale = isinstance(scale, Tensor) and scale.dtype == torch.float32 and scale.numel() == 1
     if is_scale != (recipe is Recipe.TENSOR):
         raise ArgumentError(f"scale must be float32 [1] with {Recipe.TENSOR} and None otherwise, got {scale!r}", "scale")
+    if scale is not None:
+        checks.need(scale.device == x.device, "scale", f"on {x.device}", scale)
+        if not scale.is_cuda:
+            _checked_scale(scale)
+    checks.flag(power_of_two, "power_of_two")
+    checks.number(min_amax, "min_amax")
     with torch.no_grad():
         from deepep_train.fp8 import te_present
 
@@ -153,8 +183,16 @@ def quantize(
 
             data, scales = gemm_te.quantize(x, recipe, fp8_dtype, power_of_two, min_amax)
         else:
-            data, scales = quantize_in_torch(x, recipe, fp8_dtype, power_of_two, min_amax, scale)
+            fused = kernels.quantize(x, fp8_dtype, power_of_two, min_amax) if recipe is Recipe.BLOCK else None
+            data, scales = fused or quantize_in_torch(x, recipe, fp8_dtype, power_of_two, min_amax, scale)
     return Quantized(recipe, data, scales, (x.size(0),), _Rows.apply(x))
+
+
+def _checked_scale(scale: Tensor) -> float:
+    value = float(scale)
+    if not 0.0 < value < float("inf"):
+        raise ArgumentError(f"scale must be positive and finite, got {value:g}", "scale")
+    return value
 
 
 def check_hidden(hidden: int, argument: str) -> None:
@@ -174,6 +212,11 @@ def scale_shape(recipe: Recipe, num_rows: int, hidden: int) -> tuple[int, int]:
 def placeholder(num_rows: int, hidden: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """`Quantized.rows`."""
     return torch.full((), float("nan"), dtype=dtype, device=device).expand(num_rows, hidden)
+
+
+def is_placeholder(rows: Tensor) -> bool:
+    """Whether `rows` can only be a `placeholder` or a view of one: more elements than one, all in one place."""
+    return rows.numel() > 1 and not any(rows.stride())
 
 
 def quantize_in_torch(

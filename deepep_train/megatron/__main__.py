@@ -2,6 +2,8 @@
 
     torchrun --nproc-per-node 8 -m deepep_train.megatron pretrain_gpt.py \\
         --moe-token-dispatcher-type flex --moe-flex-dispatcher-backend deepep_train …
+
+`--no-moe-fp8-dispatch` among the script's arguments sends tokens as they are under every FP8 recipe.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from deepep_train.megatron.install import BACKEND, install
+from deepep_train.megatron.switches import take_option
 
 OPTION = "--moe-flex-dispatcher-backend"
 
@@ -38,7 +41,7 @@ def main() -> None:
         raise SystemExit(f"python -m deepep_train.megatron: there is no script {script}")
     install()
     accept_backend()
-    sys.argv = sys.argv[1:]
+    sys.argv = take_option(sys.argv[1:])
     sys.path[0] = str(script.resolve().parent)  # as python itself does for a script
     runpy.run_path(str(script), run_name="__main__")
 

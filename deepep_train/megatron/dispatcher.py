@@ -7,7 +7,6 @@ Shape letters: T tokens of this rank, E experts, K picks of a token, H hidden, M
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -15,14 +14,12 @@ from megatron.core.transformer.moe.moe_utils import get_align_size_for_quantizat
 from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from torch import Tensor
 
-from deepep_train import fp8, ops
-from deepep_train.buffer import Buffer
+from deepep_train import checks, fp8, ops
 from deepep_train.errors import ArgumentError
 from deepep_train.group_buffers import buffer_of
 from deepep_train.handle import Handle
 from deepep_train.megatron import quantized_experts
-
-FP8_SWITCH = "DEEPEP_TRAIN_FP8_DISPATCH"  # of the environment: 0 sends tokens as they are under every recipe
+from deepep_train.megatron.switches import wants_fp8_dispatch
 
 
 class TokenDispatcher(MoETokenDispatcher):
@@ -53,9 +50,7 @@ class TokenDispatcher(MoETokenDispatcher):
         # Before 0.18 Megatron names a size even where nothing is quantized.
         is_padded = config.fp8 or config.fp4 or getattr(config, "use_transformer_engine_op_fuser", False)
         self.alignment = get_align_size_for_quantization(config) if is_padded else 1
-        num_sms = getattr(config, "moe_flex_dispatcher_num_sms", None)  # from 0.19 on
-        if num_sms is not None:
-            Buffer.set_num_sms(num_sms)
+        self.num_sms: int = getattr(config, "moe_flex_dispatcher_num_sms", None) or 0  # from 0.19 on
         self.buffer = buffer_of(self.tp_ep_group)
         self.may_send_fp8 = _may_send_fp8(config)
         # What a forward pass leaves for its later steps.
@@ -80,7 +75,9 @@ class TokenDispatcher(MoETokenDispatcher):
         rows cross in FP8; what is returned then only stands for them, until `dispatch_postprocess`."""
         if self.shared_experts is not None:
             self.shared_experts.wait_current_stream()
-        how = quantized_experts.settings() if self.may_send_fp8 else None
+        # Asked again each time: without what `install` puts in place, experts would compute with what stands for the rows.
+        may_send_fp8 = self.may_send_fp8 and quantized_experts.is_installed()
+        how = quantized_experts.settings() if may_send_fp8 else None
         sent = hidden_states if how is None else fp8.quantize(hidden_states, **how._asdict())
         out = ops.dispatch(
             sent,
@@ -90,6 +87,7 @@ class TokenDispatcher(MoETokenDispatcher):
             num_experts=self.buffer.group_size * self.num_local_experts,
             layout="expert",
             alignment=self.alignment,
+            num_sms=self.num_sms,
         )
         self.topk_idx, self.handle, self.tokens_per_expert = None, out.handle, out.tokens_per_expert
         self.received = None if how is None else out.x
@@ -119,7 +117,7 @@ class TokenDispatcher(MoETokenDispatcher):
             self.shared_experts.wait_current_stream()
         handle, self.handle = self.handle, None  # kept by autograd as long as a backward needs it
         assert handle is not None, "token_combine without a token_dispatch before it"
-        return ops.combine(hidden_states, handle)
+        return ops.combine(hidden_states, handle, num_sms=self.num_sms)
 
     def combine_postprocess(self, hidden_states: Tensor) -> Tensor:
         """[T, H] -> the shape that came, the overlapped shared experts' output added."""
@@ -174,26 +172,37 @@ def _may_send_fp8(config: Any) -> bool:
     is_grouped = config.moe_grouped_gemm and not getattr(config, "moe_use_legacy_grouped_gemm", False)
     is_fused = getattr(config, "use_transformer_engine_op_fuser", False)
     is_inference = getattr(config, "transformer_impl", "") == "inference_optimized"
+    # Megatron then passes the rows through functions of its own, which return tensors that carry nothing.
+    offloads = getattr(config, "fine_grained_activation_offloading", False)
+    is_offloaded = offloads and "expert_fc1" in (getattr(config, "offload_modules", None) or [])
     width = getattr(config, "moe_latent_size", None) or config.hidden_size
     return bool(
         config.fp8
-        and os.environ.get(FP8_SWITCH, "1") != "0"
-        and quantized_experts.is_installed()
+        and wants_fp8_dispatch(config)
         and is_grouped
-        and not (is_fused or is_inference or config.moe_apply_probs_on_input)
+        and not (is_fused or is_inference or is_offloaded or config.moe_apply_probs_on_input)
         and width % fp8.HIDDEN_MULTIPLE == 0
     )
 
 
 def _check(config: Any) -> None:
-    """Refuse what needs shapes that no routing changes: this dispatcher's rows are as many as were routed here."""
-    # By release; Megatron makes lists of enumerators of what it is given.
-    scopes = getattr(config, "cuda_graph_modules", None) or getattr(config, "cuda_graph_scope", None) or []
-    if isinstance(scopes, list) and "moe" in [getattr(scope, "name", scope) for scope in scopes]:
+    """Refuse what cannot work, naming the field."""
+    num_sms = getattr(config, "moe_flex_dispatcher_num_sms", None)
+    if num_sms is not None:
+        checks.integer(num_sms, "moe_flex_dispatcher_num_sms", 1)
+    how = getattr(config, "cuda_graph_impl", None) or "none"
+    if how == "none":
+        return
+    # A graph needs shapes that no routing changes; this dispatcher's rows are as many as were routed here.
+    served = 'the deepep_train backend serves graphs of parts of a layer: of "moe_router" and "moe_preprocess", not of'
+    if how == "full_iteration":
+        raise ArgumentError(f'cuda_graph_impl="full_iteration": {served} the full iteration', "cuda_graph_impl")
+    field = "cuda_graph_modules" if hasattr(config, "cuda_graph_modules") else "cuda_graph_scope"  # before 0.18
+    scopes = getattr(config, field, None) or []
+    names = [getattr(scope, "name", scope) for scope in (scopes if isinstance(scopes, (list, tuple)) else [scopes])]
+    if not names or {"full", "moe", "full_iteration"} & set(names):
         raise ArgumentError(
-            'a CUDA graph of the whole MoE layer (scope "moe") needs shapes that no routing changes; the deepep_train backend '
-            'serves the scopes "moe_router" and "moe_preprocess"',
-            "cuda_graph_modules",
+            f'{field}={names} with cuda_graph_impl="{how}" captures the whole MoE layer (no name means all of it); {served} '
+            "what changes its shape with the routing",
+            field,
         )
-    if getattr(config, "cuda_graph_impl", "none") == "full_iteration":
-        raise ArgumentError("the deepep_train backend cannot be captured in a graph of the full iteration", "cuda_graph_impl")

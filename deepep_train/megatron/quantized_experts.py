@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from deepep_train.errors import DeepEPError
-from deepep_train.fp8 import Quantized, Recipe
+from deepep_train.fp8 import Quantized, Recipe, is_placeholder
 from deepep_train.megatron.replacements import Replacements
+from deepep_train.megatron.switches import FP8_VARIABLE
 
 _CARRIED = "deepep_train_quantized"
 _QUANTIZERS = {Recipe.BLOCK: "Float8BlockQuantizer", Recipe.MXFP8: "MXFP8Quantizer"}
@@ -90,6 +91,11 @@ def _forward(stock: Callable[..., Any]) -> Callable[..., Any]:
     def forward(self: Any, inp: Tensor, *args: Any, **kwargs: Any) -> Any:
         quantized = getattr(inp, _CARRIED, None)
         if quantized is None:
+            if is_placeholder(inp):
+                raise DeepEPError(
+                    "these rows stand for quantized ones, which something between dispatch and experts has lost: set "
+                    f"{FP8_VARIABLE}=0 and report what lies between them"
+                )
             return stock(self, inp, *args, **kwargs)
         if not _takes(self, quantized):
             return stock(self, replace(quantized, rows=inp).dequantize(), *args, **kwargs)

@@ -127,6 +127,8 @@ class MoELayer(nn.Module):
             least = _FP8_ALIGNMENT[fp8_recipe]
             alignment = least if alignment is None else alignment
             checks.need(alignment % least == 0, "alignment", f"a multiple of {least} under {fp8_recipe}", alignment)
+            params = torch.get_default_dtype() if dtype is None else dtype
+            checks.need(params in fp8.FLOATS, "dtype", "bfloat16, float16 or float32 with fp8_recipe", params)
         checks.need(fp8_recipe is not None or not delay_wgrad, "delay_wgrad", "False without fp8_recipe", delay_wgrad)
         if buffer is not None and group is not None and buffer.group is not group:
             raise ArgumentError("buffer belongs to another group than the group given", "buffer")
@@ -194,7 +196,12 @@ class MoELayer(nn.Module):
     def _exchange(self, x_TH: Tensor, topk_idx: Tensor, weights_TK: Tensor) -> Tensor:
         """What the experts make of the tokens."""
         alignment = self.alignment or (16 if x_TH.is_cuda else 1)
-        sent = x_TH if self.fp8_recipe is None else fp8.quantize(self._in_experts_dtype(x_TH), self.fp8_recipe)
+        sent: Tensor | fp8.Quantized = x_TH
+        if self.fp8_recipe is not None:
+            try:
+                sent = fp8.quantize(self._in_experts_dtype(x_TH), self.fp8_recipe)
+            except ArgumentError as error:
+                self.buffer.refuse_dispatch(error)  # where the other ranks wait for this one
         got = dispatch(
             sent, topk_idx, weights_TK, buffer=self.buffer, num_experts=self.num_experts, layout="expert", alignment=alignment
         )

@@ -173,6 +173,9 @@ def test_the_error_of_a_round_trip_and_its_gradient(recipe: Recipe) -> None:
         ("recipe", "block", "block"),
         ("fp8_dtype", torch.uint8, "uint8"),
         ("scale", torch.ones(1), "None otherwise"),
+        ("min_amax", "a", "'a'"),
+        ("min_amax", -1.0, "-1"),
+        ("power_of_two", 1, "1"),
     ],
 )
 def test_wrong_arguments_are_named(argument: str, value: Any, text: str) -> None:
@@ -190,3 +193,10 @@ def test_bytes_on_the_wire(recipe: Recipe, hidden: int) -> None:
     assert wire.scales is not None
     crossing = wire.data.numel() * wire.data.element_size() + wire.scales.numel() * wire.scales.element_size()
     assert crossing <= 0.53 * x.nbytes
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
+def test_a_scale_must_be_positive(value: float) -> None:
+    with pytest.raises(ArgumentError, match="positive and finite") as caught:
+        fp8.quantize(torch.zeros(2, 128), Recipe.TENSOR, scale=torch.tensor([value]))
+    assert caught.value.argument == "scale"

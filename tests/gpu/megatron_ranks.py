@@ -20,8 +20,8 @@ import megatrons_own  # noqa: E402
 import small  # noqa: E402
 
 from deepep_train.megatron import TokenDispatcher, quantized_experts  # noqa: E402
-from deepep_train.megatron.dispatcher import FP8_SWITCH  # noqa: E402
 from deepep_train.megatron.replacements import Replacements  # noqa: E402
+from deepep_train.megatron.switches import FP8_VARIABLE  # noqa: E402
 
 compat.uninstall()  # Megatron keeps what it found
 
@@ -137,11 +137,11 @@ def fp8_trainings(
             return stock(rows, quantized)
 
         spy.put(quantized_experts, "carry", carry)
-        os.environ[FP8_SWITCH] = switch
+        os.environ[FP8_VARIABLE] = switch
         try:
             (curve,), engines = trainings(rank, size, group, setup, [dispatcher], steps)
         finally:
-            del os.environ[FP8_SWITCH]
+            del os.environ[FP8_VARIABLE]
             spy.take_back()
         curves.append(curve)
         made += engines

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import fp8_misuses
 import pytest
 import torch
 import torch.distributed as dist
@@ -246,3 +247,85 @@ def test_the_layer_follows_bf16(record_property: Any, size: int) -> None:
     record_property("errors", results)
     for errors in results:
         assert all(0.005 < e < 0.15 for e in errors), results
+
+
+# Refusals, and gradients, on the nvlink engine ----------------------------------------------------------------------------
+
+
+def wrong(rank: int, size: int, group: dist.ProcessGroup, name: str) -> tuple[str, Any, Any]:
+    return fp8_misuses.on_a_rank(rank, buffer_of(group), "cuda", name)
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "texts"),
+    [e for e in fp8_misuses.EXPECTED if e[0] not in fp8_misuses.UNWAITED],
+    ids=lambda v: str(v)[:24],
+)
+def test_an_error_on_one_rank_is_an_error_on_all(name: str, argument: str, texts: list[str]) -> None:
+    fp8_misuses.check(run_ranks(3, wrong, name), name, argument, texts)
+
+
+def wrong_and_unwaited(rank: int, size: int, group: dist.ProcessGroup, name: str) -> tuple[str, Any, Any]:
+    """The error of this rank's call, or of its next one."""
+    buffer = dt.Buffer(group, engine="nvlink", timeout=20)
+    told, good_call = fp8_misuses.wrong_call(rank, buffer, "cuda", name)
+    with pytest.raises(dt.DeepEPError, match="refused to take part") as lost:
+        good_call()
+        torch.cuda.synchronize()
+        buffer.check()
+    return told if told[0] else (str(lost.value), None, None)
+
+
+@pytest.mark.parametrize(("name", "argument", "texts"), [e for e in fp8_misuses.EXPECTED if e[0] in fp8_misuses.UNWAITED])
+def test_an_error_in_a_call_without_a_wait_is_heard_by_all(name: str, argument: str, texts: list[str]) -> None:
+    alone = name != "handle with a bound"
+    for rank, (text, named, _) in enumerate(run_ranks(3, wrong_and_unwaited, name)):
+        if alone and rank != 1:
+            assert named is None and "rank 1 refused to take part" in text, text
+        else:
+            assert named == argument and texts[0 if alone else rank // 2] in text, text
+
+
+def gradients(
+    rank: int, size: int, group: dist.ProcessGroup, exchange: Exchange, given: list[Given], recipe: Recipe, grads: list[Tensor]
+) -> list[Any]:
+    """For every engine: of Σ values · c by the tokens and of Σ weights by the weights; combine(c); and y's gradient by FP8."""
+    found = []
+    mine, how = given[rank], how_of(exchange)
+    for engine in ("nvlink", "collective"):
+        buffer = buffer_of(group, engine)
+        x, idx, weights, grad = to((mine.x, mine.topk_idx, mine.topk_weights, grads[rank]), "cuda")
+        x.requires_grad_(), weights.requires_grad_()
+        scale = torch.tensor([1 / 32], device="cuda") if recipe is Recipe.TENSOR else None
+        out = dt.dispatch(fp8.quantize(x, recipe, scale=scale), idx, weights, buffer=buffer, **how)
+        values = out.x.dequantize()
+        c = torch.randn(values.shape, generator=torch.Generator().manual_seed(rank)).bfloat16().cuda()
+        ((values * c).sum() + out.topk_weights.sum()).backward()
+        by_fp8 = []
+        for grad_dtype in fp8.DTYPES:
+            y = torch.zeros_like(c).requires_grad_()
+            dt.combine(y, out.handle, grad_dtype=grad_dtype).backward(grad)
+            by_fp8.append(y.grad)
+        found.append(to([x.grad, weights.grad, dt.combine(c, out.handle), *by_fp8], "cpu"))
+        buffer.check()
+    return found
+
+
+@pytest.mark.parametrize("size", [4, 8])
+@pytest.mark.parametrize("layout", ["rank", "expert"])
+@pytest.mark.parametrize("recipe", Recipe)
+def test_gradients(recipe: Recipe, layout: str, size: int) -> None:
+    exchange, given = given_of(size, layout, 16 if layout == "expert" else 1)
+    g = exchange.generator()
+    grads = [(torch.randn(n, HIDDEN, generator=g) * 1e-5).bfloat16() for n in exchange.tokens]
+    picture = Picture(given, exchange.num_experts)
+    for rank, (nvlink, collective) in enumerate(run_ranks(size, gradients, exchange, given, recipe, grads)):
+        grad_x, grad_weights, combined, *by_fp8 = nvlink
+        assert_same_bits(grad_x, combined)
+        assert_same_bits(grad_weights, (given[rank].topk_idx >= 0).float())
+        rows = picture.arrive(rank, layout, exchange.alignment).rows
+        for grad_dtype, got in zip(fp8.DTYPES, by_fp8, strict=True):
+            sent_once = [fp8.quantize(one.float(), fp8_dtype=grad_dtype).dequantize(torch.bfloat16) for one in grads]
+            assert_same_bits(got, picture.gather(rows, sent_once))
+        for one, other in zip(nvlink, collective, strict=True):
+            assert_same_bits(one, other)

@@ -11,6 +11,11 @@ from harness import assert_same_bits, run_ranks
 
 small = pytest.importorskip("small", reason="megatron-core is not installed", exc_type=ImportError)
 
+from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
+
+from deepep_train import ArgumentError, DeepEPError, fp8  # noqa: E402
+from deepep_train.megatron import dispatcher, quantized_experts, switches  # noqa: E402
+
 PARALLEL = {"ep 2": (1, 2), "tp 2": (2, 1), "tp 2, ep 2": (2, 2), "ep 4": (1, 4)}
 
 
@@ -224,9 +229,6 @@ def test_layers_share_a_buffer_that_goes_with_them() -> None:
 def refused(rank: int, size: int, group: Any) -> None:
     from megatron.core.transformer import enums
 
-    from deepep_train import ArgumentError
-    from deepep_train.megatron import dispatcher
-
     is_new = hasattr(enums, "CudaGraphModule")  # from 0.18 on
     scopes, scopes_name = (
         (enums.CudaGraphModule, "cuda_graph_modules") if is_new else (enums.CudaGraphScope, "cuda_graph_scope")
@@ -234,12 +236,21 @@ def refused(rank: int, size: int, group: Any) -> None:
     setup = small.Setup()
     with setup.parallel():
         config = setup.transformer_config(small.OURS)
-        for name, value in ((scopes_name, [scopes.moe]), ("cuda_graph_impl", "full_iteration")):
-            before = getattr(config, name)
-            setattr(config, name, value)
-            with pytest.raises(ArgumentError, match="graph"):
+        graphs = [("local", []), ("transformer_engine", []), ("local", [scopes.attn, scopes.moe]), ("full_iteration", [])]
+        for config.cuda_graph_impl, names in graphs:
+            setattr(config, scopes_name, names)
+            with pytest.raises(ArgumentError, match="graph") as caught:
                 small.layer_of(config)
-            setattr(config, name, before)
+            assert caught.value.argument == ("cuda_graph_impl" if config.cuda_graph_impl == "full_iteration" else scopes_name)
+        config.cuda_graph_impl = "none"  # Megatron's default, with which the names mean nothing
+        setattr(config, scopes_name, [])
+        small.layer_of(config)
+        for config.moe_flex_dispatcher_num_sms in (0, -2, 2.5, "4"):
+            with pytest.raises(ArgumentError) as caught:
+                small.layer_of(config)
+            assert caught.value.argument == "moe_flex_dispatcher_num_sms"
+        config.moe_flex_dispatcher_num_sms = 7
+        config.cuda_graph_impl = "transformer_engine"
         setattr(config, scopes_name, [scopes.moe_router, scopes.moe_preprocess])
         layer = small.layer_of(config)
         with pytest.raises(ArgumentError, match="top_k=3 picks of 2 experts"):
@@ -252,3 +263,125 @@ def refused(rank: int, size: int, group: Any) -> None:
 
 def test_what_cannot_work_is_refused_at_construction() -> None:
     run_ranks(2, refused, timeout=60)
+
+
+def sms(rank: int, size: int, group: Any) -> tuple[list[int], bool]:
+    """The numbers of SMs that dispatch, combine and their backwards ask the engine for, and whether others got to know."""
+    from deepep_train import Buffer
+
+    setup = small.Setup(config={"moe_flex_dispatcher_num_sms": 7})
+    with setup.parallel():
+        layer = small.layer_of(setup.transformer_config(small.OURS))
+        engine, asked = layer.token_dispatcher.buffer._engine, []
+
+        def spied(stock: Any) -> Any:
+            def spy(prepared: Any) -> Any:
+                asked.append(prepared.require().num_sms)
+                return stock(prepared)
+
+            return spy
+
+        for name in ("dispatch", "combine", "redispatch"):
+            setattr(engine, name, spied(getattr(engine, name)))
+        x = torch.randn(4, 2, small.HIDDEN, requires_grad=True)
+        layer(x)[0].sum().backward()
+        return asked, Buffer._sms_are_set
+
+
+@pytest.mark.skipif(
+    not hasattr(TransformerConfig, "moe_flex_dispatcher_num_sms"), reason="Megatron before 0.19 has no such field"
+)
+def test_num_sms_are_the_configurations() -> None:
+    assert run_ranks(2, sms, timeout=60) == [([7, 7, 7, 7], False)] * 2
+
+
+# When tokens cross in FP8 ---------------------------------------------------------------------------------------------------
+
+
+def fp8_config(**how: Any) -> SimpleNamespace:
+    """The fields that decide, as a model of Transformer Engine's layers under an FP8 recipe has them."""
+    return SimpleNamespace(
+        **({"fp8": "e4m3", "moe_grouped_gemm": True, "moe_apply_probs_on_input": False, "hidden_size": 256} | how)
+    )
+
+
+@pytest.mark.parametrize(
+    ("expected", "how"),
+    [
+        (True, {}),
+        (False, {"fp8": None}),
+        (False, {"moe_grouped_gemm": False}),
+        (False, {"moe_use_legacy_grouped_gemm": True}),
+        (False, {"use_transformer_engine_op_fuser": True}),
+        (False, {"transformer_impl": "inference_optimized"}),
+        (False, {"moe_apply_probs_on_input": True}),
+        (False, {"hidden_size": 192}),
+        (False, {"moe_latent_size": 96}),
+        (False, {"moe_fp8_dispatch": False}),
+        (False, {"fine_grained_activation_offloading": True, "offload_modules": ["expert_fc1", "attn_norm"]}),
+        (True, {"fine_grained_activation_offloading": True, "offload_modules": ["moe_act"]}),
+        (True, {"fine_grained_activation_offloading": False, "offload_modules": ["expert_fc1"]}),
+    ],
+)
+def test_which_configurations_send_fp8(expected: bool, how: dict[str, Any]) -> None:
+    assert dispatcher._may_send_fp8(fp8_config(**how)) is expected
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [(w, False) for w in ("0", "false", "OFF", "no")] + [(w, True) for w in ("", "1", "true", "On", "yes")],
+)
+def test_the_environment_switches_fp8_off(monkeypatch: pytest.MonkeyPatch, word: str, expected: bool) -> None:
+    monkeypatch.setenv(switches.FP8_VARIABLE, word)
+    assert dispatcher._may_send_fp8(fp8_config()) is expected
+    assert dispatcher._may_send_fp8(fp8_config(moe_fp8_dispatch=True)), "the configuration goes first"
+
+
+def test_a_switch_that_means_nothing_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ArgumentError, match="'maybe'"):
+        dispatcher._may_send_fp8(fp8_config(moe_fp8_dispatch="maybe"))
+    monkeypatch.setenv(switches.FP8_VARIABLE, "maybe")
+    with pytest.raises(ArgumentError, match="'maybe'"):
+        dispatcher._may_send_fp8(fp8_config())
+
+
+def test_the_command_line_switches_fp8_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(switches.FP8_VARIABLE, "1")
+    assert switches.take_option(["train.py", "--fp8-format", "e4m3"]) == ["train.py", "--fp8-format", "e4m3"]
+    assert switches.wants_fp8_dispatch(fp8_config())
+    assert switches.take_option(["train.py", switches.FP8_OPTION, "--bf16"]) == ["train.py", "--bf16"]
+    assert not switches.wants_fp8_dispatch(fp8_config())
+
+
+def sent_as(rank: int, size: int, group: Any) -> list[bool]:
+    """Whether rows cross in FP8: installed, uninstalled in between, outside of the FP8 context."""
+    setup, sent = small.Setup(config={"hidden_size": 128}), []
+    with setup.parallel(), pytest.MonkeyPatch.context() as patch:
+        layer = small.layer_of(setup.transformer_config(small.OURS))
+        ours = layer.token_dispatcher
+        ours.may_send_fp8 = True
+        settings = quantized_experts.Settings(fp8.Recipe.BLOCK)
+        for is_installed, now in ((True, settings), (False, settings), (True, None)):
+            patch.setattr(quantized_experts, "is_installed", lambda now=is_installed: now)
+            patch.setattr(quantized_experts, "settings", lambda now=now: now)
+            x = torch.randn(4, 2, 128)
+            probs, routing_map = layer.router(x)
+            rows, _, _ = ours.dispatch_postprocess(*ours.token_dispatch(*ours.dispatch_preprocess(x, routing_map, probs)))
+            assert bool(rows.isnan().any()) == hasattr(rows, quantized_experts._CARRIED)
+            sent.append(hasattr(rows, quantized_experts._CARRIED))
+    return sent
+
+
+def test_rows_cross_in_fp8_only_to_experts_that_take_them() -> None:
+    assert run_ranks(2, sent_as, timeout=60) == [[True, False, False]] * 2
+
+
+def test_experts_refuse_rows_whose_values_were_lost() -> None:
+    """Megatron's activation offloading passes rows through a function of its own, which returns another tensor."""
+    q = fp8.quantize(torch.randn(16, 256).bfloat16().requires_grad_())
+    rows = quantized_experts.carry(q.rows, q).view_as(q.rows)
+    forward = quantized_experts._forward(lambda self, rows: rows)
+    with pytest.raises(DeepEPError, match=switches.FP8_VARIABLE):
+        forward(None, rows)
+    plain = torch.randn(16, 256)
+    assert forward(None, plain) is plain
