@@ -8,22 +8,30 @@ namespace deepep_train::low_latency {
 namespace {
 
 constexpr int kThreads = 1024;
-
 template <bool kLogfmt>
 __global__ void __launch_bounds__(kThreads, 1) combine_send_kernel(const __grid_constant__ CombineParams p) {
     __shared__ Showing shared;
     Control* mine = control_of(p, p.rank);
     if (mine->closed != 0) return;
     const uint32_t number = mine->combines[p.set] + 1;
-    if (p.zero_copy == 0) show_copies<kLogfmt, false>(p, mine, number, blockIdx.x, gridDim.x, shared);
-    if (!is_last_block(mine, p, kCombineSend, gridDim.x)) return;
+    const Layout layout(p);
+    const int64_t copies = layout.rows + p.set * layout.rows_bytes;
+    if (p.zero_copy == 0) {
+        prepare_copies(p, mine, shared);
+        int row = blockIdx.x + threadIdx.x / 32 * gridDim.x;
+        constexpr int kVectors = kLogfmt ? 4 : 8;
+        for (int start = 0; start < 2 * p.hidden; start += kVectors * 512)
+            copy_columns<kLogfmt, false, kVectors>(p, shared, space_of(p, p.rank) + copies, start, gridDim.x * (kThreads / 32),
+                                                   row);
+    }
+    if (!is_last_block(mine, p, kCombineSend)) return;
     if (threadIdx.x < 32) {
-        const Layout layout(p);
-        const Shown how = kLogfmt ? kCompactLogfmt : kCompact;
-        if (p.zero_copy != 0)
-            show_in_place(p, mine, number);
-        else
-            tell_shown(p, number, kSteps - 1, layout.rows + p.set * layout.rows_bytes, how);
+        if (p.zero_copy != 0) {
+            wait_for_answers(p, mine->shown_to[p.set], mine->pulled[p.set]);
+            tell_shown(p, number, kSteps - 1, reinterpret_cast<const char*>(p.y) - space_of(p, p.rank), kSpread);
+        } else {
+            tell_shown(p, number, kSteps - 1, copies, kLogfmt ? kCompactLogfmt : kCompact);
+        }
     }
     __syncthreads();
     note_shown(p, mine, number);

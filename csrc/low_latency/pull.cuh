@@ -9,7 +9,7 @@
 
 namespace deepep_train::low_latency {
 
-constexpr int kPart = 512, kParts = kSliceBytes / kPart;  // of a row: what a warp sums at once; of a slice
+constexpr int kPart = 512;  // bytes of a row that a warp sums at once
 constexpr int kBatch = 32;
 
 // A pick of a token: where its row is (null: nowhere), and the rank that it is pulled from.
@@ -22,8 +22,6 @@ struct Pick {
 
 struct Pulling {
     uint64_t came;
-    uint64_t lost;   // of these, ranks that did not come to an end
-    uint32_t ready;  // slices that may be pulled
     uint32_t coded;  // whether some rows are in LogFMT
     const char* rows[kMaxRanks];
     int how[kMaxRanks];  // enum Shown
@@ -50,39 +48,7 @@ DT_DEVICE void find_rows(const CombineParams& p, Control* mine, uint32_t number,
     coded = __any_sync(0xffffffffu, coded);
     if (threadIdx.x % 32 == 0) {
         shared.came = present;
-        shared.lost = 0;
-        shared.ready = 0;
         shared.coded = coded;
-    }
-}
-
-// By one warp, after `find_rows`: lets the others know of every slice that all peers have shown.
-DT_DEVICE void watch(const CombineParams& p, Control* mine, uint32_t number, Pulling& shared) {
-    const int slices = slices_of(p);
-    const uint64_t start = global_timer();
-    uint64_t lost = 0;
-    for (int slice = 0; slice < slices; ++slice) {
-        const uint32_t step = number * kSteps + step_of(slice, slices);
-        for (int base = 0; base < p.num_ranks; base += 32) {
-            const int peer = base + threadIdx.x % 32;
-            bool here = true;
-            if (peer < p.num_ranks && is_in(shared.came, peer) && !is_in(lost, peer))
-                while (!(here = reached(load_acquire_sys(mine->shown[p.set].at + peer), step))) {
-                    if (global_timer() - start > p.timeout_ns) {
-                        give_up(p, peer);
-                        break;
-                    }
-                    __nanosleep(20);
-                }
-            __syncwarp();
-            lost |= static_cast<uint64_t>(__ballot_sync(0xffffffffu, !here)) << base;
-        }
-        if (threadIdx.x % 32 == 0) {
-            *static_cast<volatile uint64_t*>(&shared.lost) = lost;
-            __threadfence();
-            *static_cast<volatile uint32_t*>(&shared.ready) = slice + 1;
-        }
-        __syncwarp();
     }
 }
 
@@ -154,60 +120,38 @@ DT_DEVICE void pull_part(const CombineParams& p, const Pick* picks, uint64_t los
             make_uint4(rounded(sum[0], sum[1]), rounded(sum[2], sum[3]), rounded(sum[4], sum[5]), rounded(sum[6], sum[7])));
 }
 
-// By `blocks` blocks. With `kFollow`, slices are pulled as peers show them, this rank's own rows from the caller's tensor;
-// else everything has been copied, what was copied last is in the caches, and is pulled first.
-template <bool kFollow>
-DT_DEVICE void pull_all(const CombineParams& p, Control* mine, uint32_t number, int block, int blocks, Pulling& shared) {
-    const int slices = slices_of(p), warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const uint32_t step = kFollow ? step_of(0, slices) : kSteps - 1;
-    if (warp == 0) find_rows(p, mine, number, step, kFollow && p.logfmt == 0 ? p.y : 0, block == 0 ? p.wait_ns : 0, shared);
-    __syncthreads();
+// Tokens, or shares of such, of the launch that are dealt to its blocks. Where there are fewer tokens than blocks, several
+// share a token: each has every `shares`-th part of the row.
+struct Items {
+    int parts, shares;
+    int64_t all;
+
+    DT_DEVICE explicit Items(const CombineParams& p) {
+        const int blocks = gridDim.x;
+        parts = (2 * p.hidden + kPart - 1) / kPart;
+        shares = p.num_tokens == 0 ? 1 : blocks / p.num_tokens;
+        shares = shares < 1 ? 1 : shares > parts ? parts : shares;
+        all = int64_t{p.num_tokens} * shares;
+    }
+    // Of this block, from item `first` on, at most a batch.
+    DT_DEVICE int from(int64_t first) const {
+        const int64_t left = (all - first + gridDim.x - 1) / gridDim.x;
+        return left < 0 ? 0 : left < kBatch ? static_cast<int>(left) : kBatch;
+    }
+};
+
+// By every thread: looks up the picks of `count` of this block's items, from item `first` on.
+DT_DEVICE void find_picks(const CombineParams& p, const Items& items, int64_t first, int count, Pulling& shared) {
     const Layout layout(p);
     const auto* places = reinterpret_cast<const Place*>(space_of(p, p.rank) + layout.places + p.set * layout.place_bytes);
-    // Where there are fewer tokens than blocks, several share a token: each has every `shares`-th part.
-    const int parts = (2 * p.hidden + kPart - 1) / kPart;
-    int shares = p.num_tokens == 0 ? 1 : blocks / p.num_tokens;
-    shares = shares < 1 ? 1 : shares > parts ? parts : shares;
-    const int groups = ((parts + shares - 1) / shares + kParts - 1) / kParts;  // of kParts parts, for each item
-    const int64_t all = int64_t{p.num_tokens} * shares;
-    uint32_t seen = 0;
-    for (int64_t first = block; first < all; first += int64_t{kBatch} * blocks) {
-        const int64_t left = (all - first + blocks - 1) / blocks;
-        const int items = left < kBatch ? static_cast<int>(left) : kBatch;
-        for (int i = threadIdx.x; i < items * kMaxTopK; i += blockDim.x) {
-            const int64_t item = first + int64_t{i / kMaxTopK} * blocks, t = item / shares;
-            shared.picks[i / kMaxTopK][i % kMaxTopK] = find_pick(p, shared, places, t, i % kMaxTopK);
-            if (i % kMaxTopK != 0) continue;
-            shared.token[i / kMaxTopK] = static_cast<int32_t>(t);
-            shared.share[i / kMaxTopK] = static_cast<int32_t>(item % shares);
-        }
-        __syncthreads();
-        const bool watches = kFollow && first == block && warp == warps - 1;
-        if (watches) watch(p, mine, number, shared);
-        const int workers = kFollow && first == block ? warps - 1 : warps, units = groups * items * kParts;
-        for (int unit = watches ? units : warp; unit < units; unit += workers) {
-            const int here = kFollow ? unit : units - 1 - unit, group = here / kParts, item = group % items;
-            const int part = shared.share[item] + (group / items * kParts + here % kParts) * shares;
-            if (part >= parts) continue;
-            uint64_t lost = 0;
-            if constexpr (kFollow) {
-                const uint32_t slice = part / kParts;
-                while (seen <= slice) {
-                    seen = *static_cast<volatile uint32_t*>(&shared.ready);
-                    if (seen <= slice) __nanosleep(20);
-                }
-                __threadfence_block();
-                __syncwarp();
-                lost = *static_cast<volatile uint64_t*>(&shared.lost);
-            }
-            const int at = part * kPart + lane * 16;
-            if (shared.coded != 0)
-                pull_part<true>(p, shared.picks[item], lost, shared.token[item], at);
-            else
-                pull_part<false>(p, shared.picks[item], lost, shared.token[item], at);
-        }
-        __syncthreads();
+    for (int i = threadIdx.x; i < count * kMaxTopK; i += blockDim.x) {
+        const int64_t item = first + int64_t{i / kMaxTopK} * gridDim.x, t = item / items.shares;
+        shared.picks[i / kMaxTopK][i % kMaxTopK] = find_pick(p, shared, places, t, i % kMaxTopK);
+        if (i % kMaxTopK != 0) continue;
+        shared.token[i / kMaxTopK] = static_cast<int32_t>(t);
+        shared.share[i / kMaxTopK] = static_cast<int32_t>(item % items.shares);
     }
+    __syncthreads();
 }
 
 // By every thread of the last block: the peers that came may overwrite what was pulled.

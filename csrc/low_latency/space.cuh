@@ -16,9 +16,9 @@ namespace deepep_train::low_latency {
 constexpr int kBlock = 128;  // values with one scale
 constexpr uint32_t kNoPlace = 0xffffffffu;
 constexpr int kIndexBits = 22;     // of a pick's place: local expert << kIndexBits | its number among the source's picks of it
-constexpr int kSliceBytes = 2048;  // of rows: columns that combine copies and pulls together
+constexpr int kSliceBytes = 1024;  // of rows: columns that combine copies and pulls together
 constexpr int kMostSlices = 2 * kMaxHidden / kSliceBytes;
-constexpr uint32_t kSteps = 64;  // of `Control::shown` in a combine: slices that may be pulled; the last: all
+constexpr uint32_t kSteps = 128;  // of `Control::shown` in a combine: slices that may be pulled; the last: all
 static_assert(kMostSlices < kSteps);
 
 struct Control {
@@ -42,7 +42,7 @@ struct Control {
     Flags sent_to[2];        // the last dispatch that went to a peer
     Flags shown_to[2];
     alignas(128) int32_t num_rows[2][kMaxExperts];  // received, by local expert
-    uint32_t copied[2][kMostSlices];                // warps that have copied their part of a slice
+    uint32_t copied[2][kMostSlices];                // blocks that have copied their part of a slice
 };
 
 enum Phase { kDispatchSend = 0, kDispatchReceive = 1, kCombineSend = 2, kCombineReceive = 3 };
@@ -180,13 +180,13 @@ DT_DEVICE uint64_t wait_for_peers(const Common& c, const Control::Flags& flags, 
 
 // By every thread of every block, after its writes: whether this block is the last of the launch to come here, all others'
 // writes being visible to it.
-DT_DEVICE bool is_last_block(Control* mine, const Common& c, Phase phase, uint32_t blocks) {
+DT_DEVICE bool is_last_block(Control* mine, const Common& c, Phase phase) {
     __shared__ bool last;
     delay_at_random(phase);
     __syncthreads();
     if (threadIdx.x == 0) {
         __threadfence_system();
-        last = add_acq_rel_gpu(&mine->arrived[c.set][phase], 1) == blocks - 1;
+        last = add_acq_rel_gpu(&mine->arrived[c.set][phase], 1) == gridDim.x - 1;
         if (last) mine->arrived[c.set][phase] = 0;
     }
     __syncthreads();

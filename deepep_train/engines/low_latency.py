@@ -241,10 +241,15 @@ class LowLatency:
         self, name: str, p: Any, handle: KernelHandle, used: tuple[Tensor | None, ...], with_hook: bool
     ) -> Callable[[], None] | None:
         """The send phase, and the receive phase, now or as a hook."""
-        both, send, receive = (getattr(_C.low_latency, name + phase) for phase in ("", "_send", "_receive"))
+        send, receive = (getattr(_C.low_latency, name + phase) for phase in ("_send", "_receive"))
         space, slots = handle.space, handle.set
         with self._ordered() as stream:
-            (send if with_hook else both)(p, stream)
+            if name == "combine" and not with_hook:
+                _C.low_latency.combine(p, stream)
+            else:
+                send(p, stream)
+                if not with_hook:
+                    receive(p, stream)
             if torch.cuda.is_current_stream_capturing():
                 self._arena.keep((space, handle.pick_index))
         if not with_hook:
