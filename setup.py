@@ -22,8 +22,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-# sm_90a for Hopper's own instructions; sm_80 takes the plain-load path; sm_100 runs the Hopper path without the "a" features.
-DEFAULT_ARCHITECTURES = ("80", "90a", "100")
+# sm_80 takes the plain-load path, sm_90 and later the bulk copies; no "a" features, so PTX serves later GPUs.
+DEFAULT_ARCHITECTURES = ("80", "90", "100")
 NAMES = {"Ampere": "8.0", "Ada": "8.9", "Hopper": "9.0", "Blackwell": "10.0"}  # that torch takes, too
 
 
@@ -38,7 +38,10 @@ def find_nvcc() -> str | None:
 
 
 def architectures(nvcc: str) -> list[str]:
-    """As nvcc spells them: 80, 90a, …, with +PTX behind those whose PTX is to be kept for later GPUs."""
+    """As nvcc spells them: 80, 90, …, with +PTX behind those whose PTX is to be kept for later GPUs.
+
+    Lists made for torch (NVIDIA's containers set one) name GPUs that are too old for these kernels: those are left out.
+    """
     wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip(" ;,")
     if wanted:
         split = [entry.partition("+") for entry in re.split(r"[;,\s]+", wanted)]
@@ -46,12 +49,14 @@ def architectures(nvcc: str) -> list[str]:
         found = {entry: re.fullmatch(r"(\d+)\.(\d)(a?)(\+PTX)?", entry) for entry in entries}
         if unknown := [entry for entry, match in found.items() if match is None]:
             raise ValueError(f"TORCH_CUDA_ARCH_LIST={wanted!r}: {unknown} must look like 9.0, 9.0a or 9.0+PTX")
-        if old := [entry for entry, match in found.items() if match and int(match[1]) < 8]:
-            raise ValueError(f"TORCH_CUDA_ARCH_LIST={wanted!r}: the kernels need 8.0 or later, not {old}")
-        # Hopper's kernels need sm_90a; torch's lists usually say 9.0.
-        return [f"{m[1]}{m[2]}{'a' if (m[1], m[2]) == ('9', '0') else m[3]}{m[4] or ''}" for m in found.values() if m]
+        matches = [m for m in found.values() if m]
+        if old := [m[0] for m in matches if int(m[1]) < 8]:
+            if len(old) == len(matches):
+                raise ValueError(f"TORCH_CUDA_ARCH_LIST={wanted!r}: the kernels need 8.0 or later, not {old}")
+            print(f"deepep_train: no code for {', '.join(old)}: the kernels need 8.0 or later")
+        return [f"{m[1]}{m[2]}{m[3]}{m[4] or ''}" for m in matches if int(m[1]) >= 8]
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
-    return [a for a in DEFAULT_ARCHITECTURES if f"sm_{a.rstrip('a')}" in known.split()]  # it lists no "a" variants
+    return [a for a in DEFAULT_ARCHITECTURES if f"sm_{a}" in known.split()]
 
 
 def gencode(architecture: str) -> str:

@@ -27,7 +27,7 @@ from deepep_train.engines.peers import Peers, raise_if_different
 from deepep_train.errors import ArgumentError, DeepEPError
 from deepep_train.events import EventHandle, EventOverlap
 from deepep_train.handle import Handle, Plan
-from deepep_train.routing import RankLayout, tokens_per_node
+from deepep_train.routing import RankLayout, count_picks, tokens_per_node
 from deepep_train.streams import CommStream
 
 
@@ -366,6 +366,10 @@ class Buffer(LowLatencyCalls):
             num_experts = layout.num_tokens_per_expert.numel()
             if topk_idx is not None:
                 self._check_topk_idx(topk_idx, payload.data.size(0), num_experts, payload.data.device)
+                if not self._engine.checks_layout:
+                    counted = count_picks(topk_idx, num_experts)
+                    if not torch.equal(counted, layout.num_tokens_per_expert):
+                        raise wrong_counts(layout.num_tokens_per_expert, counted, "num_tokens_per_expert", "topk_idx")
             self._check_topk_weights(topk_idx, topk_weights)
             return DispatchRequest(
                 payload,

@@ -37,15 +37,21 @@ def rank_layout(topk_idx_TK: Tensor, num_experts: int, num_ranks: int, num_nodes
     in_rank = torch.zeros(num_tokens, num_ranks + 1, dtype=torch.bool, device=topk_idx_TK.device)
     in_rank.scatter_(1, rank_TK, True)
     in_rank_TR = in_rank[:, :num_ranks].contiguous()
-    expert = torch.where(routed_TK, topk_idx_TK, num_experts).reshape(-1)
-    per_expert = torch.zeros(num_experts + 1, dtype=torch.int32, device=topk_idx_TK.device)
-    per_expert.index_add_(0, expert, torch.ones_like(expert, dtype=torch.int32))
     return RankLayout(
         num_tokens_per_rank=in_rank_TR.sum(0, dtype=torch.int32),
         num_tokens_per_rdma_rank=tokens_per_node(in_rank_TR, num_nodes) if num_nodes > 1 else None,
-        num_tokens_per_expert=per_expert[:num_experts],
+        num_tokens_per_expert=count_picks(topk_idx_TK, num_experts),
         is_token_in_rank=in_rank_TR,
     )
+
+
+def count_picks(topk_idx_TK: Tensor, num_experts: int) -> Tensor:
+    """int32 [E]: picks of each expert; what lies outside of [0, E) picks none."""
+    is_pick_TK = (topk_idx_TK >= 0) & (topk_idx_TK < num_experts)
+    expert = torch.where(is_pick_TK, topk_idx_TK, num_experts).reshape(-1)
+    per_expert = torch.zeros(num_experts + 1, dtype=torch.int32, device=topk_idx_TK.device)
+    per_expert.index_add_(0, expert, torch.ones_like(expert, dtype=torch.int32))
+    return per_expert[:num_experts]
 
 
 def tokens_per_node(is_token_in_rank_TR: Tensor, num_nodes: int) -> Tensor:

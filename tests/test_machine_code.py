@@ -1,4 +1,4 @@
-"""What the kernels' memory orders compile to, for sm_90a; no GPU is needed. On one GPU a single L2 hides wrong orders, so the
+"""What the kernels' memory orders compile to, for sm_90; no GPU is needed. On one GPU a single L2 hides wrong orders, so the
 instructions themselves are looked at."""
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ def instructions() -> dict[str, list[str]]:
     assert tool is not None
     assert _C is not None
     assert _C.origin is not None
-    command = [tool, "--dump-sass", "-arch", "sm_90a", _C.origin]
+    command = [tool, "--dump-sass", "-arch", "sm_90", _C.origin]
     sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     line = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?(\S.*?)\s*;", re.M)
     found = re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function : |\Z)", sass, re.S)
-    assert found, f"{_C.origin} holds no code for sm_90a; TORCH_CUDA_ARCH_LIST may have left it out"
+    assert found, f"{_C.origin} holds no code for sm_90; TORCH_CUDA_ARCH_LIST may have left it out"
     return {name: line.findall(body) for name, body in found}
 
 
@@ -103,7 +103,7 @@ def test_that_test_tells_the_two_waits_apart(tmp_path: Path) -> None:
     followed = {}
     for kind in ("", ".read"):
         (tmp_path / "a.cu").write_text(source.replace("KIND", kind))
-        subprocess.run(["nvcc", "-arch=sm_90a", "-cubin", "a.cu", "-o", "a.cubin"], cwd=tmp_path, check=True)
+        subprocess.run(["nvcc", "-arch=sm_90", "-cubin", "a.cu", "-o", "a.cubin"], cwd=tmp_path, check=True)
         sass = subprocess.run([tool, "--dump-sass", "a.cubin"], cwd=tmp_path, capture_output=True, text=True, check=True)
         followed[kind] = bool(re.search(r"DEPBAR\.LE SB0[^\n]*\n[^\n]*\n[^\n]*CCTL\.IVALL", sass.stdout))
     assert followed == {"": True, ".read": False}

@@ -20,6 +20,11 @@ def _new(argument: str, value: Any, **how: Any) -> Misuse:
     return Misuse("buffer", argument, lambda s: {argument: value}, **how)
 
 
+def _with(part: int, change: Callable) -> Callable:
+    """The handle as a plain tuple with one of its tensors changed."""
+    return lambda s: tuple(change(t) if i == part else t for i, t in enumerate(s.out.handle))
+
+
 COUNTS = {
     "counts per rank are missing": _v1("num_tokens_per_rank", lambda s: None),
     "counts per rank are a list": _v1("num_tokens_per_rank", lambda s: s.layout["num_tokens_per_rank"].tolist()),
@@ -28,6 +33,7 @@ COUNTS = {
     "counts per rank are wrong": _v1("num_tokens_per_rank", lambda s: s.layout["num_tokens_per_rank"] + 1),
     "counts per expert are missing": _v1("num_tokens_per_expert", lambda s: None),
     "counts per expert are int64": _v1("num_tokens_per_expert", lambda s: s.layout["num_tokens_per_expert"].long()),
+    "counts per expert are others": _v1("num_tokens_per_expert", lambda s: s.layout["num_tokens_per_expert"] + 1),
     "counts per expert are 2-D": _v1("num_tokens_per_expert", lambda s: s.layout["num_tokens_per_expert"].view(2, -1)),
     "counts per expert do not divide": Misuse(
         "v1 dispatch", "num_experts", lambda s: {"num_tokens_per_expert": s.layout["num_tokens_per_expert"][:-1]}
@@ -57,7 +63,7 @@ DISPATCH = {
     "another number of experts": Misuse(
         "v1 dispatch",
         "num_experts",
-        lambda s: {"num_tokens_per_expert": torch.cat([s.layout["num_tokens_per_expert"]] * 2)},
+        lambda s: {"num_tokens_per_expert": torch.nn.functional.pad(s.layout["num_tokens_per_expert"], (0, 12))},
         size=3,
     ),
     "another alignment": Misuse("v1 dispatch", "alignment", lambda s: {"expert_alignment": 8}, size=3),
@@ -66,6 +72,9 @@ HANDLES = {
     "cached: handle of another buffer": _v1("handle", lambda s: s.foreign.handle, "v1 cached"),
     "cached: handle is a dict": _v1("handle", lambda s: {"plan": 1}, "v1 cached"),
     "cached: handle lacks a tensor": _v1("handle", lambda s: tuple(s.out.handle)[1:], "v1 cached"),
+    "cached: handle whose counts fall": _v1("handle", _with(0, lambda t: t.flip(0).contiguous()), "v1 cached"),
+    "cached: handle with another send_head": _v1("handle", _with(5, lambda t: t + 1), "v1 cached"),
+    "cached: handle with more rows than were received": _v1("handle", _with(3, lambda t: t[:0]), "v1 cached"),
     "cached: handle has None inside": _v1("handle", lambda s: (None, *s.out.handle[1:]), "v1 cached"),
     "cached: handle is shuffled": _v1("handle", lambda s: tuple(s.out.handle)[::-1], "v1 cached"),
     "cached: topk_idx": _v1("topk_idx", lambda s: s.idx, "v1 cached"),

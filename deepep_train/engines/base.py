@@ -69,9 +69,11 @@ class DispatchRequest:
         )
 
 
-def wrong_counts(given: Tensor, counted: Tensor, argument: str = "num_tokens_per_rank") -> ArgumentError:
-    """The counts given are not what `is_token_in_rank` comes to; both int32 of one shape."""
-    return ArgumentError(f"{argument}={given.tolist()} does not count is_token_in_rank, which has {counted.tolist()}", argument)
+def wrong_counts(
+    given: Tensor, counted: Tensor, argument: str = "num_tokens_per_rank", of: str = "is_token_in_rank"
+) -> ArgumentError:
+    """The counts given are not what `of` comes to; both int32 of one shape."""
+    return ArgumentError(f"{argument}={given.tolist()} does not count {of}, which has {counted.tolist()}", argument)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from deepep_train.engines.expert_layout import extend, ordered_sums, weights_by_
 from deepep_train.engines.hops import Route, direct
 from deepep_train.engines.peers import Peers
 from deepep_train.engines.two_level import Forwarding, forwarding_of, learn_forwarding, two_level
+from deepep_train.engines.v1_handle import checked_prefix
 from deepep_train.errors import ArgumentError
 from deepep_train.handle import Plan
 from deepep_train.routing import ExpertRows, RankLayout, expert_rows, local_topk_idx, rank_layout
@@ -258,7 +259,7 @@ class CollectiveEngine(Engine):
 
     def plan_of(self, tensors: tuple[Tensor, ...]) -> CollectivePlan:
         if len(tensors) == 6:
-            in_rank, prefix_R = tensors[4], tensors[0][:, self.peers.rank]
+            in_rank, prefix_R = tensors[4], checked_prefix(tensors, self.peers.rank, is_slot=False)[:, self.peers.rank]
         else:
             in_rank, prefix_R = tensors[0], tensors[6]
         recv_counts = prefix_R.diff(prepend=prefix_R.new_zeros(1)).tolist()

@@ -34,12 +34,22 @@ from deepep_train.engines.base import (
 )
 from deepep_train.engines.low_latency import LowLatency
 from deepep_train.engines.nvlink_failures import cuda_failed, device_error, layout_error
-from deepep_train.engines.nvlink_tables import Counting, ExpertPlan, Known, NvlinkLayout, NvlinkPlan, versions
+from deepep_train.engines.nvlink_tables import (
+    Counting,
+    ExpertPlan,
+    Known,
+    NvlinkLayout,
+    NvlinkPlan,
+    remember,
+    remembered,
+    seen,
+)
 from deepep_train.engines.peers import Peers
 from deepep_train.engines.sms import default_sms, most_sms
+from deepep_train.engines.v1_handle import checked_prefix
 from deepep_train.errors import ArgumentError, DeepEPError
 from deepep_train.handle import Plan
-from deepep_train.routing import RankLayout
+from deepep_train.routing import RankLayout, count_picks
 from deepep_train.scale_blocks import ScaleBlocks
 
 MAX_EXPERTS, MAX_TOP_K = 4096, 32
@@ -79,7 +89,7 @@ class NvlinkEngine(Engine):
         mine: dict[str, Any] = {"process": f"{_PROCESS}/{os.getpid()}", "error": "", "handle": "", "base": 0}
         mine["index"], mine["identity"] = self.device.index, processes.identity()
         properties = torch.cuda.get_device_properties(self.device)
-        mine["device"] = f"{os.uname().nodename}/{properties.uuid}"
+        mine["device"] = str(properties.uuid)  # without the host's name: containers that share a GPU may differ in it
         try:
             self._comm = _C.Communicator(self.device.index, self.rank, size, total, float(peers.timeout))
             mine["base"] = self._comm.base
@@ -150,11 +160,13 @@ class NvlinkEngine(Engine):
             stream = self._stream()
             self._comm.enter(stream)
             self._arena.begin_operation()
+            self._owes_rows = False
             try:
                 yield stream
             except BaseException as error:
                 self._check_cuda(error)  # if so, nothing can be launched any more, and there is no order to keep
                 if self._owes_rows:
+                    self._owes_rows = False
                     self._comm.refuse(error.num_bytes if isinstance(error, ArenaFull) else 0, stream)
                 self._finish(stream)
                 if isinstance(error, ArenaFull):
@@ -182,7 +194,7 @@ class NvlinkEngine(Engine):
         assert isinstance(plan, NvlinkPlan)
         if torch.cuda.is_current_stream_capturing():
             self._arena.keep(plan)
-        elif plan.stream != stream:
+        elif plan.stream != stream:  # None, of a handle rebuilt from copies: nobody knows
             current = torch.cuda.current_stream(self.device)
             for table in plan.tables():
                 table.record_stream(current)
@@ -235,30 +247,31 @@ class NvlinkEngine(Engine):
             in_rank = in_rank[:places]
         in_rank = in_rank.view(num_tokens, size)
         layout = NvlinkLayout(per_rank, None, per_expert, in_rank)
-        layout.checked, layout.versions = checked, versions(layout)
-        in_rank.deepep_train_layout = Known(per_rank, checked, layout.versions)  # type: ignore[attr-defined]
+        layout.checked, layout.seen = checked, seen(per_rank, per_expert, in_rank, topk_idx)
+        in_rank.deepep_train_layout = Known(checked, layout.seen)  # type: ignore[attr-defined]
         return layout
 
     def _known(self, layout: RankLayout, topk_idx: Tensor | None, num_experts: int) -> NvlinkLayout:
         """The layout with what its tensors alone do not say. Indices out of range, and counts that are not those of
-        `is_token_in_rank`, are flagged for the exchange of counts to find: with these rows would land outside their tensors."""
-        if isinstance(layout, NvlinkLayout) and layout.versions == versions(layout):
+        `is_token_in_rank` and `topk_idx`, are flagged for the exchange of counts to find: with these rows would land outside
+        their tensors."""
+        per_rank, per_expert, in_rank = layout.num_tokens_per_rank, layout.num_tokens_per_expert, layout.is_token_in_rank
+        now = seen(per_rank, per_expert, in_rank, topk_idx)
+        if isinstance(layout, NvlinkLayout) and layout.seen is not None and layout.seen == now:
             return layout
-        per_rank, in_rank = layout.num_tokens_per_rank.contiguous(), layout.is_token_in_rank
         earlier: Known | None = getattr(in_rank, "deepep_train_layout", None)
-        is_same = earlier is not None and earlier.versions is not None and earlier.versions == versions(layout)
-        if earlier is not None and is_same and per_rank is earlier.num_tokens_per_rank:
-            known = NvlinkLayout(*layout)
+        known = NvlinkLayout(per_rank.contiguous(), layout.num_tokens_per_rdma_rank, per_expert.contiguous(), in_rank)
+        if earlier is not None and earlier.seen is not None and earlier.seen == now:
             known.checked = earlier.checked
         else:
-            known = NvlinkLayout(per_rank, layout.num_tokens_per_rdma_rank, layout.num_tokens_per_expert.contiguous(), in_rank)
             position = in_rank.cumsum(0, dtype=torch.int32) - 1
             wrong = (in_rank.sum(0, dtype=torch.int32) != per_rank).any()
             if topk_idx is not None:
                 wrong = wrong | ((topk_idx < -1) | (topk_idx >= num_experts)).any()
+                wrong = wrong | (count_picks(topk_idx, num_experts) != per_expert).any()
             send_index = torch.where(in_rank, position, -1).to(torch.int32)
             known.checked = torch.cat([wrong.to(torch.int32).view(1), send_index.view(-1)])
-        known.versions = versions(known)
+        known.seen = now
         return known
 
     def _ints(self, *shape: int) -> Tensor:
@@ -274,6 +287,14 @@ class NvlinkEngine(Engine):
 
     def dispatch(self, prepared: Prepared[DispatchRequest]) -> Received:
         self.check()
+        with torch.cuda.device(self.device):
+            if torch.cuda.is_current_stream_capturing() and not prepared.require().num_worst_tokens:
+                # No peer waits yet, and nothing of a capture that is given up will ever run.
+                raise ArgumentError(
+                    "a dispatch in a CUDA graph's capture needs num_worst_tokens or a handle: without them its tensors' sizes "
+                    "are counts, which the CPU waits for",
+                    "num_worst_tokens",
+                )
         with self._operation() as stream:
             return self._dispatch(prepared, stream)
 
@@ -307,7 +328,7 @@ class NvlinkEngine(Engine):
             prepared.request, prepared.error = None, error
             p = _C.CountParams()
             p.status = 1
-            counts = self._comm.wait_counts(self._comm.count(p, stream), 0, stream)
+            counts = self._wait_counts(self._comm.count(p, stream), 0, stream)
             if counts is None:  # some rank had a bound, so this is the end of the buffer: but first comes what is wrong here
                 raise
             self._explain(prepared, None)
@@ -324,6 +345,13 @@ class NvlinkEngine(Engine):
             signature=p.signature,
             ticket=ticket,
         )
+
+    def _wait_counts(self, ticket: int, num_local_experts: int, stream: int) -> Any:
+        try:
+            return self._comm.wait_counts(ticket, num_local_experts, stream)
+        except RuntimeError as error:
+            self._check_cuda(error)
+            raise DeepEPError(f"dispatch on rank {self.rank}: {error}") from error
 
     def _dispatch(self, prepared: Prepared[DispatchRequest], stream: int) -> Received:
         counting = self._open_counts(prepared, stream)
@@ -361,7 +389,7 @@ class NvlinkEngine(Engine):
         num_received = num_rows = request.num_worst_tokens
         if not request.num_worst_tokens:
             with self._arena.ahead() as land:
-                counts = self._comm.wait_counts(ticket, num_local, stream)
+                counts = self._wait_counts(ticket, num_local, stream)
                 if counts is not None and not counts.bad:
                     num_received, num_rows = counts.num_received, counts.num_rows
                     parts = parts_of(num_received, num_rows)
@@ -418,7 +446,7 @@ class NvlinkEngine(Engine):
         if counts is not None:
             tokens_per_expert = torch.tensor(counts.per_expert, dtype=torch.int64)
         plan = NvlinkPlan(
-            number=ticket,
+            number=(self.peers.number << 40) + ticket,
             num_tokens=data.size(0),
             num_received=num_received,
             num_rows=num_rows,
@@ -436,13 +464,15 @@ class NvlinkEngine(Engine):
         )
         received_rows, source = got[0], got[4]
         assert received_rows is not None and source is not None
-        source.deepep_train_ticket = ticket  # type: ignore[attr-defined] # for handles rebuilt from their tensors
+        tensors = self._handle_tensors(counting.prefix_RR, request.layout, source, send_slot)
+        if not is_expert:  # V1's callers may hand these back as a plain tuple
+            remember(tensors, plan)
         return Received(
             payload=Payload(received_rows, got[1] if is_in_place else scales, request.payload.blocks),
             topk_idx=plan.recv_topk_idx,
             topk_weights=got[3],
             plan=plan,
-            tensors=self._handle_tensors(counting.prefix_RR, request.layout, source, send_slot),
+            tensors=tensors,
         )
 
     def _described(self, request: DispatchRequest) -> dict[str, object]:
@@ -658,9 +688,21 @@ class NvlinkEngine(Engine):
         return prefix_RR, sent_R1, self._no_offset_R1, source, layout.is_token_in_rank, send_slot
 
     def plan_of(self, tensors: tuple[Tensor, ...]) -> Plan:
+        if (plan := remembered(tensors)) is not None:
+            return plan
+        # Copies, or written to: no kernel may run on what they say before somebody has looked.
         prefix_RR, _, _, source, _, send_slot = tensors
+        if send_slot.device != self.device:
+            raise ArgumentError(f"handle must lie on {self.device}, this engine's device, got {send_slot.device}", "handle")
+        if torch.cuda.is_current_stream_capturing():
+            raise ArgumentError(
+                "handle: tensors that are not those that dispatch returned are checked by the CPU, which cannot be done in a "
+                "CUDA graph's capture",
+                "handle",
+            )
+        prefix = checked_prefix(tensors, self.rank, is_slot=True)
         return NvlinkPlan(
-            number=getattr(source, "deepep_train_ticket", 0),
+            number=_hash("copied handle", *prefix.flatten().tolist()),
             num_tokens=send_slot.size(0),
             num_received=source.size(0),
             num_rows=source.size(0),
@@ -674,7 +716,7 @@ class NvlinkEngine(Engine):
             received=prefix_RR[-1, self.rank].reshape(1),
             experts=None,
             has_tail=True,  # it may: nobody knows any more
-            stream=0,
+            stream=None,
         )
 
     def _explain(self, prepared: Prepared[DispatchRequest], out_of_range: Tensor | None) -> NoReturn:

@@ -10,6 +10,7 @@ import torch
 from deepep_train.engines import processes
 from deepep_train.engines.base import DispatchRequest, wrong_counts
 from deepep_train.errors import ArgumentError, DeepEPError, PeerTimeoutError
+from deepep_train.routing import count_picks
 
 _END = "this buffer can no longer be used"
 
@@ -64,7 +65,10 @@ def layout_error(request: DispatchRequest) -> ArgumentError:
     if not torch.equal(counted, request.layout.num_tokens_per_rank):
         return wrong_counts(request.layout.num_tokens_per_rank, counted)
     assert request.topk_idx is not None
-    low, high = (int(v) for v in torch.aminmax(request.topk_idx))
+    low, high = (int(v) for v in torch.aminmax(request.topk_idx)) if request.topk_idx.numel() else (-1, -1)
+    if low >= -1 and high < request.num_experts:
+        counted = count_picks(request.topk_idx, request.num_experts)
+        return wrong_counts(request.layout.num_tokens_per_expert, counted, "num_tokens_per_expert", "topk_idx")
     return ArgumentError(
         f"topk_idx must lie in [-1, {request.num_experts}) (num_experts={request.num_experts}), "
         f"got values from {low} to {high}",

@@ -41,40 +41,56 @@ class NvlinkPlan(Plan):
         received: int32 [1], the number of rows that arrived.
         experts: None in rank layout.
         has_tail: whether the received tensor may have more rows than arrived.
-        stream: the id of the stream that it was made on.
+        stream: the id of the stream that its tables were made on; None: unknown.
     """
 
     send_slot: Tensor
     received: Tensor
     experts: ExpertPlan | None
     has_tail: bool
-    stream: int
+    stream: int | None
 
     def tables(self) -> list[Tensor]:
         return [self.send_slot, self.received, *(vars(self.experts).values() if self.experts is not None else ())]
 
 
+Seen = tuple[tuple[int, int] | None, ...] | None
+
+
+def seen(*tensors: Tensor | None) -> Seen:
+    """Where the tensors lie and how often they were written to, as far as torch counts that (a write through `.data` it does
+    not); None: it does not count writes to `inference_mode`'s tensors."""
+    if any(t is not None and t.is_inference() for t in tensors):
+        return None
+    return tuple(None if t is None else (t.data_ptr(), t._version) for t in tensors)
+
+
 class NvlinkLayout(RankLayout):
-    """A `RankLayout` that carries along `checked`, int32 [1 + T * R]: `out_of_range`, then `send_index` (params.hpp)."""
+    """A `RankLayout` that carries along `checked`, int32 [1 + T * R]: `out_of_range`, then `send_index` (params.hpp); and what
+    it was checked against."""
 
     checked: Tensor
-    versions: tuple[int, int] | None
+    seen: Seen
 
 
 class Known(NamedTuple):
     """What `is_token_in_rank` remembers of its layout: V1's callers hand the tensors back one by one."""
 
-    num_tokens_per_rank: Tensor
     checked: Tensor
-    versions: tuple[int, int] | None
+    seen: Seen
 
 
-def versions(layout: RankLayout) -> tuple[int, int] | None:
-    """They change when somebody writes to the tensors; None: torch does not count writes to `inference_mode`'s tensors."""
-    per_rank, in_rank = layout.num_tokens_per_rank, layout.is_token_in_rank
-    if per_rank.is_inference() or in_rank.is_inference():
-        return None
-    return per_rank._version, in_rank._version
+def remember(handle: tuple[Tensor, ...], plan: NvlinkPlan) -> None:
+    """For callers who hand back V1's six tensors without the handle's class: the plan travels with `recv_src_idx`."""
+    prefix, _, _, source, _, send_slot = handle
+    source.deepep_train_plan = plan, seen(prefix, source, send_slot)  # type: ignore[attr-defined]
+
+
+def remembered(handle: tuple[Tensor, ...]) -> NvlinkPlan | None:
+    """None: these are not the tensors that dispatch returned, or no longer say the same."""
+    prefix, _, _, source, _, send_slot = handle
+    plan, then = getattr(source, "deepep_train_plan", (None, None))
+    return plan if then is not None and then == seen(prefix, source, send_slot) else None
 
 
 @dataclass
