@@ -71,7 +71,7 @@ def _malformed(part: str, value: Callable[[Quantized], Any]) -> Callable[[bool, 
 
 def _zero_scale(me: bool, x: Tensor, good: dict) -> None:
     q = fp8.quantize(x, Recipe.TENSOR, scale=torch.tensor([0.25], device=x.device))
-    dt.dispatch(replace(q, scales=torch.zeros(1)) if me else q, **good)
+    dt.dispatch(replace(q, scales=torch.zeros_like(q.scales)) if me else q, **good)
 
 
 def _blocks(value: Any) -> Callable[[bool, Tensor, dict], None]:
@@ -168,7 +168,8 @@ EXPECTED = [
     ("grad_dtype", "grad_dtype", ["rank 1", "float16"]),
     ("width", "y", ["rank 1", "200"]),
 ]
-# Their calls do not wait for the others: on the nvlink engine these hear of it at their next call, and the buffer is lost.
+# Their calls do not wait for the others: on the nvlink engine these hear of it at their next call, and the buffer is lost;
+# unless all ranks are wrong, when each raises for itself.
 UNWAITED = ("groups with a handle", "handle with a bound", "grad_dtype", "width")
 
 

@@ -5,17 +5,21 @@ from __future__ import annotations
 import pytest
 import torch
 
-from deepep_train.engines.nvlink_tables import Known, NvlinkLayout, versions
+from deepep_train.engines.nvlink_tables import Known, NvlinkLayout, seen
 from deepep_train.routing import RankLayout, rank_layout
 
 nvlink = pytest.importorskip("deepep_train.engines.nvlink", reason="built without nvcc", exc_type=ImportError)
+
+
+def marks(layout: RankLayout, topk_idx: torch.Tensor | None = None) -> tuple[tuple[int, int] | None, ...] | None:
+    return seen(layout.num_tokens_per_rank, layout.num_tokens_per_expert, layout.is_token_in_rank, topk_idx)
 
 
 def given() -> RankLayout:
     """As V1's callers hand it back, with what `is_token_in_rank` remembers: numbers that no recount would give."""
     layout = rank_layout(torch.tensor([[0], [1], [-1]]), 2, 2)
     mark = torch.tensor([0, 77], dtype=torch.int32)
-    layout.is_token_in_rank.deepep_train_layout = Known(layout.num_tokens_per_rank, mark, versions(layout))
+    layout.is_token_in_rank.deepep_train_layout = Known(mark, marks(layout))
     return layout
 
 
@@ -38,7 +42,7 @@ def test_a_changed_layout_is_counted_again() -> None:
 def test_writes_in_inference_mode_cannot_be_seen_so_it_is_counted_again() -> None:
     with torch.inference_mode():
         layout = given()
-        assert versions(layout) is None
+        assert marks(layout) is None
         assert known(layout).checked[1:].tolist() == [0, -1, -1, 0, -1, -1]
         layout.is_token_in_rank[2, 1] = True
         assert known(layout).checked[0].item() == 1
