@@ -24,6 +24,10 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 # sm_80 takes the plain-load path, sm_90 and later the bulk copies; no "a" features, so PTX serves later GPUs.
 DEFAULT_ARCHITECTURES = ("80", "90", "100")
+HINT = (
+    "DEEPEP_TRAIN_NO_CUDA=1 installs without the CUDA engines. The registry's wheels make a toolkit if all of them have one "
+    "version: see docs/install.md"
+)
 NAMES = {"Ampere": "8.0", "Ada": "8.9", "Hopper": "9.0", "Blackwell": "10.0"}  # that torch takes, too
 
 
@@ -35,6 +39,12 @@ def find_nvcc() -> str | None:
     for site in {*sys.path, sysconfig.get_paths()["purelib"]}:
         candidates += [str(p) for p in Path(site or ".").glob("nvidia/*/bin/nvcc")]
     return next((found for c in candidates if (found := shutil.which(c))), None)
+
+
+def library_folders(nvcc: str) -> list[str]:
+    """nvcc looks in its toolkit's lib64, but the registry's wheels put the runtime into lib."""
+    folder = Path(nvcc).resolve().parent.parent / "lib"
+    return [f"-L{folder}"] if (folder / "libcudart_static.a").is_file() else []
 
 
 def architectures(nvcc: str) -> list[str]:
@@ -92,13 +102,16 @@ class BuildKernels(build_ext):
             report = f"{source}\n{done.stdout}{done.stderr}"
             (objects / (source.replace("/", "_") + ".log")).write_text(report)
             if done.returncode:
-                raise RuntimeError(f"nvcc failed on {report}\nDEEPEP_TRAIN_NO_CUDA=1 installs without the CUDA engines.")
+                raise RuntimeError(f"nvcc failed on {report}\n{HINT}")
             return made
 
         print(f"deepep_train: {nvcc} for {', '.join('sm_' + a for a in archs)}")
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             made = list(pool.map(compile_one, ext.sources))
-        subprocess.run([nvcc, "-shared", "-cudart", "static", *made, "-o", str(out)], check=True)
+        link = [nvcc, "-shared", "-cudart", "static", *library_folders(nvcc), *made, "-o", str(out)]
+        done = subprocess.run(link, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"nvcc failed to link {out.name}\n{done.stdout}{done.stderr}\n{HINT}")
 
 
 def extensions() -> list[Extension]:

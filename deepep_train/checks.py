@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from deepep_train.config import Config
 from deepep_train.engines.base import Payload
@@ -50,12 +51,20 @@ def number(value: Any, argument: str, minimum: float = 0.0) -> float:
     return value
 
 
+_WITH_MEMORY = (Tensor, torch.nn.Parameter)
+
+
+def _has_memory(value: Any) -> bool:
+    """Whether its `data_ptr()` is where its elements lie: that of a DTensor, say, is 0."""
+    return isinstance(value, Tensor) and not is_traceable_wrapper_subclass(value) and not hasattr(value, "fake_mode")
+
+
 def tensor(
     value: Any, argument: str, shape: Sequence[int | None], dtypes: Sequence[torch.dtype], device: torch.device | None
 ) -> Tensor:
-    """A dense tensor of this shape (None: any size), one of these dtypes, on this device (None: any)."""
+    """A dense tensor of this shape (None: any size), one of these dtypes, on this device (None: any), with memory."""
     if (
-        isinstance(value, Tensor)
+        (type(value) in _WITH_MEMORY or _has_memory(value))
         and value.dtype in dtypes
         and value.dim() == len(shape)
         and all(n is None or n == m for n, m in zip(shape, value.shape, strict=True))
@@ -67,6 +76,10 @@ def tensor(
     wanted = f"a {names} tensor of shape [{', '.join('any' if n is None else str(n) for n in shape)}]"
     wanted += f" on {device}" if device is not None else ""
     need(isinstance(value, Tensor), argument, wanted, value)
+    if not _has_memory(value):
+        text = f"{argument} must be {wanted} with memory of its own, got a {type(value).__name__}"
+        text += "; pass its local part, x.to_local()" if hasattr(value, "to_local") else ""
+        raise ArgumentError(text, argument.partition(":")[0])
     need(value.layout == torch.strided, argument, f"{wanted}, dense (layout torch.strided, not {value.layout})", value)
     need(value.dtype in dtypes, argument, wanted, value)
     fits = value.dim() == len(shape) and all(n is None or n == m for n, m in zip(shape, value.shape, strict=True))

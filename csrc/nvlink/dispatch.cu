@@ -84,7 +84,8 @@ __global__ void __launch_bounds__(ScatterShape::kMaxWarps * 32, 1)
 }
 
 // Takes part in an operation only to say that this rank cannot.
-__global__ void __launch_bounds__(32, 1) refuse_kernel(const __grid_constant__ Domain d, int64_t reason, int64_t bytes) {
+__global__ void __launch_bounds__(32, 1)
+    refuse_kernel(const __grid_constant__ Domain d, Operation operation, int64_t reason, int64_t bytes) {
     const int64_t own[kOffsets] = {reason, bytes, 0, 0, 0};
     Control* mine = d.control(d.rank);
     const uint32_t epoch = mine->epoch + 1;
@@ -92,7 +93,7 @@ __global__ void __launch_bounds__(32, 1) refuse_kernel(const __grid_constant__ D
     if (mine->failed == 0) {
         for (int peer = threadIdx.x; peer < d.num_ranks; peer += 32) tell_ready(d, peer, 0, own, epoch);
         __syncwarp();
-        all_ready(d, kDispatch, 0, epoch);
+        all_ready(d, operation, 0, epoch);
     }
     if (threadIdx.x == 0) mine->epoch = epoch;
 }
@@ -114,8 +115,8 @@ void launch_dispatch(const Domain& d, const DispatchParams& p, cudaStream_t stre
     DT_CUDA(cudaGetLastError());
 }
 
-void launch_refuse(const Domain& d, int64_t reason, int64_t bytes, cudaStream_t stream) {
-    refuse_kernel<<<1, 32, 0, stream>>>(d, reason, bytes);
+void launch_refuse(const Domain& d, Operation operation, int64_t reason, int64_t bytes, cudaStream_t stream) {
+    refuse_kernel<<<1, 32, 0, stream>>>(d, operation, reason, bytes);
     DT_CUDA(cudaGetLastError());
 }
 

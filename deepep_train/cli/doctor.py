@@ -9,6 +9,8 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -122,6 +124,9 @@ def _nvcc() -> str | None:
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     path = shutil.which("nvcc", path=os.path.join(home, "bin")) if home else None
     path = path or shutil.which("nvcc")
+    if path is None:  # setup.py takes the registry's, too
+        wheels = [p for site in sys.path for p in Path(site or ".").glob("nvidia/*/bin/nvcc")]
+        path = next((found for p in wheels if (found := shutil.which(p))), None)
     if path is None:
         return None
     out = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout

@@ -203,8 +203,8 @@ class Engine(ABC):
     def destroy(self) -> None:
         """Give back what the engine holds."""
 
-    def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """An uninitialised tensor in the memory from which `combine` reads fastest."""
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device | None) -> Tensor:
+        """An uninitialised tensor in the memory from which `combine` reads fastest; `device` None: the engine's choice."""
         return torch.empty(tuple(shape), dtype=dtype, device=device)
 
     def memory_stats(self) -> dict[str, int]:

@@ -44,7 +44,7 @@ def quantizer_of(kind: str) -> Any:
 
 def made(quantizer: Any, rows: Tensor) -> Any:
     """Its kernels want rows."""
-    return quantizer(rows) if len(rows) else quantizer.make_empty(rows.shape, dtype=rows.dtype, device="cuda")
+    return quantizer(rows) if len(rows) else quantizer.make_empty(rows.shape, dtype=rows.dtype, device=rows.device)
 
 
 def weights_of(kind: str, count: int) -> list[Any]:
