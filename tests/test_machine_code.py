@@ -64,7 +64,6 @@ def test_nothing_is_read_through_the_non_coherent_path() -> None:
 
 
 LOW_LATENCY = [f"{operation}_{phase}_kernel" for operation in ("dispatch", "combine") for phase in ("send", "receive")]
-LOW_LATENCY.append("combine_both_kernel")
 
 
 @pytest.mark.parametrize("kernel", ["dispatch_kernel", "combine_kernel", "count_kernel", "refuse_kernel", *LOW_LATENCY])

@@ -1,6 +1,6 @@
-// Combine, receiving, where sending was a launch of its own.
-#include "../common/check.hpp"
+// Combine, receiving: see pull.cuh.
 #include "kernels.hpp"
+#include "launch_behind.cuh"
 #include "pull.cuh"
 
 namespace deepep_train::low_latency {
@@ -12,10 +12,11 @@ constexpr int kNear = 4;  // neighbouring parts of a row are pulled by neighbour
 
 __global__ void __launch_bounds__(kThreads, 1) combine_receive_kernel(const __grid_constant__ CombineParams p) {
     __shared__ Pulling shared;
+    wait_for_launches_before();
     Control* mine = control_of(p, p.rank);
     if (mine->closed != 0) return;
     const uint32_t number = mine->combines[p.set];
-    if (threadIdx.x < 32) find_rows(p, mine, number, kSteps - 1, 0, blockIdx.x == 0 ? p.wait_ns : 0, shared);
+    if (threadIdx.x < 32) find_rows(p, mine, number, blockIdx.x == 0 ? p.wait_ns : 0, shared);
     __syncthreads();
     const Items items(p);
     const int lane = threadIdx.x % 32, groups = ((items.parts + items.shares - 1) / items.shares + kNear - 1) / kNear;
@@ -28,9 +29,9 @@ __global__ void __launch_bounds__(kThreads, 1) combine_receive_kernel(const __gr
             const int part = shared.share[item] + (unit / kNear / count * kNear + unit % kNear) * items.shares;
             if (part >= items.parts) continue;
             if (shared.coded != 0)
-                pull_part<true>(p, shared.picks[item], 0, shared.token[item], part * kPart + lane * 16);
+                pull_part<true>(p, shared.picks[item], shared.token[item], part * kPart + lane * 16);
             else
-                pull_part<false>(p, shared.picks[item], 0, shared.token[item], part * kPart + lane * 16);
+                pull_part<false>(p, shared.picks[item], shared.token[item], part * kPart + lane * 16);
         }
         __syncthreads();
     }
@@ -40,8 +41,7 @@ __global__ void __launch_bounds__(kThreads, 1) combine_receive_kernel(const __gr
 }  // namespace
 
 void launch_combine_receive(const CombineParams& p, cudaStream_t stream) {
-    combine_receive_kernel<<<p.num_sms, kThreads, 0, stream>>>(p);
-    DT_CUDA(cudaGetLastError());
+    launch_behind(combine_receive_kernel, p.num_sms, kThreads, stream, p);
 }
 
 }  // namespace deepep_train::low_latency

@@ -2,6 +2,7 @@
 // and token.
 #include "../common/check.hpp"
 #include "kernels.hpp"
+#include "launch_behind.cuh"
 #include "space.cuh"
 
 namespace deepep_train::low_latency {
@@ -65,8 +66,6 @@ __device__ void report(const DispatchParams& p, const Layout& layout, Control* m
         const int source = i / local, e = i % local;
         const int begin = shared.begin[e * ranks + source];
         const Place place{begin, (e == 0 ? 0 : shared.all[e - 1]) + begin};
-        auto* own = reinterpret_cast<Place*>(space_of(p, p.rank) + layout.own_places + p.set * layout.place_bytes);
-        own[e * ranks + source] = place;
         if (!is_in(shared.came, source)) continue;
         auto* places = reinterpret_cast<Place*>(space_of(p, source) + layout.places + p.set * layout.place_bytes);
         places[p.rank * local + e] = place;
@@ -76,6 +75,7 @@ __device__ void report(const DispatchParams& p, const Layout& layout, Control* m
 
 __global__ void __launch_bounds__(kThreads, 1) dispatch_receive_kernel(const __grid_constant__ DispatchParams p) {
     __shared__ Shared shared;
+    wait_for_launches_before();
     Control* mine = control_of(p, p.rank);
     if (mine->closed != 0) return;
     const uint32_t number = mine->dispatches[p.set];
@@ -150,8 +150,7 @@ __global__ void __launch_bounds__(kThreads, 1) dispatch_receive_kernel(const __g
 }  // namespace
 
 void launch_dispatch_receive(const DispatchParams& p, cudaStream_t stream) {
-    dispatch_receive_kernel<<<p.num_sms, kThreads, 0, stream>>>(p);
-    DT_CUDA(cudaGetLastError());
+    launch_behind(dispatch_receive_kernel, p.num_sms, kThreads, stream, p);
 }
 
 }  // namespace deepep_train::low_latency

@@ -12,12 +12,11 @@ namespace deepep_train::low_latency {
 constexpr int kPart = 512;  // bytes of a row that a warp sums at once
 constexpr int kBatch = 32;
 
-// A pick of a token: where its row is (null: nowhere), and the rank that it is pulled from.
+// A pick of a token: where its row is; null: nowhere.
 struct Pick {
     const char* row;
     float weight;
-    int16_t rank;
-    int16_t logfmt;
+    int32_t logfmt;
 };
 
 struct Pulling {
@@ -30,19 +29,15 @@ struct Pulling {
     Pick picks[kBatch][kMaxTopK];
 };
 
-// By one warp: waits until every peer's rows have come as far as `step`, and looks where they are. `y`: this rank's rows are
-// read from there, unless it is 0.
-DT_DEVICE void find_rows(const CombineParams& p, Control* mine, uint32_t number, uint32_t step, uint64_t y, uint64_t wait_ns,
-                         Pulling& shared) {
-    const uint64_t present =
-        wait_for_peers(p, mine->shown[p.set], number * kSteps + step, mine->decided[p.set][1], number, wait_ns);
+// By one warp: waits until every peer's rows may be pulled, and looks where they are.
+DT_DEVICE void find_rows(const CombineParams& p, Control* mine, uint32_t number, uint64_t wait_ns, Pulling& shared) {
+    const uint64_t present = wait_for_peers(p, mine->shown[p.set], number, mine->decided[p.set][1], number, wait_ns);
     const uint32_t dispatch = mine->dispatches[p.set];
     bool coded = false;
     for (int peer = threadIdx.x % 32; peer < p.num_ranks; peer += 32) {
-        const bool has = is_in(present, peer) && mine->placed[p.set].at[peer] == dispatch, here = y != 0 && peer == p.rank;
-        const char* there = here ? reinterpret_cast<const char*>(y) : space_of(p, peer) + mine->shown_at[p.set][peer];
-        shared.rows[peer] = has ? there : nullptr;
-        shared.how[peer] = here ? kSpread : mine->shown_how[p.set][peer];
+        const bool has = is_in(present, peer) && mine->placed[p.set].at[peer] == dispatch;
+        shared.rows[peer] = has ? space_of(p, peer) + mine->shown_at[p.set][peer] : nullptr;
+        shared.how[peer] = mine->shown_how[p.set][peer];
         coded |= has && shared.how[peer] == kCompactLogfmt;
     }
     coded = __any_sync(0xffffffffu, coded);
@@ -54,7 +49,7 @@ DT_DEVICE void find_rows(const CombineParams& p, Control* mine, uint32_t number,
 
 // A pick of token t.
 DT_DEVICE Pick find_pick(const CombineParams& p, const Pulling& shared, const Place* places, int64_t t, int k) {
-    Pick found{nullptr, 0.0f, 0, 0};
+    Pick found{nullptr, 0.0f, 0};
     if (k >= p.top_k) return found;
     const int64_t pick = t * p.top_k + k, e = reinterpret_cast<const int64_t*>(p.topk_idx)[pick];
     const int index = reinterpret_cast<const int32_t*>(p.pick_index)[pick];
@@ -65,7 +60,6 @@ DT_DEVICE Pick find_pick(const CombineParams& p, const Pulling& shared, const Pl
     const Place place = places[e];
     const int64_t slots = int64_t{p.num_ranks} * p.max_tokens;
     const int64_t first = shared.how[rank] == kSpread ? e % local * slots + place.begin : place.compact;
-    found.rank = static_cast<int16_t>(rank);
     found.logfmt = shared.how[rank] == kCompactLogfmt;
     found.row = shared.rows[rank] + (first + index) * (found.logfmt != 0 ? Logfmt::row_bytes(p.hidden) : p.hidden * 2);
     return found;
@@ -88,7 +82,7 @@ DT_DEVICE uint32_t rounded(float low, float high) {
 
 // By a warp: 16 bytes a lane of a token's sum; `at`: this lane's place in the row. Without `kLogfmt` no row is in LogFMT.
 template <bool kLogfmt>
-DT_DEVICE void pull_part(const CombineParams& p, const Pick* picks, uint64_t lost, int64_t t, int at) {
+DT_DEVICE void pull_part(const CombineParams& p, const Pick* picks, int64_t t, int at) {
     constexpr int kTogether = kLogfmt ? 1 : 8;  // rows that are loaded at once
     const int row_bytes = 2 * p.hidden;
     const bool inside = at < row_bytes;
@@ -99,7 +93,7 @@ DT_DEVICE void pull_part(const CombineParams& p, const Pick* picks, uint64_t los
 #pragma unroll
         for (int k = 0; k < kTogether; ++k) {
             const Pick pick = picks[base + k];
-            if (pick.row == nullptr || is_in(lost, pick.rank)) continue;
+            if (pick.row == nullptr) continue;
             if (kLogfmt && pick.logfmt != 0) {
                 if (!inside) continue;
                 const Logfmt::Coded coded = Logfmt::load(pick.row + at / 256 * Logfmt::kBytes);

@@ -15,22 +15,18 @@ namespace deepep_train::low_latency {
 
 constexpr int kBlock = 128;  // values with one scale
 constexpr uint32_t kNoPlace = 0xffffffffu;
-constexpr int kIndexBits = 22;     // of a pick's place: local expert << kIndexBits | its number among the source's picks of it
-constexpr int kSliceBytes = 1024;  // of rows: columns that combine copies and pulls together
-constexpr int kMostSlices = 2 * kMaxHidden / kSliceBytes;
-constexpr uint32_t kSteps = 128;  // of `Control::shown` in a combine: slices that may be pulled; the last: all
-static_assert(kMostSlices < kSteps);
+constexpr int kIndexBits = 22;  // of a pick's place: local expert << kIndexBits | its number among the source's picks of it
 
 struct Control {
     // Written by peer p at index p.
     struct alignas(128) Flags {
         uint32_t at[kMaxRanks];
     };
-    Flags sent[2];    // its rows are here
-    Flags taken[2];   // it has read the rows sent to it
-    Flags shown[2];   // its experts' rows may be pulled: combine * kSteps + slices that are ready, see `step_of`
-    Flags pulled[2];  // it has pulled this rank's rows
-    Flags placed[2];  // the dispatch for which it has written `Place`s
+    Flags sent[2];                                 // its rows are here
+    Flags taken[2];                                // it has read the rows sent to it
+    Flags shown[2];                                // its experts' rows may be pulled
+    Flags pulled[2];                               // it has pulled this rank's rows
+    Flags placed[2];                               // the dispatch for which it has written `Place`s
     alignas(128) int64_t shown_at[2][kMaxRanks];   // where they lie, relative to its space; see `Shown`
     alignas(128) int32_t shown_how[2][kMaxRanks];  // enum Shown
     // Written by the owner.
@@ -42,7 +38,6 @@ struct Control {
     Flags sent_to[2];        // the last dispatch that went to a peer
     Flags shown_to[2];
     alignas(128) int32_t num_rows[2][kMaxExperts];  // received, by local expert
-    uint32_t copied[2][kMostSlices];                // blocks that have copied their part of a slice
 };
 
 enum Phase { kDispatchSend = 0, kDispatchReceive = 1, kCombineSend = 2, kCombineReceive = 3 };
@@ -61,7 +56,7 @@ DT_BOTH int64_t aligned(int64_t bytes) { return (bytes + 127) / 128 * 128; }
 // Offsets in a space.
 struct Layout {
     int64_t list_bytes, slot_bytes, place_bytes, rows_bytes;
-    int64_t lists, slots, places, own_places, rows, end;
+    int64_t lists, slots, places, rows, end;
     int ranks, tokens;
 
     DT_BOTH explicit Layout(const Common& c) {
@@ -75,8 +70,7 @@ struct Layout {
         lists = aligned(sizeof(Control));
         slots = lists + 2 * ranks * list_bytes;
         places = slots + 2 * ranks * tokens * slot_bytes;
-        own_places = places + 2 * place_bytes;
-        rows = own_places + 2 * place_bytes;
+        rows = places + 2 * place_bytes;
         end = rows + 2 * rows_bytes;
     }
 
@@ -100,10 +94,6 @@ struct List {
         places = reinterpret_cast<uint32_t*>(tokens + c.max_tokens);
     }
 };
-
-DT_BOTH int slices_of(const Common& c) { return (2 * c.hidden + kSliceBytes - 1) / kSliceBytes; }
-// What `Control::shown` reaches when a slice is ready, beyond the combine's number * kSteps.
-DT_BOTH uint32_t step_of(int slice, int slices) { return slice + 1 == slices ? kSteps - 1 : slice + 1; }
 
 // The one place where a peer's memory is found.
 DT_DEVICE char* space_of(const Common& c, int rank) { return reinterpret_cast<char* const*>(c.spaces)[rank]; }

@@ -244,12 +244,9 @@ class LowLatency:
         send, receive = (getattr(_C.low_latency, name + phase) for phase in ("_send", "_receive"))
         space, slots = handle.space, handle.set
         with self._ordered() as stream:
-            if name == "combine" and not with_hook:
-                _C.low_latency.combine(p, stream)
-            else:
-                send(p, stream)
-                if not with_hook:
-                    receive(p, stream)
+            send(p, stream)
+            if not with_hook:
+                receive(p, stream)
             if torch.cuda.is_current_stream_capturing():
                 self._arena.keep((space, handle.pick_index))
         if not with_hook:
