@@ -113,8 +113,8 @@ void bind_low_latency(py::module_ m) {
     {
         using P = ll::DispatchParams;
         ParamsBinding<P, ll::Common>(m, "DispatchParams") DT_FIELD(x) DT_FIELD(topk_idx) DT_FIELD(pick_index)
-            DT_FIELD(bad_index) DT_FIELD(num_tokens) DT_FIELD(scales) DT_FIELD(recv_x) DT_FIELD(recv_scales) DT_FIELD(src_info)
-                DT_FIELD(ranges) DT_FIELD(recv_count) DT_FIELD(cumulative) DT_FIELD(wait_ns);
+            DT_FIELD(bad_index) DT_FIELD(num_tokens) DT_FIELD(scales) DT_FIELD(keep) DT_FIELD(recv_x) DT_FIELD(recv_scales)
+                DT_FIELD(src_info) DT_FIELD(ranges) DT_FIELD(recv_count) DT_FIELD(cumulative) DT_FIELD(wait_ns);
     }
     {
         using P = ll::CombineParams;

@@ -99,6 +99,14 @@ def flag(value: Any, argument: str) -> bool:
     return value
 
 
+def wire_format(use_logfmt: Any, zero_copy: Any) -> None:
+    """How low_latency_combine's rows travel."""
+    flag(use_logfmt, "use_logfmt")
+    flag(zero_copy, "zero_copy")
+    if use_logfmt and zero_copy:
+        raise ArgumentError("use_logfmt=True needs a copy of x, and zero_copy=True makes none", "use_logfmt")
+
+
 def stream_arguments(previous_event: Any, async_finish: Any, allocate_on_comm_stream: Any, config: Any = None) -> None:
     """What every call of V1 says about streams and tuning."""
     if previous_event is None and config is None and async_finish is False and allocate_on_comm_stream is False:

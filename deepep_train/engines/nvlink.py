@@ -123,7 +123,7 @@ class NvlinkEngine(Engine):
             operation: default_sms(operation, properties.major, sms, size, sharing) for operation in ("dispatch", "combine")
         }
         self.low_latency = LowLatency(
-            self.peers, self._arena, self._comm.addresses(), self._max_sms, self._ordered, self.device
+            self.peers, self._arena, self._comm.addresses(), self._max_sms, sharing == size, self._ordered, self.device
         )
 
     @staticmethod
