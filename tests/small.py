@@ -229,8 +229,14 @@ def gpt(config: TransformerConfig, chunk: int | None = None) -> GPTModel:
 
 def hybrid_model(config: TransformerConfig, pattern: str) -> Any:
     """Its layers are either attention or experts; here they are parts of the local GPT layer. (Mamba's need CUDA.)"""
-    from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
-    from megatron.core.models.hybrid.hybrid_model import HybridModel
+    if version() >= (0, 18):
+        from megatron.core.models.hybrid.hybrid_block import HybridStack as Stack
+        from megatron.core.models.hybrid.hybrid_block import HybridStackSubmodules as Submodules
+        from megatron.core.models.hybrid.hybrid_model import HybridModel as Model
+    else:
+        from megatron.core.models.mamba import MambaModel as Model
+        from megatron.core.ssm.mamba_block import MambaStack as Stack
+        from megatron.core.ssm.mamba_block import MambaStackSubmodules as Submodules
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
@@ -240,8 +246,9 @@ def hybrid_model(config: TransformerConfig, pattern: str) -> Any:
         ModuleSpec(TransformerLayer, submodules=TransformerLayerSubmodules(**{n: getattr(parts, n) for n in layer}))
         for layer in names
     )
-    stack = ModuleSpec(HybridStack, submodules=HybridStackSubmodules(attention_layer=attention, moe_layer=experts))
-    return HybridModel(config, stack, VOCABULARY, SEQUENCE, hybrid_layer_pattern=pattern, position_embedding_type="rope")
+    stack = ModuleSpec(Stack, submodules=Submodules(attention_layer=attention, moe_layer=experts))
+    names = "hybrid_layer_pattern" if version() >= (0, 17) else "hybrid_override_pattern"
+    return Model(config, stack, VOCABULARY, SEQUENCE, **{names: pattern}, position_embedding_type="rope")
 
 
 def train(setup: Setup, dispatcher: dict[str, Any], steps: int) -> list[list[float]]:

@@ -40,10 +40,12 @@ def main() -> None:
     script = Path(sys.argv[1])
     if not script.is_file():
         raise SystemExit(f"python -m deepep_train.megatron: there is no script {script}")
+    if not getattr(sys.flags, "safe_path", False):  # Python 3.11
+        # As python does for a script. Before Megatron is imported: a checkout of Megatron-LM has its own megatron.core.
+        sys.path[0] = str(script.resolve().parent)
     install()
     accept_backend()
     sys.argv = take_option(sys.argv[1:])
-    sys.path[0] = str(script.resolve().parent)  # as python itself does for a script
     runpy.run_path(str(script), run_name="__main__")
 
 

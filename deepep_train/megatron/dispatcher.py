@@ -134,7 +134,7 @@ class TokenDispatcher(MoETokenDispatcher):
     def get_expert_zero_copy_buffers(self) -> tuple[Tensor | None, Tensor | None]:
         """Memory that peers read from, for the output of experts that can write to a given place: Transformer Engine's fused
         ones. (The gradient of their input would have to be kept from the forward pass on, for one copy saved.)"""
-        is_fused = getattr(self.config, "use_transformer_engine_op_fuser", False)
+        is_fused = getattr(self.config, "use_transformer_engine_op_fuser", False) and _has_te_experts(self.config)
         if self.handle is None or not is_fused or self.buffer.engine == "collective":
             return None, None
         width = getattr(self.config, "moe_latent_size", None) or self.config.hidden_size
@@ -170,11 +170,15 @@ def _on_every_tp_rank(idx: Tensor, num_local_experts: int, tp_size: int) -> Tens
     return torch.cat(shards, dim=1)
 
 
+def _has_te_experts(config: Any) -> bool:
+    """Whether the configuration asks for Megatron's TEGroupedMLP, as far as it says: specifications of layers may differ."""
+    is_grouped = config.moe_grouped_gemm and not getattr(config, "moe_use_legacy_grouped_gemm", False)
+    return is_grouped and getattr(config, "transformer_impl", "transformer_engine") == "transformer_engine"
+
+
 def _may_send_fp8(config: Any) -> bool:
     """Whether the experts are Transformer Engine's GroupedLinear, fed with the rows as they come, when a recipe quantizes."""
-    is_grouped = config.moe_grouped_gemm and not getattr(config, "moe_use_legacy_grouped_gemm", False)
     is_fused = getattr(config, "use_transformer_engine_op_fuser", False)
-    is_inference = getattr(config, "transformer_impl", "") == "inference_optimized"
     # Megatron then passes the rows through functions of its own, which return tensors that carry nothing.
     offloads = getattr(config, "fine_grained_activation_offloading", False)
     is_offloaded = offloads and "expert_fc1" in (getattr(config, "offload_modules", None) or [])
@@ -182,8 +186,8 @@ def _may_send_fp8(config: Any) -> bool:
     return bool(
         config.fp8
         and wants_fp8_dispatch(config)
-        and is_grouped
-        and not (is_fused or is_inference or is_offloaded or config.moe_apply_probs_on_input)
+        and _has_te_experts(config)
+        and not (is_fused or is_offloaded or config.moe_apply_probs_on_input)
         and width % fp8.HIDDEN_MULTIPLE == 0
     )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +24,9 @@ OLDEST, NEWEST = (0, 16), (0, 19)
 # Where the schedule's policy lives, by release.
 _POLICY_MODULES = ("megatron.core.models.common.utils", "megatron.core.models.gpt.fine_grained_callables")
 
-_replaced = Replacements()
+_replaced = Replacements()  # what builds dispatchers
+_policies = Replacements()
+_made: weakref.WeakSet[Any] = weakref.WeakSet()  # dispatchers, as long as their layers live
 
 
 def install() -> None:
@@ -38,28 +41,32 @@ def install() -> None:
     _check_version()
     moe_layer = importlib.import_module("megatron.core.transformer.moe.moe_layer")
     _replaced.put(moe_layer, "MoEFlexTokenDispatcher", _builder(moe_layer.MoEFlexTokenDispatcher))
-    for name in _POLICY_MODULES:
+    for name in _POLICY_MODULES if not _policies else ():
         module = _imported(name)
         if module is not None and "should_free_input" in vars(module):
-            _replaced.put(module, "should_free_input", _policy(module.should_free_input))
+            _policies.put(module, "should_free_input", _policy(module.should_free_input))
     quantized_experts.install()
 
 
 def uninstall() -> None:
-    """Put Megatron's own functions back; layers already made keep their dispatchers."""
+    """Put Megatron's own functions back. Layers already made keep their dispatchers, and as long as there are any the 1F1B
+    schedule keeps what it must not free of theirs; other layers' tensors it treats as before."""
     quantized_experts.uninstall()
     _replaced.take_back()
+    if not _made:
+        _policies.take_back()
 
 
 def _check_version() -> None:
     try:
-        text = importlib.import_module("megatron.core").__version__
+        core = importlib.import_module("megatron.core")
     except ImportError as error:
         raise DeepEPError("deepep_train.megatron needs megatron-core: pip install megatron-core") from error
+    text = core.__version__
     major, minor = (int(part) for part in text.split("+")[0].split(".")[:2])
     if not OLDEST <= (major, minor) <= NEWEST:
         known = f"{OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}"
-        raise DeepEPError(f"deepep_train.megatron knows megatron-core {known}, this is {text}")
+        raise DeepEPError(f"deepep_train.megatron knows megatron-core {known}, this is {text} ({core.__file__})")
 
 
 def _imported(name: str) -> Any:
@@ -75,16 +82,23 @@ def _builder(stock: Callable[..., Any]) -> Callable[..., Any]:
             return stock(num_local_experts, local_expert_indices, config, *args, **kwargs)
         from deepep_train.megatron.dispatcher import TokenDispatcher
 
-        return TokenDispatcher(num_local_experts, local_expert_indices, config, *args, **kwargs)
+        made = TokenDispatcher(num_local_experts, local_expert_indices, config, *args, **kwargs)
+        _made.add(made)
+        return made
 
     return flex_dispatcher
 
 
 class _LikeHybridEP:
     """A configuration as it would be with the backend "hybridep": of Megatron's own the one with an identity between what
-    dispatch gives and what the experts take, as here, so that neither may be freed."""
+    dispatch gives and what the experts take, as here, so that neither may be freed.
+
+    And without FP8, under which the schedule frees the experts' input, taking it that every expert saves what it quantized: the
+    first and last layers may be in bf16, or single modules, and offloading keeps the input itself. (Rows that crossed in FP8
+    take no memory there.)"""
 
     moe_flex_dispatcher_backend = "hybridep"
+    fp8 = fp4 = None
 
     def __init__(self, config: Any) -> None:
         self._config = config

@@ -20,9 +20,8 @@ from torch import Tensor
 from deepep_train.errors import DeepEPError
 from deepep_train.fp8 import Quantized, Recipe, is_placeholder
 from deepep_train.megatron.replacements import Replacements
-from deepep_train.megatron.switches import FP8_VARIABLE
+from deepep_train.megatron.switches import FP8_FIELD, FP8_OPTION, FP8_VARIABLE
 
-_CARRIED = "deepep_train_quantized"
 _QUANTIZERS = {Recipe.BLOCK: "Float8BlockQuantizer", Recipe.MXFP8: "MXFP8Quantizer"}
 
 
@@ -32,6 +31,30 @@ class Settings(NamedTuple):
     recipe: Recipe
     power_of_two: bool = True
     min_amax: float = 0.0
+
+
+class Carried(Tensor):
+    """Stands for rows [M, K] that crossed in FP8, on their way to GroupedLinear. It has no values: what would compute with it,
+    other experts or an adapter beside them, is refused, whatever kernel it ends in.
+
+    Attributes:
+        rows: what stands for the rows in autograd.
+        quantized: what arrived.
+    """
+
+    rows: Tensor
+    quantized: Quantized
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, *_: Any) -> Any:
+        raise _no_values(f"{func} was to compute with them")
+
+
+def _no_values(what: str) -> DeepEPError:
+    return DeepEPError(
+        f"these rows stand for quantized ones, which only Transformer Engine's GroupedLinear takes: {what}. Send tokens as "
+        f"they are: {FP8_OPTION} to the launcher, or {FP8_FIELD} = False on the configuration, or {FP8_VARIABLE}=0"
+    )
 
 
 class _Handing(threading.local):
@@ -81,28 +104,29 @@ def settings() -> Settings | None:
     return Settings(Recipe.MXFP8) if recipe.mxfp8() else None
 
 
-def carry(rows: Tensor, quantized: Quantized) -> Tensor:
-    """`rows`, standing for what arrived, to be given to a GroupedLinear."""
-    setattr(rows, _CARRIED, replace(quantized, rows=rows.detach()))  # not `rows` itself, which would keep all this alive
-    return rows
+def carry(rows: Tensor, quantized: Quantized) -> Carried:
+    """What stands for `rows` and holds what arrived, to be given to a GroupedLinear."""
+    carried = Carried._make_wrapper_subclass(
+        Carried, rows.size(), dtype=rows.dtype, device=rows.device, requires_grad=rows.requires_grad
+    )
+    assert isinstance(carried, Carried)
+    carried.rows, carried.quantized = rows, replace(quantized, rows=rows.detach())  # which keeps no graph alive
+    return carried
 
 
 def _forward(stock: Callable[..., Any]) -> Callable[..., Any]:
     def forward(self: Any, inp: Tensor, *args: Any, **kwargs: Any) -> Any:
-        quantized = getattr(inp, _CARRIED, None)
-        if quantized is None:
+        if not isinstance(inp, Carried):
             if is_placeholder(inp):
-                raise DeepEPError(
-                    "these rows stand for quantized ones, which something between dispatch and experts has lost: set "
-                    f"{FP8_VARIABLE}=0 and report what lies between them"
-                )
+                raise _no_values("these came without them")
             return stock(self, inp, *args, **kwargs)
+        rows, quantized = inp.rows, inp.quantized
         if not _takes(self, quantized):
-            return stock(self, replace(quantized, rows=inp).dequantize(), *args, **kwargs)
+            return stock(self, replace(quantized, rows=rows).dequantize(), *args, **kwargs)
         assert _handing.quantized is None
         _handing.quantized = quantized
         try:
-            out = stock(self, inp, *args, **kwargs)
+            out = stock(self, rows, *args, **kwargs)
             if _handing.quantized is not None:
                 raise DeepEPError("this release of Transformer Engine does not take its input where 2.20 does")
             return out

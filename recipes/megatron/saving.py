@@ -1,4 +1,5 @@
-"""Checkpoints in Megatron's own distributed format: experts are one global tensor, so another number of ranks can read them."""
+"""Checkpoints in Megatron's own distributed format: experts are one global tensor, so another number of ranks can read them.
+(But one rank not those of several, nor the reverse: without expert parallelism the optimizer's state has other names.)"""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -59,10 +60,15 @@ def test_other_backends_build_what_they_built(monkeypatch: pytest.MonkeyPatch) -
     ours.uninstall()
 
 
+def policy() -> Any:
+    """The module in which the overlapped schedule looks up what it may free."""
+    (found,) = (m for m in map(_imported, _POLICY_MODULES) if m is not None and "should_free_input" in vars(m))
+    return found
+
+
 @pytest.mark.parametrize("fp8", [None, "e4m3"])
 def test_the_overlapped_schedule_frees_nothing_that_is_needed(fp8: str | None) -> None:
     """What dispatch takes is a view of what the router's backward needs; what it gives is what the experts save."""
-    (policy,) = (m for m in map(_imported, _POLICY_MODULES) if m is not None and "should_free_input" in vars(m))
     config = SimpleNamespace(
         moe_token_dispatcher_type="flex", moe_flex_dispatcher_backend="deepep_train", fp8=fp8, fp4=None, cuda_graph_modules=[],
         cuda_graph_scope=[],
@@ -70,16 +76,43 @@ def test_the_overlapped_schedule_frees_nothing_that_is_needed(fp8: str | None) -
 
     def freed(name: str) -> bool:
         try:
-            return policy.should_free_input(name, True, config, 4)
+            return policy().should_free_input(name, True, config, 4)
         except TypeError:
-            return policy.should_free_input(name, True, config)  # 0.16
+            return policy().should_free_input(name, True, config)  # 0.16
 
     assert freed("moe_dispatch"), "Megatron has learnt to keep it: the replacement may go"
     ours.install()
     assert not freed("moe_dispatch")
     assert not freed("pre_dispatch_computation")
     assert freed("moe_combine")
-    assert not freed("mlp") or fp8 is not None
+    assert not freed("mlp"), "under FP8, too, layers may compute in bf16"
+
+
+def uninstalled_beside_a_layer(rank: int, size: int, group: Any) -> list[bool]:
+    """Whether the schedule knows of this backend: before, with a layer, uninstalled, installed again, without the layer."""
+    known = []
+
+    def look() -> None:
+        known.append(policy().should_free_input.__module__ == ours.install.__module__)
+
+    ours.uninstall()
+    look()
+    setup = small.Setup()
+    with setup.parallel():
+        layer = small.layer_of(setup.transformer_config(small.OURS))
+        for change in (lambda: None, ours.uninstall, ours.install):
+            change()
+            look()
+        del layer
+        gc.collect()
+        ours.uninstall()
+        look()
+    return known
+
+
+def test_layers_made_outlive_uninstall() -> None:
+    """They keep their dispatchers, so the schedule must go on keeping what those need."""
+    assert run_ranks(2, uninstalled_beside_a_layer, timeout=60) == [[False, True, True, True, False]] * 2
 
 
 def models(rank: int, size: int, group: Any) -> list[str]:
@@ -166,6 +199,17 @@ def test_the_launcher_takes_megatrons_own_arguments(tmp_path: Path) -> None:
     done = launch(str(tmp_path / "train.py"), *flags)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.split()[-2:] == ["deepep_train", "8"]
+
+
+def test_the_launcher_takes_the_megatron_beside_the_script(tmp_path: Path) -> None:
+    """As `python pretrain_gpt.py` does in a checkout of Megatron-LM, whatever else is installed."""
+    core = tmp_path / "megatron" / "core" / "__init__.py"
+    core.parent.mkdir(parents=True)
+    core.write_text("__version__ = '9.8.7'")
+    (tmp_path / "train.py").write_text("")
+    done = launch(str(tmp_path / "train.py"))
+    assert done.returncode != 0
+    assert f"this is 9.8.7 ({core})" in done.stderr, done.stderr
 
 
 def test_a_missing_script_is_named() -> None:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import slurm_stand_ins
@@ -87,21 +88,70 @@ def submit(environment: dict[str, str], *arguments: str) -> subprocess.Completed
     return subprocess.run(command, capture_output=True, text=True, timeout=150, check=False, cwd=ROOT, env=env)
 
 
-@pytest.mark.parametrize(
-    ("reached", "status", "restarts", "requeued", "code"),
-    [("100", 0, 0, False, 0), ("60", 0, 0, True, 0), ("60", 1, 1, True, 0), ("60", 1, 3, False, 1)],
-    ids=["finished", "out of time", "failed", "failed too often"],
-)
-def test_a_job_ends_or_goes_back_into_the_queue(
-    job: dict[str, str], tmp_path: Path, reached: str, status: int, restarts: int, requeued: bool, code: int
-) -> None:
+def test_a_job_trains_with_megatrons_flags_and_ends(job: dict[str, str], tmp_path: Path) -> None:
     pytest.importorskip("megatron.core", reason="megatron-core is not installed (it needs Python 3.12)")
-    more = {"REACHED": reached, "STATUS": str(status), "SLURM_RESTART_COUNT": str(restarts)}
-    done = submit(job | more, "--seq-length", "8192")
-    assert done.returncode == code, done.stdout + done.stderr
-    assert (f"requeue {job['SLURM_JOB_ID']}" in (tmp_path / "scontrol.log").read_text()) == requeued
+    done = submit(job | {"REACHED": "100", "STATUS": "0"}, "--seq-length", "8192")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "finished at step 100" in done.stdout
     passed = (tmp_path / "out" / "arguments.txt").read_text().split()
     assert passed == ["flex", "deepep_train", "256", "8192", "225"]  # the user's sequence length wins
+
+
+# In the place of Python: a doctor who is content, a training that does nothing else than to save.
+QUICK = """#!/bin/sh
+case "$*" in *doctor*) exit 0 ;; esac
+echo "$REACHED" >"$OUT/latest_checkpointed_iteration.txt"
+exit "$STATUS"
+"""
+
+
+@pytest.mark.parametrize(
+    ("saved", "reached", "status", "restarts", "stalled", "then"),
+    [
+        (0, 60, 0, 0, 0, 0),
+        (0, 60, 1, 3, 3, 0),
+        (60, 60, 1, 0, 3, 1),
+        (60, 60, 1, 7, 2, 3),
+        (60, 60, 1, 4, 3, "gives up"),
+        (60, 60, 0, 4, 3, "gives up"),
+        (120, 120, 0, 4, 3, "ends"),
+    ],
+    ids=["out of time", "failed further on", "earlier job stalled", "failed again", "failed", "saves nothing", "has more"],
+)
+def test_a_job_goes_back_into_the_queue(
+    job: dict[str, str], tmp_path: Path, saved: int, reached: int, status: int, restarts: int, stalled: int, then: Any
+) -> None:
+    """`saved` and `stalled` are what it finds, `then` how often in a row it has stalled when it is requeued."""
+    out, python = tmp_path / "out", tmp_path / "python"
+    out.mkdir()
+    (out / "latest_checkpointed_iteration.txt").write_text(str(saved))
+    (out / "stalled").write_text(str(stalled))
+    python.write_text(QUICK)
+    python.chmod(0o755)
+    more = {"REACHED": str(reached), "STATUS": str(status), "SLURM_RESTART_COUNT": str(restarts), "PYTHON": str(python)}
+    done = submit(job | more)
+    assert done.returncode == (1 if then == "gives up" else 0), done.stdout + done.stderr
+    is_requeued = f"requeue {job['SLURM_JOB_ID']}" in (tmp_path / "scontrol.log").read_text()
+    assert is_requeued == isinstance(then, int)
+    assert not is_requeued or (out / "stalled").read_text().split() == [str(then)]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        ("--train-iters=500", "set STEPS in place of --train-iters"),
+        ("--save", "set OUT in place of --save"),
+        ("STEPS=0100", "STEPS=0100 must be"),
+        ("RETRIES=none", "RETRIES=none must be"),
+        ("LAYERS=3", "LAYERS=3 must be a whole number, 4 or more"),
+    ],
+)
+def test_what_would_never_end_is_refused(job: dict[str, str], tmp_path: Path, wrong: str, text: str) -> None:
+    name, _, value = wrong.partition("=")
+    done = submit(job, wrong) if wrong.startswith("-") else submit(job | {name: value})
+    assert done.returncode == 2
+    assert text in done.stderr
+    assert not (tmp_path / "scontrol.log").exists()
 
 
 def test_a_node_that_fails_doctor_ends_the_job(job: dict[str, str], tmp_path: Path) -> None:
