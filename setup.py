@@ -5,10 +5,12 @@ Everything else is in pyproject.toml. Environment:
     TORCH_CUDA_ARCH_LIST    architectures to compile for, such as "9.0a;10.0"; default: all below that nvcc knows
     DEEPEP_TRAIN_DEBUG=1    kernels that delay at random wherever ranks meet, and arenas of NaN: see docs/kernels.md
     DEEPEP_TRAIN_NO_CUDA=1  build without kernels although there is an nvcc
+    NVSHMEM_DIR             NVSHMEM for the rdma engine, if not the registry's package; without one that engine is left out
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -24,6 +26,11 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 # sm_80 takes the plain-load path, sm_90 and later the bulk copies; no "a" features, so PTX serves later GPUs.
 DEFAULT_ARCHITECTURES = ("80", "90", "100")
+RDMA = "deepep_train._rdma"
+HINT = (
+    "DEEPEP_TRAIN_NO_CUDA=1 installs without the CUDA engines. The registry's wheels make a toolkit if all of them have one "
+    "version: see docs/install.md"
+)
 NAMES = {"Ampere": "8.0", "Ada": "8.9", "Hopper": "9.0", "Blackwell": "10.0"}  # that torch takes, too
 
 
@@ -35,6 +42,12 @@ def find_nvcc() -> str | None:
     for site in {*sys.path, sysconfig.get_paths()["purelib"]}:
         candidates += [str(p) for p in Path(site or ".").glob("nvidia/*/bin/nvcc")]
     return next((found for c in candidates if (found := shutil.which(c))), None)
+
+
+def library_folders(nvcc: str) -> list[str]:
+    """nvcc looks in its toolkit's lib64, but the registry's wheels put the runtime into lib."""
+    folder = Path(nvcc).resolve().parent.parent / "lib"
+    return [f"-L{folder}"] if (folder / "libcudart_static.a").is_file() else []
 
 
 def architectures(nvcc: str) -> list[str]:
@@ -59,6 +72,26 @@ def architectures(nvcc: str) -> list[str]:
     return [a for a in DEFAULT_ARCHITECTURES if f"sm_{a}" in known.split()]
 
 
+def nvshmem() -> Path | None:
+    """The folder of an NVSHMEM to compile with; says why if there is none."""
+    spec = importlib.util.spec_from_file_location("nvshmem_present", ROOT / "deepep_train" / "engines" / "nvshmem_present.py")
+    assert spec is not None and spec.loader is not None
+    present = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = present  # which its NamedTuples look for
+    spec.loader.exec_module(present)
+    found = present.find()
+    if why := present.obstacle(found, to_build=True):
+        print(f"deepep_train: the rdma engine is left out: {why}")
+        return None
+    return Path(found.folder)
+
+
+def with_nvshmem(nvcc: str, folder: Path) -> list[str]:
+    """nvcc's flags for what includes NVSHMEM's headers, which include <cuda/std/tuple>."""
+    toolkit = Path(nvcc).resolve().parents[1]
+    return ["-rdc=true", f"-I{folder / 'include'}", f"-I{toolkit / 'include' / 'cccl'}"]
+
+
 def gencode(architecture: str) -> str:
     number = architecture.removesuffix("+PTX")
     kept = f"[sm_{number},compute_{number}]" if architecture.endswith("+PTX") else f"sm_{number}"
@@ -66,7 +99,7 @@ def gencode(architecture: str) -> str:
 
 
 class BuildKernels(build_ext):
-    """Compiles csrc with nvcc, two files at a time, and links one extension that needs the driver alone."""
+    """Compiles csrc with nvcc, a file a CPU at a time, and links one extension that needs the driver alone."""
 
     def build_extension(self, ext: Extension) -> None:
         nvcc = find_nvcc()
@@ -79,11 +112,16 @@ class BuildKernels(build_ext):
         out.parent.mkdir(parents=True, exist_ok=True)
         includes = [pybind11.get_include(), sysconfig.get_paths()["include"]]
         archs = architectures(nvcc)
+        folder = nvshmem() if ext.name == RDMA else None
+        if folder is not None:
+            archs = [a for a in archs if int(re.sub(r"\D.*", "", a)) >= 90]  # older GPUs have no cards that they could drive
         flags = ["-std=c++17", "-O3", "-Xptxas", "-v,-warn-spills", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
         flags += [f"-I{path}" for path in includes]
         if os.environ.get("DEEPEP_TRAIN_DEBUG") == "1":
             flags.append("-DDEEPEP_TRAIN_DEBUG")
         flags += [gencode(a) for a in archs]
+        if folder is not None:
+            flags += with_nvshmem(nvcc, folder)
 
         def compile_one(source: str) -> str:
             made = str(objects / (source.replace("/", "_") + ".o"))
@@ -92,13 +130,19 @@ class BuildKernels(build_ext):
             report = f"{source}\n{done.stdout}{done.stderr}"
             (objects / (source.replace("/", "_") + ".log")).write_text(report)
             if done.returncode:
-                raise RuntimeError(f"nvcc failed on {report}\nDEEPEP_TRAIN_NO_CUDA=1 installs without the CUDA engines.")
+                raise RuntimeError(f"nvcc failed on {report}\n{HINT}")
             return made
 
         print(f"deepep_train: {nvcc} for {', '.join('sm_' + a for a in archs)}")
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             made = list(pool.map(compile_one, ext.sources))
-        subprocess.run([nvcc, "-shared", "-cudart", "static", *made, "-o", str(out)], check=True)
+        link = [nvcc, "-shared", "-cudart", "static", *library_folders(nvcc), *made, "-o", str(out)]
+        if folder is not None:  # the host library is found when the extension is imported: see nvshmem_present.load
+            link += [*(gencode(a) for a in archs), "-rdc=true", "-Xcompiler", "-fPIC"]
+            link += [f"-L{folder / 'lib'}", "-lnvshmem_device"]
+        done = subprocess.run(link, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"nvcc failed to link {out.name}\n{done.stdout}{done.stderr}\n{HINT}")
 
 
 def extensions() -> list[Extension]:
@@ -106,7 +150,11 @@ def extensions() -> list[Extension]:
         print("deepep_train: no nvcc (or DEEPEP_TRAIN_NO_CUDA=1), so the CUDA engines are left out; `doctor` says so too")
         return []
     sources = sorted(str(p.relative_to(ROOT)) for ending in ("*.cu", "*.cpp") for p in (ROOT / "csrc").rglob(ending))
-    return [Extension("deepep_train._C", sources)]
+    of_rdma = [name for name in sources if name.startswith("csrc/rdma/")]
+    made = [Extension("deepep_train._C", [name for name in sources if name not in of_rdma])]
+    if nvshmem() is not None:
+        made.append(Extension(RDMA, of_rdma))
+    return made
 
 
 if __name__ == "__main__":  # tests import the rest

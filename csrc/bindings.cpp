@@ -64,10 +64,11 @@ void bind_params(py::module_& m) {
         using P = DispatchParams;
         ParamsBinding<P>(m, "DispatchParams")
             .array("offsets", &P::offsets)
-            .array("sizes", &P::sizes) DT_FIELD(x) DT_FIELD(scales) DT_FIELD(topk_idx) DT_FIELD(topk_weights)
-                DT_FIELD(send_slot) DT_FIELD(send_row) DT_FIELD(pick_row) DT_FIELD(signature) DT_FIELD(row_bytes)
-                    DT_FIELD(scale_row_stride) DT_FIELD(scale_word_stride) DT_FIELD(num_tokens) DT_FIELD(send_sources)
-                        DT_FIELD(scale_words) DT_FIELD(top_k) DT_FIELD(num_local_experts) DT_FIELD(num_sms);
+            .array("sizes", &P::sizes) DT_FIELD(x) DT_FIELD(row_from) DT_FIELD(scales_from) DT_FIELD(scales) DT_FIELD(topk_idx)
+                DT_FIELD(topk_weights) DT_FIELD(send_slot) DT_FIELD(send_row) DT_FIELD(pick_row) DT_FIELD(signature)
+                    DT_FIELD(row_bytes) DT_FIELD(scale_row_stride) DT_FIELD(scale_word_stride) DT_FIELD(num_tokens)
+                        DT_FIELD(send_sources) DT_FIELD(scale_words) DT_FIELD(top_k) DT_FIELD(num_local_experts)
+                            DT_FIELD(num_sms);
     }
     {
         using P = ArrangeParams;
@@ -112,8 +113,8 @@ void bind_low_latency(py::module_ m) {
     {
         using P = ll::DispatchParams;
         ParamsBinding<P, ll::Common>(m, "DispatchParams") DT_FIELD(x) DT_FIELD(topk_idx) DT_FIELD(pick_index)
-            DT_FIELD(bad_index) DT_FIELD(num_tokens) DT_FIELD(scales) DT_FIELD(recv_x) DT_FIELD(recv_scales) DT_FIELD(src_info)
-                DT_FIELD(ranges) DT_FIELD(recv_count) DT_FIELD(cumulative) DT_FIELD(wait_ns);
+            DT_FIELD(bad_index) DT_FIELD(num_tokens) DT_FIELD(scales) DT_FIELD(keep) DT_FIELD(recv_x) DT_FIELD(recv_scales)
+                DT_FIELD(src_info) DT_FIELD(ranges) DT_FIELD(recv_count) DT_FIELD(cumulative) DT_FIELD(wait_ns);
     }
     {
         using P = ll::CombineParams;

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import math
+import secrets
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -64,7 +64,6 @@ class Buffer(LowLatencyCalls):
 
     num_sms: int = 20
     _sms_are_set = False
-    _made = itertools.count(1)
 
     def __init__(
         self,
@@ -123,7 +122,7 @@ class Buffer(LowLatencyCalls):
         agreed = {"engine": engine, "low_latency_mode": low_latency_mode, "num_local_ranks": num_local_ranks}
         agreed["two_level"] = two_level
         mine = {"error": str(error or ""), "argument": getattr(error, "argument", "")} | engines.whereabouts()
-        mine |= {"agreed": agreed if error is None else {}, "made": next(Buffer._made)}
+        mine |= {"agreed": agreed if error is None else {}, "made": secrets.randbits(62)}
         everyone = Peers(group, timeout if error is None else 100.0).gather_objects(mine, "Buffer")
         broken = [r for r, other in enumerate(everyone) if other["error"]]
         if broken:
@@ -198,13 +197,24 @@ class Buffer(LowLatencyCalls):
         self._engine.check()
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str | None = None) -> Tensor:
-        """An uninitialized tensor in the memory from which this buffer's combine reads fastest."""
+        """An uninitialized tensor in the memory from which this buffer's combine reads fastest.
+
+        Args:
+            device: the engine's (the GPU's) or, for engines that serve any, torch's default one, if None.
+        """
         self.check()
-        where = torch.device(device) if device is not None else torch.get_default_device()
+        fits = isinstance(shape, (tuple, list)) and all(isinstance(n, int) and 0 <= n <= checks.LARGEST for n in shape)
+        checks.need(fits, "shape", "a sequence of ints from 0 on", shape)
+        checks.need(isinstance(dtype, torch.dtype), "dtype", "a torch.dtype", dtype)
+        try:
+            where = None if device is None else torch.device(device)
+        except (RuntimeError, TypeError):
+            raise ArgumentError(f"device must name a device, got {checks.shown(device)}", "device") from None
         return self._engine.empty(shape, dtype, where)
 
     def empty_like(self, t: Tensor) -> Tensor:
         """`empty` with the shape, dtype and device of `t`."""
+        checks.need(isinstance(t, torch.Tensor), "t", "a tensor", t)
         return self.empty(tuple(t.shape), t.dtype, t.device)
 
     def memory_stats(self) -> dict[str, int]:
@@ -347,9 +357,16 @@ class Buffer(LowLatencyCalls):
         def check_streams() -> None:
             checks.stream_arguments(previous_event, async_finish, allocate_on_comm_stream, config)
 
+        def check_beside() -> None:
+            check_streams()
+            counts = (num_tokens_per_rank, num_tokens_per_rdma_rank, is_token_in_rank, num_tokens_per_expert)
+            names = ("num_tokens_per_rank", "num_tokens_per_rdma_rank", "is_token_in_rank", "num_tokens_per_expert")
+            for name, value in zip(names, counts, strict=True):
+                checks.need(value is None, name, "None with a handle", value)
+
         if handle is not None:
             again, event = self._comm.run(
-                lambda: self.redispatch(x, handle, topk_idx, topk_weights, also=check_streams, num_sms=_sms_of(config)),
+                lambda: self.redispatch(x, handle, topk_idx, topk_weights, also=check_beside, num_sms=_sms_of(config)),
                 inputs,
                 previous_event,
                 async_finish,

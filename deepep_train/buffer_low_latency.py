@@ -117,8 +117,8 @@ class LowLatencyCalls:
         Args:
             x: bfloat16 [L, R*M, H], the experts' results in the places of `low_latency_dispatch`'s rows.
             topk_idx, topk_weights: int64 and float32 [T, K], as dispatched; -1 contributes nothing.
-            use_logfmt: rows travel in 10 bits a value, see docs/low_latency.md; the same on all ranks. Without effect with
-                `zero_copy` and on the collective engine.
+            use_logfmt: this rank's experts' rows travel in 10 bits a value, see docs/low_latency.md; not with `zero_copy`.
+                Without effect on the collective engine.
             zero_copy: peers read x where it is: what `get_next_low_latency_combine_buffer(handle)` gave.
             out: bfloat16 [T, H] to write the result to.
             combine_wait_recv_cost_stats: int64 [R], to which the nanoseconds are added that each rank was waited for.
@@ -130,7 +130,10 @@ class LowLatencyCalls:
         given = (x, topk_idx, topk_weights, handle)
         if kernels is None:
             z, event = self._comm.run(
-                lambda: low_latency.combine(self._engine, self, *given, out), [*given[:3], out], None, async_finish
+                lambda: low_latency.combine(self._engine, self, *given, use_logfmt, zero_copy, out),
+                [*given[:3], out],
+                None,
+                async_finish,
             )
             return z, event, low_latency.NO_HOOK if return_recv_hook else None
         wait = combine_wait_recv_cost_stats

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from deepep_train.config import Config
 from deepep_train.engines.base import Payload
@@ -50,12 +51,26 @@ def number(value: Any, argument: str, minimum: float = 0.0) -> float:
     return value
 
 
+_WITH_MEMORY = (Tensor, torch.nn.Parameter)
+
+
+def _has_memory(value: Any) -> bool:
+    """Whether its `data_ptr()` is where its elements lie: that of a DTensor, say, is 0."""
+    return isinstance(value, Tensor) and not is_traceable_wrapper_subclass(value) and not hasattr(value, "fake_mode")
+
+
 def tensor(
-    value: Any, argument: str, shape: Sequence[int | None], dtypes: Sequence[torch.dtype], device: torch.device | None
+    value: Any,
+    argument: str,
+    shape: Sequence[int | None],
+    dtypes: Sequence[torch.dtype],
+    device: torch.device | None,
+    is_read: bool = True,
 ) -> Tensor:
-    """A dense tensor of this shape (None: any size), one of these dtypes, on this device (None: any)."""
+    """A dense tensor of this shape (None: any size), one of these dtypes, on this device (None: any), with memory if its
+    elements are to be read."""
     if (
-        isinstance(value, Tensor)
+        (type(value) in _WITH_MEMORY or _has_memory(value) or (not is_read and isinstance(value, Tensor)))
         and value.dtype in dtypes
         and value.dim() == len(shape)
         and all(n is None or n == m for n, m in zip(shape, value.shape, strict=True))
@@ -67,6 +82,10 @@ def tensor(
     wanted = f"a {names} tensor of shape [{', '.join('any' if n is None else str(n) for n in shape)}]"
     wanted += f" on {device}" if device is not None else ""
     need(isinstance(value, Tensor), argument, wanted, value)
+    if is_read and not _has_memory(value):
+        text = f"{argument} must be {wanted} with memory of its own, got a {type(value).__name__}"
+        text += "; pass its local part, x.to_local()" if hasattr(value, "to_local") else ""
+        raise ArgumentError(text, argument.partition(":")[0])
     need(value.layout == torch.strided, argument, f"{wanted}, dense (layout torch.strided, not {value.layout})", value)
     need(value.dtype in dtypes, argument, wanted, value)
     fits = value.dim() == len(shape) and all(n is None or n == m for n, m in zip(shape, value.shape, strict=True))
@@ -78,6 +97,14 @@ def tensor(
 def flag(value: Any, argument: str) -> bool:
     need(isinstance(value, bool), argument, "True or False", value)
     return value
+
+
+def wire_format(use_logfmt: Any, zero_copy: Any) -> None:
+    """How low_latency_combine's rows travel."""
+    flag(use_logfmt, "use_logfmt")
+    flag(zero_copy, "zero_copy")
+    if use_logfmt and zero_copy:
+        raise ArgumentError("use_logfmt=True needs a copy of x, and zero_copy=True makes none", "use_logfmt")
 
 
 def stream_arguments(previous_event: Any, async_finish: Any, allocate_on_comm_stream: Any, config: Any = None) -> None:

@@ -95,13 +95,22 @@ def dispatch(
 
 
 def combine(
-    engine: Engine, buffer: Any, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, handle: Any, out: Tensor | None
+    engine: Engine,
+    buffer: Any,
+    x: Tensor,
+    topk_idx: Tensor,
+    topk_weights: Tensor,
+    handle: Any,
+    use_logfmt: bool,
+    zero_copy: bool,
+    out: Tensor | None,
 ) -> Tensor:
     """See `Buffer.low_latency_combine`: sums weight * row over k in ascending order, in float32, rounded once."""
 
     def make() -> CombineRequest:
         if not isinstance(handle, LowLatencyHandle) or handle.buffer is not buffer:
             raise ArgumentError("handle must be what this buffer's low_latency_dispatch returned", "handle")
+        checks.wire_format(use_logfmt, zero_copy)
         max_tokens, hidden, num_experts = handle[2:]
         shape = [num_experts // buffer.group_size, buffer.group_size * max_tokens, hidden]
         checks.tensor(x, "x", shape, (torch.bfloat16,), None)

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from deepep_train import checks, fp8
 from deepep_train.buffer import Buffer, PayloadArgument
+from deepep_train.derivatives import differentiable_once
 from deepep_train.engines.base import Payload
-from deepep_train.errors import ArgumentError, DeepEPError
+from deepep_train.errors import ArgumentError
 from deepep_train.fp8 import te
 from deepep_train.handle import Handle
 from deepep_train.scale_blocks import ScaleBlocks
@@ -138,7 +139,8 @@ def combine(
         handle: `Dispatched.handle`.
         bias: one or two tensors [T, hidden] of y's dtype.
         grad_dtype: what the backward sends: None the gradient as it is; torch.float8_e4m3fn or float8_e5m2 the gradient
-            quantized once, in 1x128 blocks with power-of-two scales, so that `y`'s gradient has FP8's error (docs/fp8.md).
+            quantized once, in 1x128 blocks with power-of-two scales, so that `y`'s gradient has FP8's error (docs/fp8.md); what
+            is infinite arrives finite, NaN as NaN. A recipe's own choice is `fp8.Recipe.grad_dtype`.
             Wants a hidden size that is a multiple of 128. The same on all ranks.
         num_sms: as in `dispatch`.
 
@@ -246,9 +248,9 @@ class _Dispatch(torch.autograd.Function):
                 grad_weights = grad_weights.masked_fill(handle.plan.recv_topk_idx < 0, 0.0)
             grad_x, grad_w = handle.buffer.combine_rows(grad_data, handle, grad_weights, num_sms=ctx.num_sms)
         return (
-            _differentiable_once("dispatch", grad_x, grad_data),
+            differentiable_once("dispatch", grad_x, grad_data),
             None,
-            _differentiable_once("dispatch", grad_w, grad_data),
+            differentiable_once("dispatch", grad_w, grad_data),
             None,
         )
 
@@ -256,7 +258,7 @@ class _Dispatch(torch.autograd.Function):
 def _dispatch_fresh(x: Any, topk_weights: Any, call: _DispatchCall) -> tuple[Payload, Tensor | None]:
     try:
         call.check_quantized(call.layout, call.num_worst_tokens)
-    except ArgumentError as error:
+    except Exception as error:  # noqa: BLE001 - whatever it is, the peers must hear of it
         call.buffer.refuse_dispatch(error)
     got = call.buffer.route_and_dispatch(
         x,
@@ -293,7 +295,7 @@ class _Combine(torch.autograd.Function):
         with torch.no_grad():
             grad_y = _send_gradient(grad_z, ctx.handle, ctx.grad_dtype, ctx.num_sms)
         biases = [grad_z if needed else None for needed in ctx.needs_input_grad[4:]]
-        return _differentiable_once("combine", grad_y, grad_z), None, None, None, *biases
+        return differentiable_once("combine", grad_y, grad_z), None, None, None, *biases
 
 
 def _send_gradient(grad: Tensor, handle: Handle, grad_dtype: torch.dtype | None, num_sms: int) -> Tensor:
@@ -304,24 +306,3 @@ def _send_gradient(grad: Tensor, handle: Handle, grad_dtype: torch.dtype | None,
     data, scales = handle.buffer.redispatch(Payload(*q.to_wire()[:2]), handle, num_sms=num_sms, recipe=q.agreement())[:2]
     assert scales is not None
     return fp8.dequantize_blocks(data, scales, grad.dtype)  # by rows as they came: nothing but this reads the scales
-
-
-class _NoSecondDerivative(torch.autograd.Function):
-    """The identity, with a backward that says why there is none."""
-
-    @staticmethod
-    def forward(ctx: Any, grad: Tensor, operation: str, _: Tensor) -> Tensor:
-        ctx.operation = operation
-        return grad
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple:
-        raise DeepEPError(
-            f"second derivatives of deepep_train.{ctx.operation} are not supported: its gradient was differentiated again"
-        )
-
-
-def _differentiable_once(operation: str, grad: Tensor | None, incoming: Tensor) -> Tensor | None:
-    if grad is None or not torch.is_grad_enabled():
-        return grad
-    return _NoSecondDerivative.apply(grad, operation, incoming)

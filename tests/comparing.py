@@ -53,14 +53,16 @@ def exchange(
     biases: list,
     mesh: Mesh = ONE_NODE,
 ) -> Got:
+    return exchange_twice(mesh.buffer(group), case, given[rank], ys[rank], biases[rank])
+
+
+def exchange_twice(buffer: dt.Buffer, case: Exchange, mine: Given, y: Tensor, bias: Any) -> Got:
     """Dispatch, combine and dispatch again along the handle, all of it twice with the same bits."""
-    buffer = mesh.buffer(group)
-    mine = given[rank]
 
     def once() -> Got:
         how = {"num_experts": case.num_experts, "layout": case.layout, "alignment": case.alignment}
         out = dt.dispatch(mine.x, mine.topk_idx, mine.topk_weights, buffer=buffer, **how)
-        z = dt.combine(ys[rank], out.handle, bias=biases[rank])
+        z = dt.combine(y, out.handle, bias=bias)
         again = dt.dispatch(mine.x, buffer=buffer, handle=out.handle)
         assert again.topk_idx is None
         assert again.topk_weights is None
@@ -90,23 +92,47 @@ def check_arrived(got: Got, expected: Arrived, rank: int) -> None:
     assert got.tokens_per_expert.tolist() == expected.tokens_per_expert
 
 
-def check(case: Exchange, num_biases: int = 0, dtype: torch.dtype | None = None, mesh: Mesh = ONE_NODE) -> None:
-    """One exchange on every rank against the reference; the combine is in `dtype` if the payload is FP8."""
-    given, g = case.given(), case.generator()
-    picture = Picture(given, case.num_experts)
-    arrived = [picture.arrive(r, case.layout, case.alignment) for r in range(case.size)]
-    origins = [a.rows for a in arrived]
-    dtype = dtype or case.dtype
-    ys = row_values(g, origins, case.hidden, dtype)
-    biases = [tuple(values(g, n, case.hidden, dtype) for _ in range(num_biases)) for n in case.tokens]
-    if case.strided:
-        ys, biases = [spread(y) for y in ys], [tuple(map(spread, b)) for b in biases]
-    passed = [None if not b else b[0] if len(b) == 1 else b for b in biases]
-    for rank, got in enumerate(run_ranks(case.size, exchange, case, given, ys, passed, mesh)):
-        check_arrived(got, arrived[rank], rank)
-        same_rows(got.again, arrived[rank].x, "rows dispatched again")
-        z = picture.combine(rank, ys, origins, biases[rank], mesh.sums_of)
+@dataclass(frozen=True)
+class Drawn:
+    """What all ranks give in one exchange, and what they must get."""
+
+    given: list[Given]
+    picture: Picture
+    arrived: list[Arrived]
+    ys: list[Tensor]
+    biases: list[tuple[Tensor, ...]]
+
+    @classmethod
+    def of(cls, case: Exchange, num_biases: int = 0, dtype: torch.dtype | None = None) -> Drawn:
+        """The combine is in `dtype` if the payload is FP8."""
+        given, g = case.given(), case.generator()
+        picture = Picture(given, case.num_experts)
+        arrived = [picture.arrive(r, case.layout, case.alignment) for r in range(case.size)]
+        dtype = dtype or case.dtype
+        ys = row_values(g, [a.rows for a in arrived], case.hidden, dtype)
+        biases = [tuple(values(g, n, case.hidden, dtype) for _ in range(num_biases)) for n in case.tokens]
+        if case.strided:
+            ys, biases = [spread(y) for y in ys], [tuple(map(spread, b)) for b in biases]
+        return cls(given, picture, arrived, ys, biases)
+
+    def bias(self, rank: int) -> Any:
+        """As combine takes it."""
+        b = self.biases[rank]
+        return None if not b else b[0] if len(b) == 1 else b
+
+    def check(self, got: Got, rank: int, sums_of: int) -> None:
+        check_arrived(got, self.arrived[rank], rank)
+        same_rows(got.again, self.arrived[rank].x, "rows dispatched again")
+        z = self.picture.combine(rank, self.ys, [a.rows for a in self.arrived], self.biases[rank], sums_of)
         assert_same_bits(got.z, z, f"z on rank {rank}")
+
+
+def check(case: Exchange, num_biases: int = 0, dtype: torch.dtype | None = None, mesh: Mesh = ONE_NODE) -> None:
+    """One exchange on every rank against the reference."""
+    drawn = Drawn.of(case, num_biases, dtype)
+    biases = [drawn.bias(rank) for rank in range(case.size)]
+    for rank, got in enumerate(run_ranks(case.size, exchange, case, drawn.given, drawn.ys, biases, mesh)):
+        drawn.check(got, rank, mesh.sums_of)
 
 
 def exchange_worst(

@@ -69,6 +69,28 @@ def _malformed(part: str, value: Callable[[Quantized], Any]) -> Callable[[bool, 
     return call
 
 
+def _scales_between_words(me: bool, x: Tensor, good: dict) -> None:
+    q = fp8.quantize(x, Recipe.MXFP8)
+    shifted = torch.cat([q.scales[:1], q.scales])[1:]
+    dt.dispatch(replace(q, scales=shifted) if me else q, **good)
+
+
+class _Broken(Quantized):
+    def to_wire(self) -> Any:
+        raise RuntimeError("a kernel failed")
+
+
+def _no_wire_form(me: bool, x: Tensor, good: dict) -> None:
+    """An error of no kind that this library raises: the rank itself gets it as it is."""
+    q = fp8.quantize(x)
+    try:
+        dt.dispatch(_Broken(q.recipe, q.data, q.scales, q.splits, q.rows) if me else q, **good)
+    except RuntimeError as error:
+        if not me or str(error) != "a kernel failed":
+            raise
+        raise dt.ArgumentError(f"rank 1: RuntimeError: {error}", "", (1,)) from error
+
+
 def _zero_scale(me: bool, x: Tensor, good: dict) -> None:
     q = fp8.quantize(x, Recipe.TENSOR, scale=torch.tensor([0.25], device=x.device))
     dt.dispatch(replace(q, scales=torch.zeros_like(q.scales)) if me else q, **good)
@@ -130,6 +152,9 @@ WRONG: dict[str, Callable[[bool, Tensor, dict], None]] = {
     "bound": _bound,
     "handle with a bound": _handle_with_a_bound,
     "scales of another size": _malformed("scales", lambda q: q.scales[:4]),
+    "scales between words": _scales_between_words,
+    "strided data": _malformed("data", lambda q: q.data.view(torch.uint8).repeat(1, 2).view(q.data.dtype)[:, :HIDDEN]),
+    "no wire form": _no_wire_form,
     "splits of another sum": _malformed("splits", lambda q: (5,)),
     "a recipe's name": _malformed("recipe", lambda q: "block"),
     "rows of another shape": _malformed("rows", lambda q: q.rows[1:]),
@@ -154,6 +179,9 @@ EXPECTED = [
     ("groups with a handle", "x", ["rank 1", "(4, 0)"]),
     ("bound", "num_worst_tokens", ["rank 1", "64"]),
     ("handle with a bound", "handle", ["rank 0", "rank 2"]),
+    ("scales between words", "x", ["rank 1", "scales must be", "4 bytes"]),
+    ("strided data", "x", ["rank 1", "data must be", "contiguous"]),
+    ("no wire form", "", ["rank 1", "RuntimeError: a kernel failed"]),
     ("scales of another size", "x", ["rank 1", "scales must be", "[4]"]),
     ("splits of another sum", "x", ["rank 1", "splits must be", "(5,)"]),
     ("a recipe's name", "x", ["rank 1", "recipe must be", "'block'"]),

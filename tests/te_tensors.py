@@ -11,10 +11,12 @@ from deepep_train import fp8
 from deepep_train.fp8 import Recipe
 from deepep_train.fp8.quantized import quantize_in_torch
 
+Device = torch.device | str  # of a GPU with its index, else autograd's engine refuses what has a gradient
+
 CLASSES = {Recipe.BLOCK: "Float8BlockwiseQTensor", Recipe.MXFP8: "MXFP8Tensor", Recipe.TENSOR: "Float8Tensor"}
 
 
-def empty(recipe: Recipe, rows: int, hidden: int = 256, device: str = "cpu", **how: Any) -> Any:
+def empty(recipe: Recipe, rows: int, hidden: int = 256, device: Device = "cpu", **how: Any) -> Any:
     """A tensor as Transformer Engine allocates it; per-tensor ones are made by hand, as allocating them asks for a GPU."""
     from transformer_engine.pytorch.constants import DType
     from transformer_engine.pytorch.tensor.float8_blockwise_tensor import Float8BlockQuantizer
@@ -37,7 +39,7 @@ def filled(x: Tensor, recipe: Recipe) -> tuple[Any, fp8.Quantized]:
     scale = torch.tensor([1 / 32], device=x.device) if recipe is Recipe.TENSOR else None
     data, scales = quantize_in_torch(x, recipe, torch.float8_e4m3fn, True, 0.0, scale)
     q = fp8.Quantized(recipe, data, scales, (x.size(0),), x.detach())
-    tensor = empty(recipe, *x.shape, device=x.device.type)
+    tensor = empty(recipe, *x.shape, device=x.device)
     data, scales = q.groups()[0]
     for mine, value in zip(parts(tensor), (data.view(torch.uint8), scales), strict=True):
         assert mine.shape == value.shape, "the layouts are Transformer Engine's"
@@ -53,10 +55,17 @@ def parts(tensor: Any) -> tuple[Tensor, Tensor]:
 
 
 # What cannot travel, and what the error says.
-UNSUITABLE = [("2D", "128x128"), ("columnwise", "columnwise"), ("width", "192"), ("swizzled", "swizzled"), ("NVFP4", "4-bit")]
+UNSUITABLE = [
+    ("2D", "128x128"),
+    ("columnwise", "columnwise"),
+    ("no scales", "without them"),
+    ("width", "192"),
+    ("swizzled", "swizzled"),
+    ("NVFP4", "4-bit"),
+]
 
 
-def unsuitable(name: str, device: str = "cpu") -> Any:
+def unsuitable(name: str, device: Device = "cpu") -> Any:
     """What dispatch refuses, by a name of `UNSUITABLE`."""
     from transformer_engine.pytorch.constants import DType
     from transformer_engine.pytorch.tensor.storage.nvfp4_tensor_storage import NVFP4TensorStorage
@@ -65,6 +74,10 @@ def unsuitable(name: str, device: str = "cpu") -> Any:
         return empty(Recipe.BLOCK, 128, device=device, block_scaling_dim=2)
     if name == "columnwise":
         return empty(Recipe.BLOCK, 32, device=device, rowwise=False, columnwise=True)
+    if name == "no scales":
+        tensor = empty(Recipe.BLOCK, 32, device=device)
+        tensor._rowwise_scale_inv = None
+        return tensor
     if name == "width":
         return empty(Recipe.BLOCK, 32, 192, device)
     if name == "swizzled":

@@ -8,7 +8,6 @@ are small. pytest runs the checks on two CPU processes.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,29 +16,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import v1_runner
 from low_latency_cases import KINDS, STYLES, Case, round_trip
 
-from deepep_train import Buffer, DeepEPError
+from deepep_train import Buffer
 from deepep_train.cli import bench_gpu
-from deepep_train.cli.launch import run_ranks
 
-GPU_DEFAULTS = {"num_processes": 8, "num_tokens": 128, "hidden": 7168, "num_topk": 8, "num_experts": 256}
-CPU_DEFAULTS = {"num_processes": 2, "num_tokens": 32, "hidden": 512, "num_topk": 4, "num_experts": 16}
+GPU_SIZES = {"num_tokens": 128}
+CPU_SIZES = {"num_tokens": 32}
 ROUNDS, CALLS = 5, 10
 PRESSURE_ROUNDS = 100
 
 
 @dataclass(frozen=True)
-class Work:
-    """What was asked for; `device` is "cuda" or "cpu"."""
-
-    num_tokens: int
-    hidden: int
-    num_topk: int
-    num_experts: int
-    device: str
+class Work(v1_runner.Work):
     pressure: bool
-    tune: bool
 
 
 def on_every_rank(work: Work) -> None:
@@ -81,7 +72,7 @@ def check(buffer: Buffer, work: Work, rank: int, size: int) -> int:
         _case(work, size, kind, STYLES[i % len(STYLES)], hook, zero_copy, i)
         for i, (kind, hook, zero_copy) in enumerate(product(kinds, (False, True), (False, True)))
     ]
-    cases += [replace(case, logfmt=True) for case in cases[:2]]
+    cases += [replace(case, logfmt=True, zero_copy=False) for case in cases[:2]]
     for case in cases:
         errors = round_trip(buffer, rank, case, work.device)
         assert not errors, f"rank {rank}: {case}: {len(errors)} errors, first {errors[0]}"
@@ -127,32 +118,10 @@ def tune(buffer: Buffer, case: Case, rank: int) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in GPU_DEFAULTS.items():
-        parser.add_argument(
-            f"--{name.replace('_', '-')}", type=int, help=f"default {default}, without a GPU {CPU_DEFAULTS[name]}"
-        )
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="default cuda where there is a GPU")
+    parser = v1_runner.Parser(__doc__, GPU_SIZES, CPU_SIZES)
     parser.add_argument("--pressure-test", action="store_true", help=f"besides, {PRESSURE_ROUNDS} exchanges twice each")
-    parser.add_argument("--no-tuning", action="store_true", help="checks only")
-    parser.add_argument("--deadline", type=float, default=480.0, help="seconds until everything is killed")
-    args = parser.parse_args(argv)
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    for name, value in (GPU_DEFAULTS if device == "cuda" else CPU_DEFAULTS).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    if args.num_experts % args.num_processes or args.num_experts < args.num_topk:
-        parser.error("--num-experts must be divisible by --num-processes and at least --num-topk")
-    shape = (args.num_tokens, args.hidden, args.num_topk, args.num_experts)
-    work = Work(*shape, device, args.pressure_test, not args.no_tuning)
-    try:
-        run_ranks(args.num_processes, on_every_rank, work, deadline=args.deadline, device=device)
-    except DeepEPError as error:
-        print(f"FAILED: {error}", file=sys.stderr)
-        return 1
-    return 0
+    args = parser.parse(argv)
+    return v1_runner.start(args, on_every_rank, Work.of(args, pressure=args.pressure_test))
 
 
 def test_checks_pass_on_two_cpu_processes() -> None:

@@ -90,7 +90,10 @@ def _misuse(rank: int, size: int, group: dist.ProcessGroup) -> list[str]:
     idx = torch.zeros(4, 1, dtype=torch.int64)
     w = torch.ones(4, 1)
     said = []
+    handle = buffer.low_latency_dispatch(x, idx, 4, EXPERTS, use_fp8=False)[2]
+    y = torch.zeros(EXPERTS // size, 4 * size, HIDDEN, dtype=torch.bfloat16)
     calls = [
+        lambda: buffer.low_latency_combine(y, idx, w, handle, use_logfmt=True, zero_copy=True),
         lambda: buffer.low_latency_dispatch(x, idx, 3 if rank else 4, EXPERTS),
         lambda: buffer.low_latency_dispatch(x, idx, 4, EXPERTS, use_ue8m0=True),
         lambda: buffer.low_latency_dispatch(x[:, :100], idx, 4, EXPERTS),
@@ -111,7 +114,8 @@ def _misuse(rank: int, size: int, group: dist.ProcessGroup) -> list[str]:
 def test_misuse_raises_on_every_rank() -> None:
     first, second = run_ranks(2, _misuse)
     assert first == second
-    assert "rank 1" in first[0] and "num_max_dispatch_tokens_per_rank=3" in first[0]
+    assert "zero_copy=True" in first[0]
+    assert "rank 1" in first[1] and "num_max_dispatch_tokens_per_rank=3" in first[1]
 
 
 def test_size_hint_holds_what_travels() -> None:

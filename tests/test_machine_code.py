@@ -72,6 +72,19 @@ def test_flags_are_polled_and_raised_for_the_whole_system(kernel: str) -> None:
         assert has(body, r"LD\S*\.STRONG\.SYS"), "no flag is polled with .sys scope"
         assert has(body, r"ST\S*\.STRONG\.SYS"), "no flag is raised with .sys scope"
         assert has(body, r"MEMBAR\S*\.SYS"), "there is no fence before the flags"
+        narrow = [one for one in body if re.match(r"(LD|ST)\S*\.STRONG\.GPU", one)]
+        assert not narrow, "flags of the whole system are all that is polled and raised; blocks count by atomics"
+
+
+# In dispatch and combine one stands behind the meeting: what peers wrote is read by bulk copies, and what they read is
+# overwritten by them. The others are the pipelines' own.
+PROXY_FENCES = {"dispatch_kernel": 6, "combine_kernel": 2, "expand_kernel": 5, "reduce_kernel": 1}
+
+
+@pytest.mark.parametrize("kernel", PROXY_FENCES)
+def test_no_fence_between_ordinary_and_bulk_accesses_is_missing(kernel: str) -> None:
+    for body in of_kernel(kernel):
+        assert sum(one.startswith("FENCE.VIEW.ASYNC") for one in body) >= PROXY_FENCES[kernel]
 
 
 @pytest.mark.parametrize("kernel", ["dispatch_kernel", "expand_kernel"])

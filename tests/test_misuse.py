@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from harness import run_ranks
 from misuses import Misuse, Outcome, Scene, altered, outcomes
+from torch.testing._internal.two_tensor import TwoTensor
 
 import deepep_train as dt
 
@@ -58,6 +59,7 @@ PAYLOAD = {
     "x is sparse": _x(lambda s: s.x.to_sparse()),
     "x is sparse CSR": _x(lambda s: s.x.to_sparse_csr()),
     "x is nested": _x(lambda s: torch.nested.nested_tensor([s.x, s.x[:1]], layout=torch.jagged)),
+    "x has no memory of its own, as a DTensor": _x(lambda s: TwoTensor(s.x, s.x)),
     "x has no columns": _x(lambda s: s.x[:, :0]),
     "x is wrong on two ranks": _x(lambda s: s.x[0], ranks=(0, 2), size=3),
     "x is wrong on all ranks": _x(lambda s: None, ranks=(0, 1, 2), size=3),

@@ -79,6 +79,8 @@ HANDLES = {
     "cached: handle is shuffled": _v1("handle", lambda s: tuple(s.out.handle)[::-1], "v1 cached"),
     "cached: topk_idx": _v1("topk_idx", lambda s: s.idx, "v1 cached"),
     "cached: topk_weights": _v1("topk_weights", lambda s: s.w, "v1 cached"),
+    "cached: counts beside the handle": _v1("num_tokens_per_rank", lambda s: s.layout["num_tokens_per_rank"], "v1 cached"),
+    "cached: a mask beside the handle": _v1("is_token_in_rank", lambda s: s.layout["is_token_in_rank"], "v1 cached"),
     "cached: x lacks a token": _v1("x", lambda s: s.x[1:], "v1 cached"),
     "cached: another hidden size": Misuse("v1 cached", "hidden", lambda s: {"x": s.x[:, 1:]}, size=3),
     "cached: allocate_on_comm_stream alone": _v1("allocate_on_comm_stream", lambda s: True, "v1 cached"),
@@ -164,6 +166,11 @@ LOCAL: dict[str, tuple[str, Callable[[Buffer], Any]]] = {
     "raw buffer: offset not aligned": ("offset", lambda b: b.get_local_buffer_tensor(torch.float32, offset=2)),
     "raw buffer: negative offset": ("offset", lambda b: b.get_local_buffer_tensor(torch.uint8, offset=-1)),
     "raw buffer: too large": ("size", lambda b: b.get_local_buffer_tensor(torch.float32, torch.Size([33]))),
+    "empty: negative size": ("shape", lambda b: b.empty((-1, 4), torch.float32)),
+    "empty: a number": ("shape", lambda b: b.empty(16, torch.float32)),  # type: ignore[arg-type]
+    "empty: dtype by name": ("dtype", lambda b: b.empty((2, 4), "bf16")),  # type: ignore[arg-type]
+    "empty: no device": ("device", lambda b: b.empty((2, 4), torch.float32, "gpu")),
+    "empty_like a list": ("t", lambda b: b.empty_like([1])),  # type: ignore[arg-type]
     "group is a string": ("group", lambda b: Buffer("world")),  # type: ignore[arg-type]
     "group is a list of ranks": ("group", lambda b: Buffer([0, 1])),  # type: ignore[arg-type]
     "an MPI communicator": ("comm", lambda b: Buffer(comm=object())),

@@ -59,3 +59,12 @@ def test_torchs_names_and_old_gpus(setup: ModuleType, monkeypatch: pytest.Monkey
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5")
     with pytest.raises(ValueError, match=r"need 8\.0 or later, not \['7\.5'\]"):
         setup.architectures("no nvcc is asked")
+
+
+def test_the_wheels_runtime_is_found(setup: ModuleType, tmp_path: Path) -> None:
+    nvcc = tmp_path / "nvidia" / "cu13" / "bin" / "nvcc"
+    assert setup.library_folders(str(nvcc)) == []
+    library = nvcc.parent.parent / "lib"
+    library.mkdir(parents=True)
+    (library / "libcudart_static.a").touch()
+    assert setup.library_folders(str(nvcc)) == [f"-L{library}"]

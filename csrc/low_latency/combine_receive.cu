@@ -1,49 +1,47 @@
-// Combine, receiving, where sending was a launch of its own.
-#include "../common/check.hpp"
+// Combine, receiving: see pull.cuh.
 #include "kernels.hpp"
+#include "launch_behind.cuh"
 #include "pull.cuh"
 
 namespace deepep_train::low_latency {
 
 namespace {
 
-constexpr int kThreads = 768;
-constexpr int kWarps = kThreads / 32;
+constexpr int kThreads = 640;
+constexpr int kNear = 4;  // neighbouring parts of a row are pulled by neighbouring warps
 
-template <bool kLogfmt>
-__global__ void __launch_bounds__(kThreads, 1)
-    combine_receive_kernel(const __grid_constant__ CombineParams p, const int splits) {
-    __shared__ Sources sources;
+__global__ void __launch_bounds__(kThreads, 1) combine_receive_kernel(const __grid_constant__ CombineParams p) {
+    __shared__ Pulling shared;
+    wait_for_launches_before();
     Control* mine = control_of(p, p.rank);
     if (mine->closed != 0) return;
     const uint32_t number = mine->combines[p.set];
-    if (threadIdx.x < 32) sources.wait(p, mine, number, kSteps - 1);
+    if (threadIdx.x < 32) find_rows(p, mine, number, blockIdx.x == 0 ? p.wait_ns : 0, shared);
     __syncthreads();
-    const Place* places = places_of(p, Layout(p));
-    const int64_t units = int64_t{p.num_tokens} * splits, stride = int64_t{gridDim.x} * kWarps;
-    for (int64_t unit = blockIdx.x + static_cast<int64_t>(threadIdx.x / 32) * gridDim.x; unit < units; unit += stride) {
-        const int64_t t = unit / splits;
-        const Picks picks(p, sources, places, t);
-        if constexpr (kLogfmt)
-            pull_decoded(p, picks, t, static_cast<int>(unit % splits), splits);
-        else
-            pull(p, picks, t, static_cast<int>(unit % splits), splits);
+    const Items items(p);
+    const int lane = threadIdx.x % 32, groups = ((items.parts + items.shares - 1) / items.shares + kNear - 1) / kNear;
+    for (int64_t first = blockIdx.x; first < items.all; first += int64_t{kBatch} * gridDim.x) {
+        const int count = items.from(first), units = groups * count * kNear;
+        find_picks(p, items, first, count, shared);
+        // What was copied last is in the caches, and is pulled first.
+        for (int unit = units - 1 - static_cast<int>(threadIdx.x / 32); unit >= 0; unit -= kThreads / 32) {
+            const int item = unit / kNear % count;
+            const int part = shared.share[item] + (unit / kNear / count * kNear + unit % kNear) * items.shares;
+            if (part >= items.parts) continue;
+            if (shared.coded != 0)
+                pull_part<true>(p, shared.picks[item], shared.token[item], part * kPart + lane * 16);
+            else
+                pull_part<false>(p, shared.picks[item], shared.token[item], part * kPart + lane * 16);
+        }
+        __syncthreads();
     }
-    if (is_last_block(mine, p, kCombineReceive)) tell_pulled(p, sources.came, number);
+    if (is_last_block(mine, p, kCombineReceive)) tell_pulled(p, mine, number);
 }
 
 }  // namespace
 
 void launch_combine_receive(const CombineParams& p, cudaStream_t stream) {
-    // A warp a unit, if rows are long enough for so many.
-    const int warps = p.num_sms * kWarps, pieces = (2 * p.hidden + 511) / 512;
-    int splits = p.num_tokens == 0 ? 1 : (warps + p.num_tokens - 1) / p.num_tokens;
-    splits = splits < pieces ? splits : pieces;
-    if (p.logfmt != 0)
-        combine_receive_kernel<true><<<p.num_sms, kThreads, 0, stream>>>(p, splits);
-    else
-        combine_receive_kernel<false><<<p.num_sms, kThreads, 0, stream>>>(p, splits);
-    DT_CUDA(cudaGetLastError());
+    launch_behind(combine_receive_kernel, p.num_sms, kThreads, stream, p);
 }
 
 }  // namespace deepep_train::low_latency

@@ -2,6 +2,7 @@
 // and token.
 #include "../common/check.hpp"
 #include "kernels.hpp"
+#include "launch_behind.cuh"
 #include "space.cuh"
 
 namespace deepep_train::low_latency {
@@ -9,8 +10,6 @@ namespace deepep_train::low_latency {
 namespace {
 
 constexpr int kThreads = 768;
-constexpr int kWarps = kThreads / 32;
-constexpr int kMostWords = kMaxHidden / kBlock / 32;  // of a row's scales, for each lane
 
 struct Shared {
     int32_t begin[kMaxExperts];     // [L, R]: a source's first row among those of the expert
@@ -18,6 +17,8 @@ struct Shared {
     int32_t all[kMaxExperts];       // [L]
     int32_t tokens[kMaxRanks + 1];  // those listed by the sources before
     uint64_t came;
+    const char* spaces[kMaxRanks];  // where a source's rows lie
+    int32_t next;                   // of the block's units
 };
 
 // Reads the lists' heads.
@@ -31,7 +32,8 @@ __device__ void count_rows(const DispatchParams& p, const Layout& layout, Shared
     }
     for (int source = threadIdx.x; source < ranks; source += kThreads) {
         const List list(const_cast<char*>(own) + layout.list(p.set, source), p);
-        shared.tokens[source + 1] = is_in(shared.came, source) ? list.chunks[kChunks] : 0;
+        shared.tokens[source + 1] = is_in(shared.came, source) ? list.head[0] : 0;
+        shared.spaces[source] = is_in(shared.came, source) && list.head[1] != 0 ? space_of(p, source) : own;
     }
     __syncthreads();
     for (int e = threadIdx.x; e < local; e += kThreads) {
@@ -42,7 +44,7 @@ __device__ void count_rows(const DispatchParams& p, const Layout& layout, Shared
         }
         shared.all[e] = sum;
     }
-    if (threadIdx.x == kThreads - 32) shared.tokens[0] = 0;
+    if (threadIdx.x == kThreads - 32) shared.tokens[0] = shared.next = 0;
     if (threadIdx.x >= kThreads - 32) sum_up(shared.tokens + 1, ranks);
     __syncthreads();
 }
@@ -64,8 +66,6 @@ __device__ void report(const DispatchParams& p, const Layout& layout, Control* m
         const int source = i / local, e = i % local;
         const int begin = shared.begin[e * ranks + source];
         const Place place{begin, (e == 0 ? 0 : shared.all[e - 1]) + begin};
-        auto* own = reinterpret_cast<Place*>(space_of(p, p.rank) + layout.own_places + p.set * layout.place_bytes);
-        own[e * ranks + source] = place;
         if (!is_in(shared.came, source)) continue;
         auto* places = reinterpret_cast<Place*>(space_of(p, source) + layout.places + p.set * layout.place_bytes);
         places[p.rank * local + e] = place;
@@ -73,30 +73,39 @@ __device__ void report(const DispatchParams& p, const Layout& layout, Control* m
     }
 }
 
-__global__ void __launch_bounds__(kThreads, 1)
-    dispatch_receive_kernel(const __grid_constant__ DispatchParams p, const int row_bytes, const int scale_words) {
+__global__ void __launch_bounds__(kThreads, 1) dispatch_receive_kernel(const __grid_constant__ DispatchParams p) {
     __shared__ Shared shared;
+    wait_for_launches_before();
     Control* mine = control_of(p, p.rank);
     if (mine->closed != 0) return;
     const uint32_t number = mine->dispatches[p.set];
     if (threadIdx.x < 32) {
-        const uint64_t came = wait_for_peers(p, mine->sent[p.set], number, mine->decided[p.set][0], number, p.wait_ns);
+        const uint64_t wait_ns = blockIdx.x == 0 ? p.wait_ns : 0;
+        const uint64_t came = wait_for_peers(p, mine->sent[p.set], number, mine->decided[p.set][0], number, wait_ns);
         if (threadIdx.x == 0) shared.came = came;
     }
     __syncthreads();
     const Layout layout(p);
     count_rows(p, layout, shared);
 
+    const int row_bytes = p.scales == kBf16 ? 2 * p.hidden : p.hidden;
     using Part = Piece<7>;
+    const int per_word = p.scales == kPackedScales ? 4 * kBlock : kBlock;            // values
+    const int scale_words = p.scales == kBf16 ? 0 : p.hidden / per_word;             // of a row
+    static_assert(Part::kBytes / kBlock <= 32 && Part::kBytes % (4 * kBlock) == 0);  // a piece's: one for each lane, at most
     const int lane = threadIdx.x % 32, ranks = p.num_ranks, pieces = Part::in(row_bytes);
-    const int64_t slots = int64_t{ranks} * p.max_tokens;  // of an expert
-    const int64_t units = int64_t{shared.tokens[ranks]} * pieces, stride = int64_t{gridDim.x} * kWarps;
+    const int slots = ranks * p.max_tokens;  // of an expert
+    const int64_t units = int64_t{shared.tokens[ranks]} * pieces;
     char* own = space_of(p, p.rank);
-    // Of the next unit, this lane's pick and the token: looked up a turn ahead.
-    int64_t unit = blockIdx.x + static_cast<int64_t>(threadIdx.x / 32) * gridDim.x;
+    // Units differ in how often they are written: a block's warps take them as they come. Of the next unit, this lane's pick
+    // and the token are looked up a turn ahead.
+    int64_t unit = 0;
     int source = 0, next_token = 0;
     uint32_t next_place = kNoPlace;
     const auto look = [&]() {
+        int taken = lane == 0 ? atomicAdd(&shared.next, 1) : 0;
+        taken = __shfl_sync(0xffffffffu, taken, 0);
+        unit = blockIdx.x + int64_t{taken} * gridDim.x;
         if (unit >= units) return;
         const int listed = static_cast<int>(unit / pieces);
         while (shared.tokens[source + 1] <= listed) ++source;
@@ -109,32 +118,27 @@ __global__ void __launch_bounds__(kThreads, 1)
     while (unit < units) {
         const int from = source, token = next_token, piece = static_cast<int>(unit % pieces);
         const uint32_t place = next_place;
-        const char* slot = own + layout.slot(p.set, from, token);
+        const char* slot = shared.spaces[from] + layout.slot(p.set, from, token);
         Part part;
         part.load(slot, piece * Part::kBytes, row_bytes);
-        uint32_t words[kMostWords];
-#pragma unroll
-        for (int i = 0; i < kMostWords; ++i)
-            if (piece == 0 && i * 32 + lane < scale_words)
-                words[i] = reinterpret_cast<const volatile uint32_t*>(slot + row_bytes)[i * 32 + lane];
-        unit += stride;
+        const int word = piece * (Part::kBytes / per_word) + lane;
+        const bool has_word = lane < Part::kBytes / per_word && word < scale_words;
+        uint32_t scale = 0;
+        if (has_word) scale = reinterpret_cast<const volatile uint32_t*>(slot + row_bytes)[word];
         look();
-        int64_t row_here = 0;  // of all slots of all experts
+        int row_here = 0;  // of all slots of all experts
         if (place != kNoPlace) {
             const int e = place >> kIndexBits, index = place & ((1u << kIndexBits) - 1);
             row_here = e * slots + shared.begin[e * ranks + from] + index;
             if (piece == 0) reinterpret_cast<int32_t*>(p.src_info)[row_here] = token;
         }
         for (unsigned left = __ballot_sync(0xffffffffu, place != kNoPlace); left != 0; left &= left - 1) {
-            const int64_t row = __shfl_sync(0xffffffffu, row_here, __ffs(left) - 1);
-            part.store_last(reinterpret_cast<char*>(p.recv_x) + row * row_bytes, piece * Part::kBytes, row_bytes);
-            if (piece != 0) continue;
-            // [L, words, slots]
-            const int64_t e = row / slots;
-            auto* to = reinterpret_cast<uint32_t*>(p.recv_scales) + e * scale_words * slots + (row - e * slots);
-#pragma unroll
-            for (int i = 0; i < kMostWords; ++i)
-                if (i * 32 + lane < scale_words) to[(i * 32 + lane) * slots] = words[i];
+            const int row = __shfl_sync(0xffffffffu, row_here, __ffs(left) - 1);
+            part.store_last(reinterpret_cast<char*>(p.recv_x) + int64_t{row} * row_bytes, piece * Part::kBytes, row_bytes);
+            if (scale_words == 0) continue;
+            const int e = __shfl_sync(0xffffffffu, place, __ffs(left) - 1) >> kIndexBits;  // [L, words, slots]
+            const int64_t at = int64_t{e * (scale_words - 1) + word} * slots + row;
+            if (has_word) reinterpret_cast<uint32_t*>(p.recv_scales)[at] = scale;
         }
     }
     if (blockIdx.x == gridDim.x - 1) report(p, layout, mine, number, shared);
@@ -146,10 +150,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 }  // namespace
 
 void launch_dispatch_receive(const DispatchParams& p, cudaStream_t stream) {
-    const int row_bytes = p.scales == kBf16 ? 2 * p.hidden : p.hidden;
-    const int scale_words = p.scales == kBf16 ? 0 : p.hidden / kBlock / (p.scales == kPackedScales ? 4 : 1);
-    dispatch_receive_kernel<<<p.num_sms, kThreads, 0, stream>>>(p, row_bytes, scale_words);
-    DT_CUDA(cudaGetLastError());
+    launch_behind(dispatch_receive_kernel, p.num_sms, kThreads, stream, p);
 }
 
 }  // namespace deepep_train::low_latency

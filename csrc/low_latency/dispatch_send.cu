@@ -5,22 +5,45 @@
 
 #include "../common/check.hpp"
 #include "kernels.hpp"
+#include "launch_behind.cuh"
 #include "space.cuh"
 
 namespace deepep_train::low_latency {
 
 namespace {
 
-constexpr int kThreads = 512;
+constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / 32;
+constexpr int kRound = 128;  // tokens whose picks are numbered together
+
+// A bit for each token of a round.
+struct Tokens {
+    uint32_t words[kRound / 32];
+
+    DT_DEVICE void clear() {
+#pragma unroll
+        for (uint32_t& word : words) word = 0;
+    }
+    DT_DEVICE void add(int t) { atomicOr(words + t / 32, 1u << (t % 32)); }
+    DT_DEVICE int before(int t) const {
+        int count = 0;
+#pragma unroll
+        for (int w = 0; w < kRound / 32; ++w) {
+            const int inside = t - w * 32;
+            count += __popc(words[w] & (inside >= 32 ? 0xffffffffu : inside <= 0 ? 0u : (1u << inside) - 1));
+        }
+        return count;
+    }
+};
 
 struct Shared {
-    int32_t counts[kMaxExperts];           // picks of each expert so far
-    uint16_t before[kWarps][kMaxExperts];  // in this round, by the warps before
-    int16_t expert[kThreads];              // this round's picks; -1: none, or one that the token has picked already
-    int32_t index[kThreads];
-    int32_t listed[kMaxRanks];  // tokens on each rank's list so far, and of these, those before each chunk
-    int32_t chunks[kMaxRanks][kChunks + 1];
+    Tokens picked[kMaxExperts];     // of this round, those that have picked the expert
+    Tokens sent[kMaxRanks];         // and those that go to the rank
+    unsigned long long to[kRound];  // the ranks that a token goes to
+    int32_t counts[kMaxExperts];    // picks of the expert, in rounds before
+    int32_t listed[kMaxRanks];      // tokens on the rank's list, likewise
+    uint64_t present;
+    char* spaces[kMaxRanks];
 };
 
 // -1 for what is no expert.
@@ -29,107 +52,58 @@ DT_DEVICE int expert_of(const DispatchParams& p, int64_t pick) {
     return e >= 0 && e < p.num_experts ? static_cast<int>(e) : -1;
 }
 
-// By one block: numbers a round's picks of each expert, in the order of tokens, and counts them. `expert`: this thread's.
-__device__ void number_picks(const DispatchParams& p, Shared& shared, int expert) {
-    constexpr int kMine = kMaxExperts / kThreads;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    for (int w = 0; w < kWarps; ++w)
-        for (int e = threadIdx.x; e < p.num_experts; e += kThreads) shared.before[w][e] = 0;
-    __syncthreads();
-    const unsigned same = __match_any_sync(0xffffffffu, expert);
-    const int earlier = __popc(same & ((1u << lane) - 1));
-    if (expert >= 0 && earlier == 0) shared.before[warp][expert] = static_cast<uint16_t>(__popc(same));
-    __syncthreads();
-    int sums[kMine] = {};
-#pragma unroll
-    for (int i = 0; i < kMine; ++i) {
-        const int e = threadIdx.x + i * kThreads;
-        if (e >= p.num_experts) continue;
-#pragma unroll
-        for (int w = 0; w < kWarps; ++w) {
-            const int here = shared.before[w][e];
-            shared.before[w][e] = static_cast<uint16_t>(sums[i]);
-            sums[i] += here;
-        }
-    }
-    __syncthreads();
-    shared.expert[threadIdx.x] = static_cast<int16_t>(expert);
-    shared.index[threadIdx.x] = expert < 0 ? -1 : shared.counts[expert] + shared.before[warp][expert] + earlier;
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < kMine; ++i)
-        if (threadIdx.x + i * kThreads < p.num_experts) shared.counts[threadIdx.x + i * kThreads] += sums[i];
-}
-
-// By the same block: `tokens` from token `first` on go onto the lists; a warp writes those of one destination.
-__device__ void list_tokens(const DispatchParams& p, const Layout& layout, Shared& shared, uint64_t present, int first,
-                            int tokens) {
-    const int lane = threadIdx.x % 32, local = p.num_experts / p.num_ranks;
-    for (int peer = threadIdx.x / 32; peer < p.num_ranks; peer += kWarps) {
-        if (!is_in(present, peer)) continue;
-        const List list(space_of(p, peer) + layout.list(p.set, p.rank), p);
-        int listed = shared.listed[peer];
-        int before = lane <= kChunks ? shared.chunks[peer][lane] : 0;
-        for (int base = 0; base < tokens; base += 32) {
-            const int t = base + lane;
-            uint32_t here = 0;  // bit k: pick k is of this peer
-            for (int k = 0; k < p.top_k && t < tokens; ++k) {
-                const int e = shared.expert[t * p.top_k + k] - peer * local;
-                if (e >= 0 && e < local) here |= 1u << k;
-            }
-            const unsigned all = __ballot_sync(0xffffffffu, here != 0);
-            if (here != 0) {
-                const int64_t at = listed + __popc(all & ((1u << lane) - 1));
-                list.tokens[at] = first + t;
-                for (int k = 0; k < p.top_k; ++k) {
-                    const int pick = t * p.top_k + k;
-                    const uint32_t e = shared.expert[pick] - peer * local;
-                    list.places[at * p.top_k + k] = (here >> k & 1) != 0 ? e << kIndexBits | shared.index[pick] : kNoPlace;
-                }
-            }
-            listed += __popc(all);
-            const int inside = lane * chunk_tokens(p) - first - base;  // of these 32 tokens, those before chunk number `lane`
-            before += __popc(all & (inside >= 32 ? 0xffffffffu : inside <= 0 ? 0u : (1u << inside) - 1));
-        }
-        if (lane == 0) shared.listed[peer] = listed;
-        if (lane <= kChunks) shared.chunks[peer][lane] = before;
-    }
-}
-
-// By one block: everything that goes beside the rows.
+// By one block: everything that goes beside the rows. A token that names an expert twice has one row there, or a source could
+// have more rows than the expert has room for: both picks get one number.
 __device__ void plan(const DispatchParams& p, const Layout& layout, Shared& shared, uint64_t present) {
+    const int local = p.num_experts / p.num_ranks, top_k = p.top_k;
     for (int e = threadIdx.x; e < p.num_experts; e += kThreads) shared.counts[e] = 0;
-    for (int i = threadIdx.x; i < kMaxRanks * (kChunks + 1); i += kThreads) shared.chunks[0][i] = 0;
     if (threadIdx.x < kMaxRanks) shared.listed[threadIdx.x] = 0;
-    const int round = kThreads / p.top_k;  // tokens
-    for (int first = 0; first < p.num_tokens; first += round) {
-        const int tokens = p.num_tokens - first < round ? p.num_tokens - first : round;
-        const int64_t pick = int64_t{first} * p.top_k + threadIdx.x;
-        const bool inside = static_cast<int>(threadIdx.x) < tokens * p.top_k;
-        const int expert = inside ? expert_of(p, pick) : -1;
-        if (inside && expert < 0 && reinterpret_cast<const int64_t*>(p.topk_idx)[pick] != -1)
-            *reinterpret_cast<volatile int32_t*>(p.bad_index) = 1;
-        // A token that names an expert twice has one row there, or a source could have more rows than the expert has room for.
-        shared.expert[threadIdx.x] = static_cast<int16_t>(expert);
+    for (int first = 0; first < p.num_tokens; first += kRound) {
+        const int tokens = p.num_tokens - first < kRound ? p.num_tokens - first : kRound;
+        const int64_t first_pick = int64_t{first} * top_k;
+        for (int e = threadIdx.x; e < p.num_experts; e += kThreads) shared.picked[e].clear();
+        if (threadIdx.x < kMaxRanks) shared.sent[threadIdx.x].clear();
+        if (threadIdx.x < kRound) shared.to[threadIdx.x] = 0;
         __syncthreads();
-        const int self = threadIdx.x;
-        int same = inside ? self / p.top_k * p.top_k : self;
-        while (same < self && shared.expert[same] != expert) ++same;
+        for (int i = threadIdx.x; i < tokens * top_k; i += kThreads) {
+            const int e = expert_of(p, first_pick + i), t = i / top_k;
+            if (e < 0) {
+                if (reinterpret_cast<const int64_t*>(p.topk_idx)[first_pick + i] != -1)
+                    *reinterpret_cast<volatile int32_t*>(p.bad_index) = 1;
+                continue;
+            }
+            shared.picked[e].add(t);
+            if (!is_in(present, e / local)) continue;
+            shared.sent[e / local].add(t);
+            atomicOr(shared.to + t, 1ull << (e / local));
+        }
         __syncthreads();
-        number_picks(p, shared, same == self ? expert : -1);
-        if (inside) reinterpret_cast<int32_t*>(p.pick_index)[pick] = shared.index[same];
-        list_tokens(p, layout, shared, present, first, tokens);
+        for (int i = threadIdx.x; i < tokens * top_k; i += kThreads) {
+            const int e = expert_of(p, first_pick + i), t = i / top_k, k = i % top_k;
+            const int index = e < 0 ? -1 : shared.counts[e] + shared.picked[e].before(t);
+            reinterpret_cast<int32_t*>(p.pick_index)[first_pick + i] = index;
+            for (uint64_t left = shared.to[t]; left != 0; left &= left - 1) {
+                const int rank = __ffsll(static_cast<long long>(left)) - 1, here = e - rank * local;
+                const List list(shared.spaces[rank] + layout.list(p.set, p.rank), p);
+                const int64_t at = shared.listed[rank] + shared.sent[rank].before(t);
+                if (k == 0) list.tokens[at] = first + t;
+                list.places[at * top_k + k] =
+                    here >= 0 && here < local ? static_cast<uint32_t>(here) << kIndexBits | index : kNoPlace;
+            }
+        }
+        __syncthreads();
+        for (int e = threadIdx.x; e < p.num_experts; e += kThreads) shared.counts[e] += shared.picked[e].before(kRound);
+        if (threadIdx.x < p.num_ranks) shared.listed[threadIdx.x] += shared.sent[threadIdx.x].before(kRound);
         __syncthreads();
     }
-    __syncthreads();
-    const int local = p.num_experts / p.num_ranks;
     for (int e = threadIdx.x; e < p.num_experts; e += kThreads)
         if (is_in(present, e / local))
-            List(space_of(p, e / local) + layout.list(p.set, p.rank), p).counts[e % local] = shared.counts[e];
-    for (int i = threadIdx.x; i < p.num_ranks * (kChunks + 1); i += kThreads) {
-        const int peer = i / (kChunks + 1);
-        if (is_in(present, peer))
-            List(space_of(p, peer) + layout.list(p.set, p.rank), p).chunks[i % (kChunks + 1)] = shared.chunks[0][i];
+            List(shared.spaces[e / local] + layout.list(p.set, p.rank), p).counts[e % local] = shared.counts[e];
+    for (int peer = threadIdx.x; peer < p.num_ranks; peer += kThreads) {
+        if (!is_in(present, peer)) continue;
+        const List list(shared.spaces[peer] + layout.list(p.set, p.rank), p);
+        list.head[0] = shared.listed[peer];
+        list.head[1] = p.keep;
     }
 }
 
@@ -146,7 +120,7 @@ DT_DEVICE uint64_t destinations(const DispatchParams& p, int64_t t, uint64_t pre
 // Rows as they are.
 struct Plain : Piece<4> {
     DT_DEVICE void read(const DispatchParams& p, int64_t t, int piece) {
-        load(reinterpret_cast<const char*>(p.x) + t * p.hidden * 2, piece * kBytes, p.hidden * 2);
+        load_last(reinterpret_cast<const char*>(p.x) + t * p.hidden * 2, piece * kBytes, p.hidden * 2);
     }
     DT_DEVICE void prepare(const DispatchParams&) {}
     DT_DEVICE void write(const DispatchParams& p, char* slot, int piece) const { store(slot, piece * kBytes, p.hidden * 2); }
@@ -180,11 +154,24 @@ struct Quantized {
     }
     static DT_DEVICE float low(uint32_t pair) { return __uint_as_float(pair << 16); }
     static DT_DEVICE float high(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
-    static DT_DEVICE uint32_t two(uint32_t pair, float scale) {
-        const float2 scaled = {__fdiv_rn(low(pair), scale), __fdiv_rn(high(pair), scale)};
-        return __nv_cvt_float2_to_fp8x2(scaled, __NV_SATFINITE, __NV_E4M3);
-    }
-    static DT_DEVICE uint32_t four(uint32_t a, uint32_t b, float scale) { return two(a, scale) | two(b, scale) << 16; }
+    // The e4m3 value of value / scale, which is what rounding the float32 quotient gives, for all bfloat16 values and scales
+    // of blocks: compared for each pair of a magnitude and a largest one.
+    struct Divider {
+        float scale, inverse;
+        DT_DEVICE explicit Divider(float by) {
+            scale = isinf(by) ? 1.0f : by;
+            inverse = __fdiv_rn(1.0f, by);
+        }
+        DT_DEVICE float operator()(float value) const {
+            const float near = __fmul_rn(value, inverse);
+            return copysignf(__fmaf_rn(__fmaf_rn(-near, scale, value), inverse, near), value);  // -0 stays so
+        }
+        DT_DEVICE uint32_t two(uint32_t pair) const {
+            const float2 scaled = {(*this)(low(pair)), (*this)(high(pair))};
+            return __nv_cvt_float2_to_fp8x2(scaled, __NV_SATFINITE, __NV_E4M3);
+        }
+        DT_DEVICE uint32_t four(uint32_t a, uint32_t b) const { return two(a) | two(b) << 16; }
+    };
 
     DT_DEVICE void prepare(const DispatchParams& p) {
 #pragma unroll
@@ -201,7 +188,8 @@ struct Quantized {
                 const uint32_t word = __float_as_uint(scale);  // up to the next power of two
                 scale = __uint_as_float((word & 0x7f800000u) + ((word & 0x007fffffu) != 0 ? 0x00800000u : 0u));
             }
-            bits[i][0] = make_uint4(four(a.x, a.y, scale), four(a.z, a.w, scale), four(b.x, b.y, scale), four(b.z, b.w, scale));
+            const Divider by(scale);
+            bits[i][0] = make_uint4(by.four(a.x, a.y), by.four(a.z, a.w), by.four(b.x, b.y), by.four(b.z, b.w));
             bits[i][1].x = __float_as_uint(scale);
         }
         if (p.scales != kPackedScales) return;
@@ -235,8 +223,6 @@ struct Quantized {
 template <typename Row>
 __global__ void __launch_bounds__(kThreads, 1) dispatch_send_kernel(const __grid_constant__ DispatchParams p) {
     __shared__ Shared shared;
-    __shared__ uint64_t present_ranks;
-    __shared__ char* spaces[kMaxRanks];
     Control* mine = control_of(p, p.rank);
     if (mine->closed != 0) return;
     const uint32_t number = mine->dispatches[p.set] + 1;
@@ -248,29 +234,31 @@ __global__ void __launch_bounds__(kThreads, 1) dispatch_send_kernel(const __grid
     if (static_cast<int>(blockIdx.x) < first) unit = units;
     Row row;
     if (unit < units) row.read(p, unit / pieces, static_cast<int>(unit % pieces));
-    if (threadIdx.x >= 64 && threadIdx.x - 64 < p.num_ranks) spaces[threadIdx.x - 64] = space_of(p, threadIdx.x - 64);
+    if (threadIdx.x >= 64 && threadIdx.x - 64 < p.num_ranks) shared.spaces[threadIdx.x - 64] = space_of(p, threadIdx.x - 64);
     if (threadIdx.x < 32) {
         const uint64_t present = wait_for_answers(p, mine->sent_to[p.set], mine->taken[p.set]);
-        if (threadIdx.x == 0) present_ranks = present;
+        if (threadIdx.x == 0) shared.present = present;
     }
     __syncthreads();
-    const uint64_t present = present_ranks;
+    const uint64_t present = shared.present;
     const Layout layout(p);
     if (blockIdx.x == 0) plan(p, layout, shared, present);
     while (unit < units) {
         const int64_t t = unit / pieces;
         const int piece = static_cast<int>(unit % pieces);
         const int64_t slot = layout.slot(p.set, p.rank, t);
-        const uint64_t to = destinations(p, t, present);
+        // Rows that stay are stored even if they go nowhere: to ask takes longer.
+        const uint64_t to = p.keep != 0 ? 1ull << p.rank : destinations(p, t, present);
         row.prepare(p);
-        for (uint64_t left = to; left != 0; left &= left - 1) row.write(p, spaces[__ffsll(left) - 1] + slot, piece);
+        for (uint64_t left = to; left != 0; left &= left - 1) row.write(p, shared.spaces[__ffsll(left) - 1] + slot, piece);
         unit += warps;
         if (unit < units) row.read(p, unit / pieces, static_cast<int>(unit % pieces));
     }
+    let_launches_behind_begin();
     if (!is_last_block(mine, p, kDispatchSend)) return;
     for (int peer = threadIdx.x; peer < p.num_ranks; peer += kThreads) {
         if (is_masked(p, peer)) continue;
-        store_release_sys(&control_of(p, peer)->sent[p.set].at[p.rank], number);
+        store_release_sys(&reinterpret_cast<Control*>(shared.spaces[peer])->sent[p.set].at[p.rank], number);
         mine->sent_to[p.set].at[peer] = number;
     }
     if (threadIdx.x == 0) mine->dispatches[p.set] = number;

@@ -38,6 +38,7 @@ struct DispatchParams : Common {
     uint64_t bad_index = 0;   // int32 [1] of page-locked memory, out: 1 if some index lies outside [-1, E)
     int num_tokens = 0;
     int scales = 0;  // enum Scales
+    int keep = 0;    // rows stay here, for receivers to read
     // Receiving.
     uint64_t recv_x = 0;       // [L, R * M, H]
     uint64_t recv_scales = 0;  // 32-bit words [L, H / 128 or H / 512, R * M]

@@ -9,53 +9,60 @@
 
 namespace deepep_train::low_latency {
 
-// Where this rank's rows are, in shared memory.
-struct Sources {
-    uint64_t came;
-    const char* rows[kMaxRanks];  // null: a rank that has none of ours
-    int how[kMaxRanks];           // enum Shown
+constexpr int kPart = 512;  // bytes of a row that a warp sums at once
+constexpr int kBatch = 32;
 
-    // By one warp: waits until every peer's rows have come as far as `step`.
-    DT_DEVICE void wait(const CombineParams& p, Control* mine, uint32_t number, uint32_t step) {
-        const uint64_t present =
-            wait_for_peers(p, mine->shown[p.set], number * kSteps + step, mine->decided[p.set][1], number, p.wait_ns);
-        const uint32_t dispatch = mine->dispatches[p.set];
-        if (threadIdx.x % 32 == 0) came = present;
-        for (int peer = threadIdx.x % 32; peer < p.num_ranks; peer += 32) {
-            const bool has = is_in(present, peer) && mine->placed[p.set].at[peer] == dispatch;
-            rows[peer] = has ? space_of(p, peer) + mine->shown_at[p.set][peer] : nullptr;
-            how[peer] = mine->shown_how[p.set][peer];
-        }
-    }
-};
-
-// A token's rows (none of token -1): lane k knows where the row of pick k is (null: nowhere), its weight, and whether it is in
-// LogFMT.
-struct Picks {
+// A pick of a token: where its row is; null: nowhere.
+struct Pick {
     const char* row;
     float weight;
-    bool logfmt = false;
-
-    DT_DEVICE Picks(const CombineParams& p, const Sources& sources, const Place* places, int64_t t)
-        : row(nullptr), weight(0.0f) {
-        const int lane = threadIdx.x % 32, local = p.num_experts / p.num_ranks;
-        if (lane >= p.top_k || t < 0) return;
-        const int64_t pick = t * p.top_k + lane, e = reinterpret_cast<const int64_t*>(p.topk_idx)[pick];
-        const int index = reinterpret_cast<const int32_t*>(p.pick_index)[pick];
-        weight = reinterpret_cast<const float*>(p.topk_weights)[pick];
-        if (e < 0 || e >= p.num_experts || index < 0) return;
-        const int rank = static_cast<int>(e) / local;
-        if (sources.rows[rank] == nullptr) return;
-        const Place place = places[e];
-        const int64_t slots = int64_t{p.num_ranks} * p.max_tokens;
-        const int64_t first = sources.how[rank] == kSpread ? e % local * slots + place.begin : place.compact;
-        logfmt = sources.how[rank] == kCompactLogfmt;
-        row = sources.rows[rank] + (first + index) * (logfmt ? Logfmt::row_bytes(p.hidden) : p.hidden * 2);
-    }
+    int32_t logfmt;
 };
 
-DT_DEVICE const Place* places_of(const CombineParams& p, const Layout& layout) {
-    return reinterpret_cast<const Place*>(space_of(p, p.rank) + layout.places + p.set * layout.place_bytes);
+struct Pulling {
+    uint64_t came;
+    uint32_t coded;  // whether some rows are in LogFMT
+    const char* rows[kMaxRanks];
+    int how[kMaxRanks];  // enum Shown
+    // A batch of items: tokens, or parts of such.
+    int32_t token[kBatch], share[kBatch];
+    Pick picks[kBatch][kMaxTopK];
+};
+
+// By one warp: waits until every peer's rows may be pulled, and looks where they are.
+DT_DEVICE void find_rows(const CombineParams& p, Control* mine, uint32_t number, uint64_t wait_ns, Pulling& shared) {
+    const uint64_t present = wait_for_peers(p, mine->shown[p.set], number, mine->decided[p.set][1], number, wait_ns);
+    const uint32_t dispatch = mine->dispatches[p.set];
+    bool coded = false;
+    for (int peer = threadIdx.x % 32; peer < p.num_ranks; peer += 32) {
+        const bool has = is_in(present, peer) && mine->placed[p.set].at[peer] == dispatch;
+        shared.rows[peer] = has ? space_of(p, peer) + mine->shown_at[p.set][peer] : nullptr;
+        shared.how[peer] = mine->shown_how[p.set][peer];
+        coded |= has && shared.how[peer] == kCompactLogfmt;
+    }
+    coded = __any_sync(0xffffffffu, coded);
+    if (threadIdx.x % 32 == 0) {
+        shared.came = present;
+        shared.coded = coded;
+    }
+}
+
+// A pick of token t.
+DT_DEVICE Pick find_pick(const CombineParams& p, const Pulling& shared, const Place* places, int64_t t, int k) {
+    Pick found{nullptr, 0.0f, 0};
+    if (k >= p.top_k) return found;
+    const int64_t pick = t * p.top_k + k, e = reinterpret_cast<const int64_t*>(p.topk_idx)[pick];
+    const int index = reinterpret_cast<const int32_t*>(p.pick_index)[pick];
+    found.weight = reinterpret_cast<const float*>(p.topk_weights)[pick];
+    if (e < 0 || e >= p.num_experts || index < 0) return found;
+    const int local = p.num_experts / p.num_ranks, rank = static_cast<int>(e) / local;
+    if (shared.rows[rank] == nullptr) return found;
+    const Place place = places[e];
+    const int64_t slots = int64_t{p.num_ranks} * p.max_tokens;
+    const int64_t first = shared.how[rank] == kSpread ? e % local * slots + place.begin : place.compact;
+    found.logfmt = shared.how[rank] == kCompactLogfmt;
+    found.row = shared.rows[rank] + (first + index) * (found.logfmt != 0 ? Logfmt::row_bytes(p.hidden) : p.hidden * 2);
+    return found;
 }
 
 // Eight bf16 values; product and sum are rounded each, as torch does it.
@@ -73,70 +80,80 @@ DT_DEVICE uint32_t rounded(float low, float high) {
     return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
-// By a warp: of token t's sum, every `splits`-th 512 bytes from number `split` on.
-DT_DEVICE void pull(const CombineParams& p, const Picks& picks, int64_t t, int split, int splits) {
-    constexpr int kTogether = 8;  // rows that are loaded at once
-    const int lane = threadIdx.x % 32, row_bytes = 2 * p.hidden;
-    for (int start = split * 512; start < row_bytes; start += splits * 512) {
-        const int at = start + lane * 16;
-        const bool inside = at < row_bytes;
-        float sum[8] = {};
-        for (int base = 0; base < p.top_k; base += kTogether) {
-            uint4 bits[kTogether];
-            unsigned there = 0;
+// By a warp: 16 bytes a lane of a token's sum; `at`: this lane's place in the row. Without `kLogfmt` no row is in LogFMT.
+template <bool kLogfmt>
+DT_DEVICE void pull_part(const CombineParams& p, const Pick* picks, int64_t t, int at) {
+    constexpr int kTogether = kLogfmt ? 1 : 8;  // rows that are loaded at once
+    const int row_bytes = 2 * p.hidden;
+    const bool inside = at < row_bytes;
+    float sum[8] = {};
+    for (int base = 0; base < p.top_k; base += kTogether) {
+        uint4 bits[kTogether];
+        unsigned there = 0;
 #pragma unroll
-            for (int k = 0; k < kTogether; ++k) {
-                const auto from = reinterpret_cast<const char*>(
-                    __shfl_sync(0xffffffffu, reinterpret_cast<unsigned long long>(picks.row), (base + k) % 32));
-                if (from == nullptr) continue;
-                there |= 1u << k;
-                if (inside) bits[k] = load_row_last(from + at);
-            }
+        for (int k = 0; k < kTogether; ++k) {
+            const Pick pick = picks[base + k];
+            if (pick.row == nullptr) continue;
+            if (kLogfmt && pick.logfmt != 0) {
+                if (!inside) continue;
+                const Logfmt::Coded coded = Logfmt::load(pick.row + at / 256 * Logfmt::kBytes);
 #pragma unroll
-            for (int k = 0; k < kTogether; ++k) {
-                const float weight = __shfl_sync(0xffffffffu, picks.weight, (base + k) % 32);
-                if ((there >> k & 1) != 0) add(sum, bits[k], weight);
+                for (int i = 0; i < 8; ++i) sum[i] = __fadd_rn(sum[i], __fmul_rn(pick.weight, Logfmt::decode(coded, i)));
+                continue;
             }
+            there |= 1u << k;
+            if (inside) bits[k] = load_row_last(pick.row + at);
         }
-        if (inside)
-            store_row(
-                reinterpret_cast<char*>(p.out) + t * row_bytes + at,
-                make_uint4(rounded(sum[0], sum[1]), rounded(sum[2], sum[3]), rounded(sum[4], sum[5]), rounded(sum[6], sum[7])));
+#pragma unroll
+        for (int k = 0; k < kTogether; ++k)
+            if ((there >> k & 1) != 0) add(sum, bits[k], picks[base + k].weight);
     }
+    if (inside)
+        store_row(
+            reinterpret_cast<char*>(p.out) + t * row_bytes + at,
+            make_uint4(rounded(sum[0], sum[1]), rounded(sum[2], sum[3]), rounded(sum[4], sum[5]), rounded(sum[6], sum[7])));
 }
 
-// The same where rows may be in LogFMT.
-DT_DEVICE void pull_decoded(const CombineParams& p, const Picks& picks, int64_t t, int split, int splits) {
-    const int lane = threadIdx.x % 32, row_bytes = 2 * p.hidden;
-    for (int start = split * 512; start < row_bytes; start += splits * 512) {
-        const int at = start + lane * 16;
-        const bool inside = at < row_bytes;
-        float sum[8] = {};
-        for (int k = 0; k < p.top_k; ++k) {
-            const auto from =
-                reinterpret_cast<const char*>(__shfl_sync(0xffffffffu, reinterpret_cast<unsigned long long>(picks.row), k));
-            const float weight = __shfl_sync(0xffffffffu, picks.weight, k);
-            const bool logfmt = __shfl_sync(0xffffffffu, picks.logfmt, k);
-            if (from == nullptr || !inside) continue;
-            if (logfmt) {
-                const Logfmt::Coded coded = Logfmt::load(from + at / 256 * Logfmt::kBytes);
-#pragma unroll
-                for (int i = 0; i < 8; ++i) sum[i] = __fadd_rn(sum[i], __fmul_rn(weight, Logfmt::decode(coded, i)));
-            } else {
-                add(sum, load_row_last(from + at), weight);
-            }
-        }
-        if (inside)
-            store_row(
-                reinterpret_cast<char*>(p.out) + t * row_bytes + at,
-                make_uint4(rounded(sum[0], sum[1]), rounded(sum[2], sum[3]), rounded(sum[4], sum[5]), rounded(sum[6], sum[7])));
+// Tokens, or shares of such, of the launch that are dealt to its blocks. Where there are fewer tokens than blocks, several
+// share a token: each has every `shares`-th part of the row.
+struct Items {
+    int parts, shares;
+    int64_t all;
+
+    DT_DEVICE explicit Items(const CombineParams& p) {
+        const int blocks = gridDim.x;
+        parts = (2 * p.hidden + kPart - 1) / kPart;
+        shares = p.num_tokens == 0 ? 1 : blocks / p.num_tokens;
+        shares = shares < 1 ? 1 : shares > parts ? parts : shares;
+        all = int64_t{p.num_tokens} * shares;
     }
+    // Of this block, from item `first` on, at most a batch.
+    DT_DEVICE int from(int64_t first) const {
+        const int64_t left = (all - first + gridDim.x - 1) / gridDim.x;
+        return left < 0 ? 0 : left < kBatch ? static_cast<int>(left) : kBatch;
+    }
+};
+
+// By every thread: looks up the picks of `count` of this block's items, from item `first` on.
+DT_DEVICE void find_picks(const CombineParams& p, const Items& items, int64_t first, int count, Pulling& shared) {
+    const Layout layout(p);
+    const auto* places = reinterpret_cast<const Place*>(space_of(p, p.rank) + layout.places + p.set * layout.place_bytes);
+    for (int i = threadIdx.x; i < count * kMaxTopK; i += blockDim.x) {
+        const int64_t item = first + int64_t{i / kMaxTopK} * gridDim.x, t = item / items.shares;
+        shared.picks[i / kMaxTopK][i % kMaxTopK] = find_pick(p, shared, places, t, i % kMaxTopK);
+        if (i % kMaxTopK != 0) continue;
+        shared.token[i / kMaxTopK] = static_cast<int32_t>(t);
+        shared.share[i / kMaxTopK] = static_cast<int32_t>(item % items.shares);
+    }
+    __syncthreads();
 }
 
-// By every thread of the last block: the peers may overwrite what was pulled.
-DT_DEVICE void tell_pulled(const CombineParams& p, uint64_t came, uint32_t number) {
+// By every thread of the last block: the peers that came may overwrite what was pulled.
+DT_DEVICE void tell_pulled(const CombineParams& p, const Control* mine, uint32_t number) {
+    const auto* decided = static_cast<const volatile uint32_t*>(mine->decided[p.set][1].at);
     for (int peer = threadIdx.x; peer < p.num_ranks; peer += blockDim.x)
-        if (is_in(came, peer)) store_release_sys(&control_of(p, peer)->pulled[p.set].at[p.rank], number);
+        if (decided[peer] == number << 1 && !is_masked(p, peer))
+            store_release_sys(&control_of(p, peer)->pulled[p.set].at[p.rank], number);
 }
 
 }  // namespace deepep_train::low_latency

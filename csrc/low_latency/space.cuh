@@ -15,20 +15,18 @@ namespace deepep_train::low_latency {
 
 constexpr int kBlock = 128;  // values with one scale
 constexpr uint32_t kNoPlace = 0xffffffffu;
-constexpr int kChunks = 16;      // of tokens, in which a combine without a hook goes
-constexpr uint32_t kSteps = 32;  // of `Control::shown` in a combine; the last says that all is there
-constexpr int kIndexBits = 22;   // of a pick's place: local expert << kIndexBits | its number among the source's picks of it
+constexpr int kIndexBits = 22;  // of a pick's place: local expert << kIndexBits | its number among the source's picks of it
 
 struct Control {
     // Written by peer p at index p.
     struct alignas(128) Flags {
         uint32_t at[kMaxRanks];
     };
-    Flags sent[2];    // its rows are here
-    Flags taken[2];   // it has read the rows sent to it
-    Flags shown[2];   // its experts' rows may be pulled: combine * kSteps + chunks of tokens that are ready
-    Flags pulled[2];  // it has pulled this rank's rows
-    Flags placed[2];  // the dispatch for which it has written `Place`s
+    Flags sent[2];                                 // its rows are here
+    Flags taken[2];                                // it has read the rows sent to it
+    Flags shown[2];                                // its experts' rows may be pulled
+    Flags pulled[2];                               // it has pulled this rank's rows
+    Flags placed[2];                               // the dispatch for which it has written `Place`s
     alignas(128) int64_t shown_at[2][kMaxRanks];   // where they lie, relative to its space; see `Shown`
     alignas(128) int32_t shown_how[2][kMaxRanks];  // enum Shown
     // Written by the owner.
@@ -40,7 +38,6 @@ struct Control {
     Flags sent_to[2];        // the last dispatch that went to a peer
     Flags shown_to[2];
     alignas(128) int32_t num_rows[2][kMaxExperts];  // received, by local expert
-    uint32_t copied[2][kChunks];                    // warps that have copied their part of a chunk
 };
 
 enum Phase { kDispatchSend = 0, kDispatchReceive = 1, kCombineSend = 2, kCombineReceive = 3 };
@@ -59,22 +56,21 @@ DT_BOTH int64_t aligned(int64_t bytes) { return (bytes + 127) / 128 * 128; }
 // Offsets in a space.
 struct Layout {
     int64_t list_bytes, slot_bytes, place_bytes, rows_bytes;
-    int64_t lists, slots, places, own_places, rows, end;
+    int64_t lists, slots, places, rows, end;
     int ranks, tokens;
 
     DT_BOTH explicit Layout(const Common& c) {
         const int local = c.num_experts / c.num_ranks, picks = c.top_k < local ? c.top_k : local;
         ranks = c.num_ranks;
         tokens = c.max_tokens;
-        list_bytes = aligned(4 * (kChunks + 1 + local + int64_t{c.max_tokens} * (1 + c.top_k)));  // see `List`
-        slot_bytes = aligned(2 * int64_t{c.hidden});  // FP8 and its scales need less
+        list_bytes = aligned(4 * (2 + local + int64_t{c.max_tokens} * (1 + c.top_k)));  // see `List`
+        slot_bytes = aligned(2 * int64_t{c.hidden});                                    // FP8 and its scales need less
         place_bytes = aligned(int64_t{c.num_experts} * sizeof(Place));
         rows_bytes = int64_t{c.num_ranks} * c.max_tokens * picks * 2 * c.hidden;
         lists = aligned(sizeof(Control));
         slots = lists + 2 * ranks * list_bytes;
         places = slots + 2 * ranks * tokens * slot_bytes;
-        own_places = places + 2 * place_bytes;
-        rows = own_places + 2 * place_bytes;
+        rows = places + 2 * place_bytes;
         end = rows + 2 * rows_bytes;
     }
 
@@ -86,21 +82,18 @@ struct Layout {
 
 // The parts of the list at `address`.
 struct List {
-    int32_t* chunks;   // [kChunks + 1]: tokens listed before each chunk; the last: all
+    int32_t* head;     // [2]: tokens listed; 1 if their rows have stayed in the source's slots
     int32_t* counts;   // [L]: picks of each local expert
     int32_t* tokens;   // [M]
     uint32_t* places;  // [M, K]
 
     DT_DEVICE List(char* address, const Common& c) {
-        chunks = reinterpret_cast<int32_t*>(address);
-        counts = chunks + kChunks + 1;
+        head = reinterpret_cast<int32_t*>(address);
+        counts = head + 2;
         tokens = counts + c.num_experts / c.num_ranks;
         places = reinterpret_cast<uint32_t*>(tokens + c.max_tokens);
     }
 };
-
-// Tokens of a chunk.
-DT_BOTH int chunk_tokens(const Common& c) { return (c.max_tokens + kChunks - 1) / kChunks; }
 
 // The one place where a peer's memory is found.
 DT_DEVICE char* space_of(const Common& c, int rank) { return reinterpret_cast<char* const*>(c.spaces)[rank]; }
@@ -138,7 +131,7 @@ DT_DEVICE uint64_t wait_for_answers(const Common& c, const Control::Flags& given
 
 // By one warp of each block: waits for every peer's flag to reach `value`. A peer that is masked, or does not come in time, is
 // given up, and masked; the blocks of a launch, which is the `number`-th of its phase and set, agree on it through `decided`.
-// Returns those that came.
+// Returns those that came; adds to `wait_ns`, unless it is 0, how long each was waited for.
 DT_DEVICE uint64_t wait_for_peers(const Common& c, const Control::Flags& flags, uint32_t value, Control::Flags& decided,
                                   uint32_t number, uint64_t wait_ns) {
     const uint64_t start = global_timer();
@@ -166,7 +159,7 @@ DT_DEVICE uint64_t wait_for_peers(const Common& c, const Control::Flags& flags, 
             if (!here && (verdict & 1) == 0) load_acquire_sys(flags.at + peer);  // it has come since, as another block saw
             here = (verdict & 1) == 0;
             if (!here && !masked) give_up(c, peer);
-            if (wait_ns != 0 && blockIdx.x == 0 && !masked)
+            if (wait_ns != 0 && !masked)
                 atomicAdd(reinterpret_cast<unsigned long long*>(wait_ns) + peer, static_cast<unsigned long long>(waited));
         }
         __syncwarp();
@@ -206,7 +199,8 @@ DT_DEVICE void sum_up(int32_t* values, int count) {
     }
 }
 
-// Copies rows by 16 bytes a lane: `kVectors` of them are loaded, for the last time, before the first is stored.
+// Copies rows by 16 bytes a lane: `kVectors` of them are loaded before the first is stored. Those that are loaded or stored for
+// the last time in a while leave the L2 cache first.
 template <int kVectors>
 struct Piece {
     static constexpr int kBytes = kVectors * 512;
@@ -214,6 +208,12 @@ struct Piece {
 
     // From `start` on, of rows of `row_bytes`, a multiple of 16.
     DT_DEVICE void load(const char* row, int start, int row_bytes) {
+        const int at = start + threadIdx.x % 32 * 16;
+#pragma unroll
+        for (int i = 0; i < kVectors; ++i)
+            if (i * 512 < row_bytes - at) v[i] = load_row(row + at + i * 512);
+    }
+    DT_DEVICE void load_last(const char* row, int start, int row_bytes) {
         const int at = start + threadIdx.x % 32 * 16;
 #pragma unroll
         for (int i = 0; i < kVectors; ++i)

@@ -279,9 +279,10 @@ void Communicator::dispatch(const DispatchParams& p, uint64_t stream) const {
     launch_dispatch(state_->domain, p, as_stream(stream));
 }
 
-void Communicator::refuse(int64_t bytes, uint64_t stream) const {
+void Communicator::refuse(const std::string& operation, int64_t bytes, uint64_t stream) const {
     const OnDevice on(device_);
-    launch_refuse(state_->domain, bytes == 0 ? kRefusesArguments : kRefusesMemory, bytes, as_stream(stream));
+    launch_refuse(state_->domain, operation == "combine" ? kCombine : kDispatch,
+                  bytes == 0 ? kRefusesArguments : kRefusesMemory, bytes, as_stream(stream));
 }
 
 void Communicator::arrange(const ArrangeParams& p, uint64_t stream) const {

@@ -86,7 +86,7 @@ public:
     void dispatch(const DispatchParams& p, uint64_t stream) const;
     // Take part in the next operation only to refuse it: for wrong arguments, or because `bytes` did not fit. Unless every rank
     // does, the domain has failed.
-    void refuse(int64_t bytes, uint64_t stream) const;
+    void refuse(const std::string& operation, int64_t bytes, uint64_t stream) const;
     void arrange(const ArrangeParams& p, uint64_t stream) const;
     void expand(const ExpandParams& p, uint64_t stream) const;
     void scales(const ScalesParams& p, uint64_t stream) const;

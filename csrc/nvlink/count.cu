@@ -101,11 +101,21 @@ __device__ void digest_experts(const Domain& d, const CountParams& p, const Coun
     }
 }
 
+// What a dispatch that fails leaves of its counts: the kernels behind it, and with num_worst_tokens the caller's, still read
+// them.
+__device__ void clear_results(const Domain& d, const CountParams& p) {
+    if (p.results == 0) return;
+    auto* results = reinterpret_cast<int32_t*>(p.results);
+    const int count = 2 * (p.num_experts / d.num_ranks) + d.num_ranks * d.num_ranks + d.num_ranks + 1 + p.num_experts;
+    for (int i = threadIdx.x; i < count; i += kThreads) results[i] = 0;
+}
+
 __global__ void __launch_bounds__(kThreads, 1)
     count_kernel(const __grid_constant__ Domain d, const __grid_constant__ CountParams p) {
-    __shared__ bool came;
+    __shared__ bool came, good;
     Control* mine = d.control(d.rank);
     const uint32_t epoch = mine->epoch + 1;
+    if (threadIdx.x == 0) good = false;
     const bool bad = p.status != 0 || (p.out_of_range != 0 && *reinterpret_cast<const int32_t*>(p.out_of_range) != 0);
     if (mine->failed == 0) {
         send_counts(d, p, epoch, bad);
@@ -133,9 +143,12 @@ __global__ void __launch_bounds__(kThreads, 1)
                 // On a rank with num_worst_tokens no CPU waits for this, so the kernels must stop the dispatch, on every rank.
                 if (bounded && odd != 0) record_failure(d, epoch, kCount, kMeetCounted, kBadCounts, odd);
                 if (over != 0) record_failure(d, epoch, kCount, kMeetCounted, kOverflow, over);
+                good = odd == 0 && over == 0;
             }
         }
     }
+    __syncthreads();
+    if (!good) clear_results(d, p);
     __threadfence_system();
     __syncthreads();
     if (threadIdx.x == 0) {

@@ -19,7 +19,10 @@ struct Send {
     DT_DEVICE int32_t look(int64_t t, int rank) const {
         return rank < d.num_ranks ? reinterpret_cast<const int32_t*>(p.send_row)[t * d.num_ranks + rank] : -1;
     }
-    DT_DEVICE const char* from(int64_t t) const { return reinterpret_cast<const char*>(p.x) + t * p.row_bytes; }
+    DT_DEVICE const char* from(int64_t t) const {
+        return p.row_from != 0 ? reinterpret_cast<const char* const*>(p.row_from)[t]
+                               : reinterpret_cast<const char*>(p.x) + t * p.row_bytes;
+    }
     DT_DEVICE char* at(int rank, int what) const { return d.peers[rank] + offsets[rank * kOffsets + what]; }
     DT_DEVICE char* to(int rank, int32_t row) const { return at(rank, 0) + row * p.row_bytes; }
 
@@ -44,7 +47,8 @@ struct Send {
     }
 
     DT_DEVICE void send_scales(int64_t t, int rank, int64_t slot) const {
-        const auto* words = reinterpret_cast<const uint32_t*>(p.scales) + t * p.scale_row_stride;
+        const auto* words = p.scales_from != 0 ? reinterpret_cast<const uint32_t* const*>(p.scales_from)[t]
+                                               : reinterpret_cast<const uint32_t*>(p.scales) + t * p.scale_row_stride;
         auto* there = reinterpret_cast<uint32_t*>(at(rank, 1)) + slot * p.scale_words;
         for (int i = threadIdx.x % 32; i < p.scale_words; i += 32) there[i] = words[i * p.scale_word_stride];
     }
@@ -84,7 +88,8 @@ __global__ void __launch_bounds__(ScatterShape::kMaxWarps * 32, 1)
 }
 
 // Takes part in an operation only to say that this rank cannot.
-__global__ void __launch_bounds__(32, 1) refuse_kernel(const __grid_constant__ Domain d, int64_t reason, int64_t bytes) {
+__global__ void __launch_bounds__(32, 1)
+    refuse_kernel(const __grid_constant__ Domain d, Operation operation, int64_t reason, int64_t bytes) {
     const int64_t own[kOffsets] = {reason, bytes, 0, 0, 0};
     Control* mine = d.control(d.rank);
     const uint32_t epoch = mine->epoch + 1;
@@ -92,7 +97,7 @@ __global__ void __launch_bounds__(32, 1) refuse_kernel(const __grid_constant__ D
     if (mine->failed == 0) {
         for (int peer = threadIdx.x; peer < d.num_ranks; peer += 32) tell_ready(d, peer, 0, own, epoch);
         __syncwarp();
-        all_ready(d, kDispatch, 0, epoch);
+        all_ready(d, operation, 0, epoch);
     }
     if (threadIdx.x == 0) mine->epoch = epoch;
 }
@@ -114,8 +119,8 @@ void launch_dispatch(const Domain& d, const DispatchParams& p, cudaStream_t stre
     DT_CUDA(cudaGetLastError());
 }
 
-void launch_refuse(const Domain& d, int64_t reason, int64_t bytes, cudaStream_t stream) {
-    refuse_kernel<<<1, 32, 0, stream>>>(d, reason, bytes);
+void launch_refuse(const Domain& d, Operation operation, int64_t reason, int64_t bytes, cudaStream_t stream) {
+    refuse_kernel<<<1, 32, 0, stream>>>(d, operation, reason, bytes);
     DT_CUDA(cudaGetLastError());
 }
 

@@ -8,6 +8,7 @@
 namespace deepep_train::nvlink {
 
 struct Domain;
+enum Operation : uint32_t;
 
 // The code that the current device would run; throws if this build has none for it.
 struct CodeHere {
@@ -20,7 +21,7 @@ void launch_layout(const LayoutParams& p, cudaStream_t stream);
 void launch_count(const Domain& d, const CountParams& p, cudaStream_t stream);
 void launch_place(const PlaceParams& p, cudaStream_t stream);
 void launch_dispatch(const Domain& d, const DispatchParams& p, cudaStream_t stream);
-void launch_refuse(const Domain& d, int64_t reason, int64_t bytes, cudaStream_t stream);
+void launch_refuse(const Domain& d, Operation operation, int64_t reason, int64_t bytes, cudaStream_t stream);
 void launch_arrange(const Domain& d, const ArrangeParams& p, cudaStream_t stream);
 void launch_expand(const Domain& d, const ExpandParams& p, cudaStream_t stream);
 void launch_scales(const Domain& d, const ScalesParams& p, cudaStream_t stream);

@@ -9,13 +9,15 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from deepep_train import engines
-from deepep_train.cli import live
+from deepep_train.cli import doctor_network, live
 from deepep_train.cli.launch import run_ranks
 from deepep_train.version import __version__
 
@@ -70,6 +72,7 @@ def examine() -> dict[str, Any]:
         "peer access": {"complete": not missing, "missing": missing},
         "nvcc": _nvcc(),
         "packages": _packages(),
+        "network": doctor_network.examine(),
         "engines": [engine._asdict() for engine in engines.survey()],
         "auto": {"engine": choice.name, "reasons": choice.reasons},
     }
@@ -91,6 +94,7 @@ def as_text(report: dict[str, Any]) -> str:
         lines.append(f"              no peer access from GPU {pair[0]} to GPU {pair[1]}")
     lines.append(f"nvcc          {report['nvcc'] or 'not found'}")
     lines.extend(f"{name:13s} {version or 'not installed'}" for name, version in report["packages"].items())
+    lines.extend(doctor_network.as_lines(report["network"]))
     lines.append("")
     for engine in report["engines"]:
         lines.append(f"{engine['name']:13s} {'usable ' if engine['usable'] else 'no     '} {engine['reason']}")
@@ -122,6 +126,9 @@ def _nvcc() -> str | None:
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     path = shutil.which("nvcc", path=os.path.join(home, "bin")) if home else None
     path = path or shutil.which("nvcc")
+    if path is None:  # setup.py takes the registry's, too
+        wheels = [p for site in sys.path for p in Path(site or ".").glob("nvidia/*/bin/nvcc")]
+        path = next((found for p in wheels if (found := shutil.which(p))), None)
     if path is None:
         return None
     out = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout

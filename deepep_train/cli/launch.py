@@ -12,7 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing import connection, get_context
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,30 +23,48 @@ _GRACE_SECONDS = 5.0  # for the other ranks to say what they saw, once one has f
 _TELL_SECONDS = 3.0  # before the deadline, ranks print where they are
 
 
+class Nodes(NamedTuple):
+    """Machines that run the same command: how many, which of them this is, and the host:port of the first where ranks meet."""
+
+    number: int = 1
+    here: int = 0
+    address: str = ""
+
+
 def run_ranks(
-    num_processes: int, function: Callable[..., None], *args: Any, deadline: float = math.inf, device: str = ""
+    num_processes: int,
+    function: Callable[..., None],
+    *args: Any,
+    deadline: float = math.inf,
+    device: str = "",
+    nodes: Nodes | None = None,
 ) -> None:
     """Call `function(*args)` on every rank with torch.distributed initialized; `function` must be importable.
 
-    Under torchrun the ranks are its processes, `num_processes` and `deadline` are ignored. With CUDA, rank i takes GPU i modulo
-    their number, and gloo carries the collectives where ranks share a GPU, which NCCL refuses.
+    Under torchrun the ranks are its processes; `num_processes`, `deadline` and `nodes` are ignored. With CUDA, rank i of a
+    machine takes GPU i modulo their number, and gloo carries the collectives where ranks share a GPU, which NCCL refuses.
 
     Args:
         deadline: seconds after which all ranks print where they are and are killed.
         device: "cpu" leaves GPUs alone; by default they are used where there are any.
+        nodes: with several, this starts the ranks of one, `num_processes` of `nodes.number` times as many.
 
     Raises:
         DeepEPError: if a rank failed, whose traceback has then been printed, or the deadline passed.
     """
     use_cuda = device != "cpu" and torch.cuda.is_available()
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        _enter(int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]), None, use_cuda, function, args)
+        local = Nodes(), int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+        _enter(*local, None, use_cuda, function, args)
         return
     context = get_context("spawn")
     tell_at = time.time() + deadline - _TELL_SECONDS
     with tempfile.TemporaryDirectory() as folder:
-        how = (num_processes, f"file://{folder}/rendezvous", use_cuda, function, args)
-        processes = [context.Process(target=_guarded, args=(tell_at, r, *how), daemon=True) for r in range(num_processes)]
+        nodes = nodes or Nodes()
+        meet = f"tcp://{nodes.address}" if nodes.number > 1 else f"file://{folder}/rendezvous"
+        how = (num_processes, meet, use_cuda, function, args)
+        ranks = range(num_processes)
+        processes = [context.Process(target=_guarded, args=(tell_at, nodes, r, *how), daemon=True) for r in ranks]
         try:
             for process in processes:
                 process.start()
@@ -79,20 +97,27 @@ def _wait(processes: Sequence[Any], deadline: float) -> None:
         raise DeepEPError(f"ranks {sorted(at_work.values())} had not finished after {deadline:g} s and were killed")
 
 
-def _guarded(tell_at: float, rank: int, *how: Any) -> None:
+def _guarded(tell_at: float, nodes: Nodes, local_rank: int, *how: Any) -> None:
     if not math.isinf(tell_at):
         faulthandler.dump_traceback_later(max(0.1, tell_at - time.time()), exit=False)
     try:
-        _enter(rank, *how)
+        _enter(nodes, local_rank, *how)
     except BaseException:  # noqa: BLE001 - whatever it is, the user must see it
-        sys.stderr.write("".join(f"[rank {rank}] {text}\n" for text in traceback.format_exc().splitlines()))
+        who = f"node {nodes.here}, local rank {local_rank}" if nodes.number > 1 else f"rank {local_rank}"
+        sys.stderr.write("".join(f"[{who}] {text}\n" for text in traceback.format_exc().splitlines()))
         sys.stderr.flush()
         os._exit(1)  # no clean-up that waits for ranks which are gone
     faulthandler.cancel_dump_traceback_later()
 
 
 def _enter(
-    local_rank: int, local_size: int, rendezvous: str | None, use_cuda: bool, function: Callable[..., None], args: tuple
+    nodes: Nodes,
+    local_rank: int,
+    local_size: int,
+    rendezvous: str | None,
+    use_cuda: bool,
+    function: Callable[..., None],
+    args: tuple,
 ) -> None:
     backend = "gloo"
     if use_cuda:
@@ -106,7 +131,8 @@ def _enter(
     if rendezvous is None:
         dist.init_process_group(backend)
     else:
-        dist.init_process_group(backend, init_method=rendezvous, rank=local_rank, world_size=local_size)
+        rank, size = nodes.here * local_size + local_rank, nodes.number * local_size
+        dist.init_process_group(backend, init_method=rendezvous, rank=rank, world_size=size)
     function(*args)
     gc.collect()  # a buffer in a reference cycle keeps the group alive, and gloo aborts a process that exits with one
     dist.destroy_process_group()

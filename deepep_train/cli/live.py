@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from deepep_train.buffer import Buffer
+from deepep_train.cli.bench_gpu import captured
 from deepep_train.waits import who_is_slow
 
 TOKENS, HIDDEN, TOP_K, EXPERTS = 32, 2048, 4, 8  # experts of a rank
@@ -30,6 +31,16 @@ def measure(late_rank: int = -1, late_seconds: float = 0.0) -> None:
     idx = torch.rand(TOKENS, EXPERTS * size, generator=generator, device=device).topk(TOP_K).indices
     weights = torch.rand(TOKENS, TOP_K, generator=generator, device=device)
     waits = torch.zeros(2, size, dtype=torch.int64, device=device)
+
+    def exchange() -> None:
+        rows, _, handle, _, _ = buffer.low_latency_dispatch(
+            x, idx, TOKENS, EXPERTS * size, dispatch_wait_recv_cost_stats=waits[0], use_fp8=False
+        )
+        assert isinstance(rows, torch.Tensor)
+        buffer.low_latency_combine(rows, idx, weights, handle, combine_wait_recv_cost_stats=waits[1])
+
+    # From a graph: else what is measured is how fast each rank's Python is.
+    replay = captured(exchange, 1)
     for call in range(WARM_UP + CALLS):
         if call == WARM_UP:
             torch.cuda.synchronize()
@@ -38,11 +49,7 @@ def measure(late_rank: int = -1, late_seconds: float = 0.0) -> None:
         if rank == late_rank:
             torch.cuda.synchronize()
             time.sleep(late_seconds)
-        rows, _, handle, _, _ = buffer.low_latency_dispatch(
-            x, idx, TOKENS, EXPERTS * size, dispatch_wait_recv_cost_stats=waits[0], use_fp8=False
-        )
-        assert isinstance(rows, torch.Tensor)
-        buffer.low_latency_combine(rows, idx, weights, handle, combine_wait_recv_cost_stats=waits[1])
+        replay()
     torch.cuda.synchronize()
     masked = torch.zeros(size, dtype=torch.int32, device=device)
     buffer.low_latency_query_mask_buffer(masked)

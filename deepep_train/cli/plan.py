@@ -74,12 +74,13 @@ def as_text(work: model.Work, hardware: model.Hardware) -> str:
             f"{p.nvlink_bytes / 1e6:10.1f} {p.rdma_rows:10.0f} {p.sms:4d}"
         )
     b = model.buffers(work, hardware)
-    lines += ["", f"received rows in bf16, for each dispatch whose backward is to come: {b.received / 2**20:.0f} MiB"]
+    kept = f"received rows in bf16, for each dispatch whose backward is to come: {b.received / 2**20:.0f} MiB a GPU"
+    lines += ["", f"{kept}; Buffer holds {b.arena / 2**20:.0f} MiB for them unless num_nvl_bytes asks for more"]
     if work.nodes > 1:
         how = "a slot for every (node, token)"
         if b.credits:
             how = f"rings with credits, as slots for every (node, token) would take {b.slots / 2**30:.1f} GiB"
-        lines.append(f"staging for the network: {b.staging / 2**20:.0f} MiB, {how}")
+        lines.append(f"staging for the network: {b.staging / 2**20:.0f} MiB a GPU, {how}")
         lines.append(
             "The rdma engine is not built yet (docs/rdma.md): this is what its protocol moves, at rates that DeepEP V1 reached."
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from math import ceil
 
+from deepep_train.engines import DEFAULT_ARENA_BYTES
 from deepep_train.engines.sms import BYTES_PER_SM, MOST_SMS
 from deepep_train.routing import round_up
 
@@ -189,12 +190,14 @@ class Buffers:
         staging: what is taken: `slots`, or credits' ring of the limit's size if that is more.
         credits: whether it is.
         received: expected size of one dispatch's rows in bf16, which live as long as autograd needs them.
+        arena: that a Buffer with num_nvl_bytes=0 takes on GPUs that reach each other's memory.
     """
 
     slots: int
     staging: int
     credits: bool
     received: int
+    arena: int = DEFAULT_ARENA_BYTES
 
 
 def buffers(work: Work, hardware: Hardware) -> Buffers:

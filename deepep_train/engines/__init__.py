@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from deepep_train.engines import nvshmem_present
 from deepep_train.engines.base import MAX_NVLINK_RANKS, Engine
 from deepep_train.engines.base import NoPeerAccess as NoPeerAccess
 from deepep_train.engines.collective import CollectiveEngine
@@ -18,6 +19,8 @@ from deepep_train.engines.peers import Peers
 from deepep_train.errors import ArgumentError, DeepEPError
 
 DEFAULT_ARENA_BYTES = 2 << 30
+DEFAULT_RAIL_BYTES = 512 << 20  # of NVSHMEM's memory
+NUM_QUEUE_PAIRS = 8
 ENGINES = ("auto", "collective", "nvlink", "rdma", "low_latency")
 
 
@@ -59,10 +62,21 @@ def survey() -> list[Surveyed]:
     nvlink = _survey_nvlink()
     return [
         nvlink,
-        Surveyed("rdma", False, "its kernels are not part of this release"),
+        _survey_rdma(nvlink),
         Surveyed("low_latency", nvlink.usable, _low_latency_reason(nvlink)),
         Surveyed("collective", has_distributed, reason),
     ]
+
+
+def _survey_rdma(nvlink: Surveyed) -> Surveyed:
+    """Within a node it uses nvlink's kernels."""
+    if not nvlink.usable:
+        return Surveyed("rdma", False, nvlink.reason)
+    if importlib.util.find_spec("deepep_train._rdma") is None:
+        return Surveyed("rdma", False, "the package was built without NVSHMEM, so it has no kernels between nodes")
+    if why := nvshmem_present.obstacle(nvshmem_present.find()):
+        return Surveyed("rdma", False, why)
+    return Surveyed("rdma", True, "for several nodes whose GPUs reach each other within; not tried on a network card yet")
 
 
 def _low_latency_reason(nvlink: Surveyed) -> str:
@@ -162,8 +176,17 @@ def create(
         # What low-latency calls keep comes on top.
         arena_bytes = max(num_nvl_bytes, DEFAULT_ARENA_BYTES) + (num_rdma_bytes if name == "low_latency" else 0)
         return NvlinkEngine(Peers(group, timeout, number), arena_bytes, num_sms, name)
-    assert name == "collective", name
     num_nodes = (1 if group is None else group.size()) // local_ranks
+    if name == "rdma":
+        from deepep_train.engines.rdma import RdmaEngine
+
+        if num_nodes < 2:
+            raise ArgumentError(f"engine='rdma' needs at least 2 nodes, these are {local_ranks} ranks of one", "engine")
+        if two_level is False:
+            raise ArgumentError("two_level=False needs another engine: rdma always forwards", "two_level")
+        arena_bytes, rail_bytes = max(num_nvl_bytes, DEFAULT_ARENA_BYTES), max(num_rdma_bytes, DEFAULT_RAIL_BYTES)
+        return RdmaEngine(group, timeout, local_ranks, number, arena_bytes, rail_bytes, NUM_QUEUE_PAIRS, num_sms)
+    assert name == "collective", name
     if two_level and num_nodes < 2:
         raise ArgumentError(f"two_level=True needs at least 2 nodes, these are {local_ranks} ranks of one", "two_level")
     forwards = two_level if two_level is not None else num_nodes > 1 and local_ranks > 1

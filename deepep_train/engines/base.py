@@ -157,6 +157,14 @@ class NoPeerAccess(DeepEPError):
     """These ranks cannot reach each other's memory, though nothing told so before they tried; the same on every rank."""
 
 
+def need_own_device(device: torch.device | None, own: torch.device | None) -> None:
+    """For engines that serve one GPU alone: `device` must be that one, or None."""
+    if device is not None and device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    if device not in (None, own):
+        raise ArgumentError(f"device must be {own}, this engine's, got {device}", "device")
+
+
 class Engine(ABC):
     """Moves rows between the ranks of one group. Results are the same, bit for bit, on every engine.
 
@@ -203,8 +211,8 @@ class Engine(ABC):
     def destroy(self) -> None:
         """Give back what the engine holds."""
 
-    def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """An uninitialised tensor in the memory from which `combine` reads fastest."""
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device | None) -> Tensor:
+        """An uninitialised tensor in the memory from which `combine` reads fastest; `device` None: the engine's choice."""
         return torch.empty(tuple(shape), dtype=dtype, device=device)
 
     def memory_stats(self) -> dict[str, int]:

@@ -7,7 +7,9 @@ order the contract wants: by source rank, then by token.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,13 +25,13 @@ from deepep_train.engines.base import (
     RedispatchRequest,
 )
 from deepep_train.engines.expert_layout import extend, ordered_sums, weights_by_pick, weights_by_row
-from deepep_train.engines.hops import Route, direct
+from deepep_train.engines.hops import Hop, Route, direct, to_device
 from deepep_train.engines.peers import Peers
 from deepep_train.engines.two_level import Forwarding, forwarding_of, learn_forwarding, two_level
 from deepep_train.engines.v1_handle import checked_prefix
 from deepep_train.errors import ArgumentError
 from deepep_train.handle import Plan
-from deepep_train.routing import ExpertRows, RankLayout, expert_rows, local_topk_idx, rank_layout
+from deepep_train.routing import ExpertRows, RankLayout, expert_rows, local_topk_idx, rank_layout, tokens_per_node
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,15 @@ class CollectivePlan(Plan):
     route: Route
     row_from: Tensor | None
     experts: ExpertRows | None
+
+
+class Opened(NamedTuple):
+    """What a fresh dispatch has before its rows: their way, what this rank forwards if it does, and the words that came along
+    for its N rows, int32 [N, words]."""
+
+    route: Route
+    forwarding: Forwarding | None
+    words: Tensor
 
 
 class CollectiveEngine(Engine):
@@ -76,25 +87,26 @@ class CollectiveEngine(Engine):
 
     def dispatch(self, prepared: Prepared[DispatchRequest]) -> Received:
         peers, rank = self.peers, self.peers.rank
-        numbers = [0] * (peers.size + 1)
-        if (request := prepared.request) is not None:
-            numbers = [request.num_worst_tokens, *request.layout.num_tokens_per_rank.tolist()]
+        request, counts, numbers = prepared.request, None, [0] * (peers.size + 1)
+        if request is not None:
+            counts = self._counts(request.layout)
+            numbers = [request.num_worst_tokens, *counts[: peers.size].tolist()]
         table = peers.agree("dispatch", prepared, numbers)
-        assert request is not None  # else `agree` has raised
+        assert request is not None and counts is not None  # else `agree` has raised
         num_local_experts = request.num_experts // peers.size
         counts_RR = [row[1:] for row in table]  # rows from each source to each destination
-        counts_RE = peers.all_gather(request.layout.num_tokens_per_expert, "dispatch")
-        rows_per_expert = counts_RE.sum(0).view(peers.size, num_local_experts).cpu()
+        further = peers.all_gather(counts[peers.size :], "dispatch").cpu()
+        counts_RE, per_node_RN = further.tensor_split([request.num_experts], 1)
+        rows_per_expert = counts_RE.sum(0).view(peers.size, num_local_experts)
         aligned = (rows_per_expert + request.alignment - 1) // request.alignment * request.alignment
         self._check_bounds(request, [row[0] for row in table], counts_RR, aligned.sum(1).tolist())
 
-        in_rank, recv_counts = request.layout.is_token_in_rank, [row[rank] for row in counts_RR]
-        forwarding = learn_forwarding(peers, in_rank, self.num_local_ranks) if self.forwards else None
-        route = self._route(in_rank, forwarding, recv_counts)
+        recv_counts = [row[rank] for row in counts_RR]
+        opened = self._open(request, counts_RR, per_node_RN, recv_counts)
+        route = opened.route
         num_received = sum(recv_counts)
 
-        idx = weights = None
-        source, idx, weights = _along(route, request)
+        source, idx, weights = _apart(opened.words, request)
         if idx is not None:
             idx = local_topk_idx(idx, rank, num_local_experts)
             if weights is not None:
@@ -130,8 +142,26 @@ class CollectiveEngine(Engine):
             topk_idx=None if experts is not None else plan.recv_topk_idx,
             topk_weights=weights,
             plan=plan,
-            tensors=self._handle_tensors(counts_RR, request.layout, source, forwarding),
+            tensors=self._handle_tensors(counts_RR, request.layout, source, opened.forwarding),
         )
+
+    def _counts(self, layout: RankLayout) -> Tensor:
+        """int64 [R + E + nodes], where headers travel from: this rank's tokens by rank, expert and, if it forwards, node."""
+        parts = [layout.num_tokens_per_rank, layout.num_tokens_per_expert]
+        if self.forwards:
+            parts.append(tokens_per_node(layout.is_token_in_rank, self.num_nodes))
+        return torch.cat(parts).to(self.peers.header_device, torch.int64)
+
+    def _open(
+        self, request: DispatchRequest, counts_RR: list[list[int]], per_node_RN: Tensor, recv_counts: list[int]
+    ) -> Opened:
+        """The way of the rows, and what comes along it beside them; `per_node_RN` only if this engine forwards."""
+        in_rank = request.layout.is_token_in_rank
+        forwarding = None
+        if self.forwards:
+            forwarding = learn_forwarding(self.peers, in_rank, per_node_RN.tolist(), self.num_local_ranks)
+        route = self._route(in_rank, forwarding, recv_counts)
+        return Opened(route, forwarding, route.deliver(words_along(request)))
 
     def redispatch(self, prepared: Prepared[RedispatchRequest]) -> Payload:
         self._agree_if_cheap("dispatch with a handle", prepared)
@@ -139,8 +169,12 @@ class CollectiveEngine(Engine):
         return self._move(request.payload, _mine(request.plan))
 
     def _move(self, payload: Payload, plan: CollectivePlan) -> Payload:
-        data = self._move_rows(payload.data, plan)
-        scales = None if payload.scales is None else self._move_rows(payload.scales, plan)
+        parts = [payload.data] if payload.scales is None else [payload.data, payload.scales]
+        # FP8: copied as bytes, which every backend and every index kernel knows.
+        plain = [p.detach().view(torch.uint8) if p.dtype.itemsize == 1 else p.detach() for p in parts]
+        got = self._deliver(plain, plan)
+        data, *rest = [g.view(p.dtype) for g, p in zip(got, parts, strict=True)]
+        scales = rest[0] if rest else None
         if scales is None or payload.blocks is None:
             return Payload(data, scales)
         if plan.experts is None:
@@ -149,21 +183,19 @@ class CollectiveEngine(Engine):
             splits, is_padding = plan.tokens_per_expert.tolist(), plan.experts.source_row == plan.num_received
         return Payload(data, payload.blocks.put(scales, splits, is_padding), payload.blocks)
 
-    def _move_rows(self, rows: Tensor, plan: CollectivePlan) -> Tensor:
-        """[num_tokens, n] -> [num_rows, n], bit for bit; rows that stand for nothing are zero."""
-        rows, dtype = rows.detach(), rows.dtype
-        if dtype.itemsize == 1:
-            rows = rows.view(torch.uint8)  # FP8: copied as bytes, which every backend and every index kernel knows
+    def _deliver(self, parts: Sequence[Tensor], plan: CollectivePlan) -> list[Tensor]:
+        """[num_tokens, n] each -> [num_rows, n], bit for bit; rows that stand for nothing are zero."""
         if plan.row_from is None:
-            got = plan.route.send(rows, plan.num_rows - plan.num_received)
-        else:
-            got = plan.route.gather(rows).index_select(0, plan.row_from)
-        return got.view(dtype)
+            return [plan.route.send(rows, plan.num_rows - plan.num_received) for rows in parts]
+        return [plan.route.gather(rows).index_select(0, plan.row_from) for rows in parts]
 
     def _route(self, is_token_in_rank: Tensor, forwarding: Forwarding | None, recv_counts: list[int]) -> Route:
         if forwarding is None:
             return direct(self.peers, is_token_in_rank, recv_counts)
         return two_level(self.peers, is_token_in_rank, forwarding, recv_counts, self.num_local_ranks)
+
+    def _hops(self, route: Route) -> tuple[Hop, ...]:
+        return route.hops
 
     def _check_bounds(self, request: DispatchRequest, bounds: list[int], counts_RR: list[list[int]], rows: list[int]) -> None:
         """Every rank sees every rank's bound and need, so all of them raise."""
@@ -193,7 +225,7 @@ class CollectiveEngine(Engine):
 
     def _agree_on_rows(self, operation: str, prepared: Prepared) -> None:
         """Handles that were rebuilt from their tensors may not belong together; gloo would abort the process."""
-        for hop in _mine(prepared.require().plan).route.hops:
+        for hop in self._hops(_mine(prepared.require().plan).route):
             sent = [row[self.peers.rank] for row in self.peers.agree(operation, prepared, hop.send_counts)]
             if sent != hop.recv_counts:
                 text = f"handle expects {hop.recv_counts} rows from the ranks, whose handles send {sent}"
@@ -225,8 +257,9 @@ class CollectiveEngine(Engine):
         """DeepEP V1's tensors: 6 with one node, 10 with several. V1's channels are one here."""
         rank, num_ranks, device = self.peers.rank, self.peers.size, source.device
         in_rank = layout.is_token_in_rank
-        prefix_RR = torch.tensor(counts_RR, dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
-        sent_R1 = torch.tensor(counts_RR[rank], dtype=torch.int32, device=device).unsqueeze(1)
+        on_cpu_RR = torch.tensor(counts_RR, dtype=torch.int32)
+        prefix_RR = to_device(on_cpu_RR.cumsum(0, dtype=torch.int32), device)
+        sent_R1 = to_device(on_cpu_RR[rank].unsqueeze(1), device)
         no_offset_R1 = torch.zeros(num_ranks, 1, dtype=torch.int32, device=device)
         if self.num_nodes == 1:
             return prefix_RR, sent_R1, no_offset_R1, source, in_rank, _positions(in_rank)
@@ -236,13 +269,14 @@ class CollectiveEngine(Engine):
         received_R = prefix_RR[:, rank].contiguous()
         origin = torch.repeat_interleave(
             torch.arange(num_ranks, dtype=torch.int32, device=device),
-            torch.tensor([row[rank] for row in counts_RR], device=device),
+            to_device(torch.tensor([row[rank] for row in counts_RR]), device),
+            output_size=source.numel(),
         )
         if forwarding is None:  # rows by source node, and none that is forwarded
             by_node = received_R.view(nodes, local)[:, -1].contiguous()
             forwarded = torch.empty(0, local, dtype=torch.int32, device=device)
         else:
-            by_node = torch.tensor(forwarding.counts, device=device).cumsum(0, dtype=torch.int32)
+            by_node = to_device(torch.tensor(forwarding.counts).cumsum(0, dtype=torch.int32), device)
             forwarded = _positions(forwarding.masks)
         return (
             in_rank,
@@ -300,27 +334,37 @@ def _mine(plan: Plan) -> CollectivePlan:
     return plan
 
 
-def _along(route: Route, request: DispatchRequest) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """What arrives beside the rows: tokens int32 [N], indices int64 and weights float32 [N, K]; in one exchange, as 32-bit
-    words."""
+def words_along(request: DispatchRequest) -> Tensor:
+    """What travels beside the rows, int32 [T, words]: the token's number, then its experts and their weights, as given."""
     in_rank = request.layout.is_token_in_rank
     words = [torch.arange(in_rank.size(0), dtype=torch.int32, device=in_rank.device).unsqueeze(1)]
     if request.topk_idx is not None:
         words.append(request.topk_idx.to(torch.int32))
         if request.topk_weights is not None:
             words.append(request.topk_weights.detach().contiguous().view(torch.int32))
-    source, *found = route.deliver(torch.cat(words, 1)).split_with_sizes([w.size(1) for w in words], 1)
-    idx = found[0].to(torch.int64) if found else None
-    weights = found[1].contiguous().view(torch.float32) if len(found) > 1 else None
-    return source.squeeze(1).contiguous(), idx, weights
+    return torch.cat(words, 1)
+
+
+def _apart(words: Tensor, request: DispatchRequest) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The reverse for received ones: tokens int32 [N], indices int64 and weights float32 [N, K]."""
+    source, idx, weights = words[:, 0].contiguous(), None, None
+    if request.topk_idx is not None:
+        top_k = request.topk_idx.size(1)
+        idx = words[:, 1 : 1 + top_k].to(torch.int64)
+        if request.topk_weights is not None:
+            weights = words[:, 1 + top_k :].contiguous().view(torch.float32)
+    return source, idx, weights
 
 
 def _row_from(route: Route, experts: ExpertRows | None, num_received: int, num_rows: int) -> Tensor | None:
     """See `CollectivePlan`. Padding copies the row of zeros that follows the received ones."""
     if experts is None and route.order is None:
         return None
-    device = route.hops[0].send_row.device
-    row = torch.arange(num_received, device=device) if experts is None else experts.source_row
+    if experts is not None:
+        row = experts.source_row
+    else:
+        assert route.order is not None
+        row = torch.arange(num_received, device=route.order.device)
     return route.place(extend(row, num_rows, num_received))
 
 

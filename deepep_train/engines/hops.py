@@ -128,6 +128,11 @@ class Route:
         return first.sum_back(rows, bias)
 
 
+def to_device(t: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU's on `device`, without waiting for what runs there: memory that may be paged is read at once."""
+    return t.to(device, non_blocking=True)
+
+
 def direct(peers: Peers, is_token_in_rank: Tensor, recv_counts: list[int]) -> Route:
     """Every row goes straight to each of its ranks; `is_token_in_rank` bool [T, R], `recv_counts` by source."""
     send_counts = is_token_in_rank.sum(0).tolist()

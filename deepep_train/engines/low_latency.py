@@ -113,6 +113,7 @@ class LowLatency:
         arena: of this rank; what peers reach lies in it.
         addresses: of every rank's arena, as this process maps it.
         num_sms: that a launch may occupy.
+        one_gpu: whether all ranks share one; may be changed at any time, for this rank alone.
         ordered: a context in which launches follow each other, whatever streams they are on; gives the stream.
     """
 
@@ -122,11 +123,12 @@ class LowLatency:
         arena: Arena,
         addresses: list[int],
         num_sms: int,
+        one_gpu: bool,
         ordered: Callable[[], AbstractContextManager[int]],
         device: torch.device,
     ) -> None:
         self._peers, self._arena, self._addresses = peers, arena, addresses
-        self._num_sms, self._ordered, self._device = num_sms, ordered, device
+        self._num_sms, self.one_gpu, self._ordered, self._device = num_sms, one_gpu, ordered, device
         self._spaces: dict[Shape, Space] = {}
         self._mask = torch.zeros(peers.size, dtype=torch.int32, device=device)
         self._bad_index = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
@@ -178,6 +180,8 @@ class LowLatency:
         p = self._params(_C.low_latency.DispatchParams(), space, slots)
         p.x, p.topk_idx, p.pick_index, p.num_tokens = x.data_ptr(), topk_idx.data_ptr(), pick_index.data_ptr(), x.size(0)
         p.scales = 0 if not use_fp8 else 3 if use_ue8m0 else 2 if round_scale else 1
+        # Rows that need not cross a link while others compute wait where they are quantized: the receiver reads them once.
+        p.keep = int(not with_hook or self.one_gpu)
         p.bad_index = self._bad_index.data_ptr()
         p.recv_x, p.recv_scales, p.src_info = data.data_ptr(), _address(scales), source.data_ptr()
         p.ranges, p.recv_count = ranges.data_ptr(), count.data_ptr()
@@ -205,6 +209,7 @@ class LowLatency:
     ) -> tuple[Tensor, Callable[[], None] | None]:
         """See `Buffer.low_latency_combine`; gives (combined_x, hook)."""
         handle = self._check_handle(buffer, handle)
+        checks.wire_format(use_logfmt, zero_copy)
         space, size = handle.space, self._peers.size
         shape, top_k = space.shape, handle.pick_index.size(1)
         num_tokens = handle.pick_index.size(0)
@@ -226,7 +231,7 @@ class LowLatency:
         space.check_hook(handle.set)
         x, topk_idx, topk_weights = x.contiguous(), topk_idx.contiguous(), topk_weights.contiguous()
         p = self._params(_C.low_latency.CombineParams(), space, handle.set)
-        p.y, p.zero_copy, p.logfmt = x.data_ptr(), int(zero_copy), int(use_logfmt and not zero_copy)
+        p.y, p.zero_copy, p.logfmt = x.data_ptr(), int(zero_copy), int(use_logfmt)
         p.out, p.topk_idx, p.topk_weights = out.data_ptr(), topk_idx.data_ptr(), topk_weights.data_ptr()
         p.pick_index, p.wait_ns, p.num_tokens = handle.pick_index.data_ptr(), _address(wait_stats), num_tokens
         hook = self._launch("combine", p, handle, (out, topk_idx, topk_weights, wait_stats, x), with_hook)
@@ -236,14 +241,14 @@ class LowLatency:
         self, name: str, p: Any, handle: KernelHandle, used: tuple[Tensor | None, ...], with_hook: bool
     ) -> Callable[[], None] | None:
         """The send phase, and the receive phase, now or as a hook."""
-        send, receive = getattr(_C.low_latency, f"{name}_send"), getattr(_C.low_latency, f"{name}_receive")
+        send, receive = (getattr(_C.low_latency, name + phase) for phase in ("_send", "_receive"))
         space, slots = handle.space, handle.set
         with self._ordered() as stream:
             send(p, stream)
-            if torch.cuda.is_current_stream_capturing():
-                self._arena.keep((space, handle.pick_index))
             if not with_hook:
                 receive(p, stream)
+            if torch.cuda.is_current_stream_capturing():
+                self._arena.keep((space, handle.pick_index))
         if not with_hook:
             space.are_over[slots] |= name == "combine"
             return None

@@ -31,6 +31,7 @@ from deepep_train.engines.base import (
     Prepared,
     Received,
     RedispatchRequest,
+    need_own_device,
 )
 from deepep_train.engines.low_latency import LowLatency
 from deepep_train.engines.nvlink_failures import cuda_failed, device_error, layout_error
@@ -80,7 +81,8 @@ class NvlinkEngine(Engine):
         self.device: torch.device = torch.device("cuda", torch.cuda.current_device())
         self._num_sms = num_sms
         self._lock = threading.RLock()
-        self._owes_rows = False
+        self._owed = ""  # the operation in which peers wait for this rank
+        self._token = object()  # of this engine, for what travels with tensors
         self._no_offset_R1 = torch.zeros(self.peers.size, 1, dtype=torch.int32, device=self.device)
         size = self.peers.size
         if size > MAX_NVLINK_RANKS:
@@ -121,7 +123,7 @@ class NvlinkEngine(Engine):
             operation: default_sms(operation, properties.major, sms, size, sharing) for operation in ("dispatch", "combine")
         }
         self.low_latency = LowLatency(
-            self.peers, self._arena, self._comm.addresses(), self._max_sms, self._ordered, self.device
+            self.peers, self._arena, self._comm.addresses(), self._max_sms, sharing == size, self._ordered, self.device
         )
 
     @staticmethod
@@ -132,7 +134,8 @@ class NvlinkEngine(Engine):
 
     # Memory ------------------------------------------------------------------------------------------------------------
 
-    def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device | None) -> Tensor:
+        need_own_device(device, self.device)
         with self._lock, torch.cuda.device(self.device):
             try:
                 return self._arena.empty(shape, dtype)
@@ -153,21 +156,20 @@ class NvlinkEngine(Engine):
     def _operation(self) -> Iterator[int]:
         """One operation: gives the stream; operations of all streams follow each other.
 
-        If it raises while peers wait for this rank's rows (`_owes_rows`), they are told that there will be none. Whatever the
+        If it raises while peers wait for this rank's rows (`_owed`), they are told that there will be none. Whatever the
         caller's current device is, here it is the engine's: torch's questions about "the current stream" are about that one's.
         """
         with self._lock, torch.cuda.device(self.device):
             stream = self._stream()
             self._comm.enter(stream)
             self._arena.begin_operation()
-            self._owes_rows = False
+            self._owed = ""
             try:
                 yield stream
             except BaseException as error:
                 self._check_cuda(error)  # if so, nothing can be launched any more, and there is no order to keep
-                if self._owes_rows:
-                    self._owes_rows = False
-                    self._comm.refuse(error.num_bytes if isinstance(error, ArenaFull) else 0, stream)
+                if self._owed:
+                    self._comm.refuse(self._owed, error.num_bytes if isinstance(error, ArenaFull) else 0, stream)
                 self._finish(stream)
                 if isinstance(error, ArenaFull):
                     raise self._too_small(error.num_bytes) from None
@@ -186,7 +188,7 @@ class NvlinkEngine(Engine):
                 self._comm.leave(stream)
 
     def _finish(self, stream: int) -> None:
-        self._owes_rows = False
+        self._owed = ""
         self._comm.leave(stream)
 
     def _plan_for(self, plan: Plan, stream: int) -> NvlinkPlan:
@@ -333,7 +335,7 @@ class NvlinkEngine(Engine):
                 raise
             self._explain(prepared, None)
         # The GPU is at work: from here on there is time.
-        self._owes_rows = True
+        self._owed = "dispatch"
         per_expert, table, send_base, received, expert_base = results.split_with_sizes(parts)
         return Counting(
             layout=layout,
@@ -395,7 +397,7 @@ class NvlinkEngine(Engine):
                     parts = parts_of(num_received, num_rows)
                     quickly = land([((num_rows, data.size(1)), data.dtype), parts.whole])
             if counts is None or counts.bad:
-                self._owes_rows = False  # nobody waits for them
+                self._owed = ""  # nobody waits for them
                 self.check()
                 self._explain(prepared, layout.checked[0])
         else:
@@ -413,7 +415,7 @@ class NvlinkEngine(Engine):
             offsets[1], sizes[1] = offset(slot_scales), slot_scales.nbytes
         d.offsets, d.sizes = offsets, sizes
         self._comm.dispatch(d, stream)
-        self._owes_rows = False
+        self._owed = ""
         self._arena.watch(landings)
         visible = [rows.visible, *parts.split(along.visible)]
         if slot_scales is not None:
@@ -465,8 +467,7 @@ class NvlinkEngine(Engine):
         received_rows, source = got[0], got[4]
         assert received_rows is not None and source is not None
         tensors = self._handle_tensors(counting.prefix_RR, request.layout, source, send_slot)
-        if not is_expert:  # V1's callers may hand these back as a plain tuple
-            remember(tensors, plan)
+        remember(tensors, plan, self._token)  # V1's callers may hand these back as a plain tuple
         return Received(
             payload=Payload(received_rows, got[1] if is_in_place else scales, request.payload.blocks),
             topk_idx=plan.recv_topk_idx,
@@ -591,7 +592,7 @@ class NvlinkEngine(Engine):
     def redispatch(self, prepared: Prepared[RedispatchRequest]) -> Payload:
         self.check()
         with self._operation() as stream:
-            self._owes_rows = True
+            self._owed = "dispatch"
             request = prepared.require()
             plan = self._plan_for(request.plan, stream)
             data, scales = _aligned(request.payload.data), request.payload.scales
@@ -609,7 +610,7 @@ class NvlinkEngine(Engine):
             self._point(d, visible)
             d.signature = _signature("cached rows", {"number": plan.number} | request.signature())
             self._comm.dispatch(d, stream)
-            self._owes_rows = False
+            self._owed = ""
             self._arena.watch(landings)
             self._expand(
                 visible, plan.experts, plan.received, plan.num_rows, plan.top_k, request.num_sms, plan.has_tail, stream
@@ -630,7 +631,7 @@ class NvlinkEngine(Engine):
     def combine(self, prepared: Prepared[CombineRequest]) -> tuple[Tensor, Tensor | None]:
         self.check()
         with self._operation() as stream:
-            self._owes_rows = True
+            self._owed = "combine"
             request = prepared.require()
             plan = self._plan_for(request.plan, stream)
             rows, weights = _aligned(request.rows), request.weights
@@ -677,7 +678,7 @@ class NvlinkEngine(Engine):
             p.signature = _signature("combine", {"number": plan.number} | request.signature())
             p.dtype, p.num_sms = _DTYPES[rows.dtype], self._sms(request.num_sms, "combine")
             self._comm.combine(p, stream)
-            self._owes_rows = False
+            self._owed = ""
             return out, out_weights
 
     # Handles and life --------------------------------------------------------------------------------------------------
@@ -688,7 +689,7 @@ class NvlinkEngine(Engine):
         return prefix_RR, sent_R1, self._no_offset_R1, source, layout.is_token_in_rank, send_slot
 
     def plan_of(self, tensors: tuple[Tensor, ...]) -> Plan:
-        if (plan := remembered(tensors)) is not None:
+        if (plan := remembered(tensors, self._token)) is not None:
             return plan
         # Copies, or written to: no kernel may run on what they say before somebody has looked.
         prefix_RR, _, _, source, _, send_slot = tensors

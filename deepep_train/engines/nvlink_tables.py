@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from deepep_train.errors import ArgumentError
 from deepep_train.handle import Plan
 from deepep_train.routing import RankLayout
 
@@ -80,17 +81,22 @@ class Known(NamedTuple):
     seen: Seen
 
 
-def remember(handle: tuple[Tensor, ...], plan: NvlinkPlan) -> None:
-    """For callers who hand back V1's six tensors without the handle's class: the plan travels with `recv_src_idx`."""
+def remember(handle: tuple[Tensor, ...], plan: NvlinkPlan, maker: object) -> None:
+    """For callers who hand back V1's six tensors without the handle's class: the plan travels with `recv_src_idx`, and so does
+    a token of the buffer that made it."""
     prefix, _, _, source, _, send_slot = handle
-    source.deepep_train_plan = plan, seen(prefix, source, send_slot)  # type: ignore[attr-defined]
+    source.deepep_train_plan = plan, maker, seen(prefix, source, send_slot)  # type: ignore[attr-defined]
 
 
-def remembered(handle: tuple[Tensor, ...]) -> NvlinkPlan | None:
+def remembered(handle: tuple[Tensor, ...], maker: object) -> NvlinkPlan | None:
     """None: these are not the tensors that dispatch returned, or no longer say the same."""
     prefix, _, _, source, _, send_slot = handle
-    plan, then = getattr(source, "deepep_train_plan", (None, None))
-    return plan if then is not None and then == seen(prefix, source, send_slot) else None
+    plan, by, then = getattr(source, "deepep_train_plan", (None, None, None))
+    if then is None or then != seen(prefix, source, send_slot):
+        return None
+    if by is not maker:
+        raise ArgumentError("handle was made by another buffer", "handle")
+    return plan
 
 
 @dataclass

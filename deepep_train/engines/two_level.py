@@ -21,7 +21,7 @@ from torch import Tensor
 from deepep_train.engines.hops import Hop, Route
 from deepep_train.engines.peers import Peers
 from deepep_train.errors import ArgumentError
-from deepep_train.routing import send_order, tokens_per_node
+from deepep_train.routing import send_order
 
 
 class Forwarding(NamedTuple):
@@ -36,11 +36,11 @@ class Forwarding(NamedTuple):
     masks: Tensor
 
 
-def learn_forwarding(peers: Peers, is_token_in_rank: Tensor, local: int) -> Forwarding:
-    """Exchange what every forwarder needs to know; `is_token_in_rank` bool [T, R]."""
+def learn_forwarding(peers: Peers, is_token_in_rank: Tensor, per_node_RN: list[list[int]], local: int) -> Forwarding:
+    """Exchange what every forwarder needs to know; `is_token_in_rank` bool [T, R], `per_node_RN` rows from each rank to each
+    node."""
     nodes = peers.size // local
     here, rail = divmod(peers.rank, local)
-    per_node_RN = peers.all_gather(tokens_per_node(is_token_in_rank, nodes), "dispatch").tolist()
     counts = [per_node_RN[node * local + rail][here] for node in range(nodes)]
     by_node = is_token_in_rank.view(-1, nodes, local)
     node, token = send_order(by_node.any(2))

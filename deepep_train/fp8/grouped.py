@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from deepep_train import checks
+from deepep_train.derivatives import differentiable_once
 from deepep_train.errors import ArgumentError
 from deepep_train.fp8.quantized import FLOATS, Quantized, Recipe, check_hidden, placeholder
 from deepep_train.fp8.te_present import has_te_kernels
@@ -24,7 +25,7 @@ def grouped_linear(
     is_transposed: bool = False,
     delayed: list[Callable[[], None]] | None = None,
 ) -> Tensor:
-    """Rows of group e times the transpose of weight e, in FP8: [M, out]. Differentiable.
+    """Rows of group e times the transpose of weight e, in FP8: [M, out]. Differentiable once.
 
     Rows that were quantized before the wire enter the forward product as they came. The weight gradient needs them quantized
     along the other dimension: their values are quantized again for it, in the backward pass. Products are Transformer Engine's
@@ -35,9 +36,10 @@ def grouped_linear(
         x: what a dispatch into expert layout gave, or rows [M, in], bfloat16, float16 or float32, which are quantized here.
         weight: [E, out, in] or E tensors [out, in], bfloat16, float16 or float32; quantized here, under BLOCK in blocks of
             128x128.
-        splits: rows of every group, for rows [M, in]; a multiple of 16, MXFP8 of 32, for Transformer Engine's kernels.
-        recipe: for rows [M, in], None for BLOCK; a `Quantized` has its own. Gradients are e4m3 under BLOCK and MXFP8, e5m2
-            under TENSOR.
+        splits: rows of every group, for rows [M, in]; None or x's own for what was received. Where Transformer Engine's kernels
+            multiply, multiples of 16, under MXFP8 of 32: dispatch's alignment.
+        recipe: for rows [M, in], None for BLOCK; a `Quantized` has its own. Gradients are in its
+            `grad_dtype`.
         is_transposed: weights are [in, out] instead.
         delayed: if given, the backward pass appends a function that computes the weight gradient and adds it to `.grad`,
             instead of computing it. Weights must be leaves then: nothing would carry their gradient on.
@@ -47,15 +49,21 @@ def grouped_linear(
     """
     if isinstance(x, Quantized):
         x.check("x")
-        checks.need(splits is None or tuple(splits) == x.splits, "splits", f"None or x's own, {x.splits}", splits)
+        is_same = splits is None or (isinstance(splits, (tuple, list)) and tuple(splits) == x.splits)
+        checks.need(is_same, "splits", f"None or x's own, {x.splits}", splits)
         checks.need(recipe in (None, x.recipe), "recipe", f"None or x's own, {x.recipe}", recipe)
         rows, q, recipe, groups = x.rows, x, x.recipe, x.splits
     else:
         rows, q, recipe = checks.tensor(x, "x", [None, None], FLOATS, None), None, Recipe.BLOCK if recipe is None else recipe
         checks.need(isinstance(recipe, Recipe), "recipe", f"one of {', '.join(map(str, Recipe))}", recipe)
         groups = _checked_splits(splits, rows.size(0))
+    checks.flag(is_transposed, "is_transposed")
     checks.need(delayed is None or isinstance(delayed, list), "delayed", "a list or None", delayed)
     weights = _checked_weights(weight, len(groups), rows, is_transposed, delayed is not None)
+    if _runs_te_kernels(rows, recipe):
+        multiple = 32 if recipe is Recipe.MXFP8 else 16
+        fits = all(m % multiple == 0 for m in groups)
+        checks.need(fits, "splits", f"multiples of {multiple} for Transformer Engine's kernels (dispatch's alignment)", groups)
     call = _Call(q, groups, recipe, is_transposed, delayed, isinstance(weight, Tensor))
     return _GroupedLinear.apply(rows, call, *weights)
 
@@ -132,15 +140,15 @@ class _GroupedLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple:
         call, operands, saved = ctx.call, ctx.operands, list(ctx.saved_tensors)
         (num_rows, features), dtype = ctx.rows
-        fp8_dtype = torch.float8_e5m2 if call.recipe is Recipe.TENSOR else torch.float8_e4m3fn
         needs_weight = any(ctx.needs_input_grad[2:])
-        g = operands.rows(grad, call.splits, fp8_dtype, needs_weight)
+        g = operands.rows(grad, call.splits, call.recipe.grad_dtype, needs_weight)
         grad_rows = None
         if ctx.needs_input_grad[0]:
             operands.load(saved[ctx.num_kept :])
             out = torch.empty(num_rows, features, dtype=dtype, device=grad.device)
             grad_rows = operands.input_gradient(g, out, call.splits)
             operands.unload()
+            grad_rows = _first_order(grad_rows)
         if not needs_weight:
             return grad_rows, None, *[None] * len(ctx.like)
         if ctx.is_received:
@@ -161,19 +169,32 @@ class _GroupedLinear(torch.autograd.Function):
             gradients = weight_gradients()
             if not ctx.is_received:
                 x.unload()
-            return grad_rows, None, *gradients
+            return grad_rows, None, *map(_first_order, gradients)
+
+        needed = ctx.needs_input_grad[2:]
 
         def later() -> None:
             with torch.no_grad():
-                for w, more in zip(weights, weight_gradients(), strict=True):
+                for w, more, is_needed in zip(weights, weight_gradients(), needed, strict=True):
+                    if not is_needed:
+                        continue
                     w.grad = more if w.grad is None else w.grad.add_(more)
 
         call.delayed.append(later)
         return grad_rows, None, *[None] * len(like)
 
 
+def _first_order(grad: Tensor) -> Any:
+    """It depends on the values that were multiplied, which nothing of it shows: hence the leaf that stands for them."""
+    return differentiable_once("fp8.grouped_linear", grad, torch.empty(0, requires_grad=True))
+
+
+def _runs_te_kernels(rows: Tensor, recipe: Recipe) -> bool:
+    return bool(rows.size(0)) and has_te_kernels(rows.device, recipe)  # without rows there is nothing for them to do
+
+
 def _operands(rows: Tensor, recipe: Recipe) -> Any:
-    if rows.size(0) and has_te_kernels(rows.device, recipe):  # without rows there is nothing for kernels to do
+    if _runs_te_kernels(rows, recipe):
         from deepep_train.fp8.gemm_te import Operands
     else:
         from deepep_train.fp8.gemm_reference import Operands  # type: ignore[assignment]

@@ -41,6 +41,11 @@ class Recipe(enum.Enum):
         """Where GEMMs read them; None: one for all rows."""
         return {Recipe.BLOCK: BLOCK_SCALING, Recipe.MXFP8: MXFP8}.get(self)
 
+    @property
+    def grad_dtype(self) -> torch.dtype:
+        """What gradients are quantized to: that of Transformer Engine's default format for the recipe, E4M3 or HYBRID."""
+        return torch.float8_e5m2 if self is Recipe.TENSOR else torch.float8_e4m3fn
+
     def scales_per_row(self, hidden: int) -> int:
         return 1 if self is Recipe.TENSOR else hidden // _PER_SCALE[self.value]
 
@@ -71,6 +76,7 @@ class Quantized:
         checks.need(isinstance(self.recipe, Recipe), f"{argument}: recipe", "a Recipe", self.recipe)
         data = checks.tensor(self.data, f"{argument}: data", [None, None], DTYPES, None)
         check_hidden(data.size(1), argument)
+        checks.need(data.is_contiguous(), f"{argument}: data", f"contiguous, not of strides {data.stride()}", data)
         known = isinstance(self.splits, tuple) and all(isinstance(m, int) and m >= 0 for m in self.splits)
         fits = known and len(self.splits) > 0 and sum(self.splits) == data.size(0)
         checks.need(fits, f"{argument}: splits", f"a tuple of ints that sum to {data.size(0)}", self.splits)
@@ -78,7 +84,9 @@ class Quantized:
         size = 1 if blocks is None else blocks.size(self.splits, data.size(1) // 128) * (4 // dtype.itemsize)
         scales = checks.tensor(self.scales, f"{argument}: scales", [size], (dtype,), data.device)
         checks.need(scales.is_contiguous(), f"{argument}: scales", "contiguous", scales)
-        checks.tensor(self.rows, f"{argument}: rows", data.shape, FLOATS, data.device)
+        is_aligned = scales.storage_offset() * scales.element_size() % 4 == 0
+        checks.need(is_aligned, f"{argument}: scales", "at a multiple of 4 bytes of its memory, as words", scales)
+        checks.tensor(self.rows, f"{argument}: rows", data.shape, FLOATS, data.device, is_read=False)
 
     @property
     def dtype(self) -> torch.dtype:

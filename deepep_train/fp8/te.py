@@ -27,7 +27,8 @@ def from_te(x: Any, argument: str = "x") -> Quantized:
     """The same bytes as a `Quantized` of one group.
 
     Raises:
-        ArgumentError: for kinds that do not travel: NVFP4 and others, 2D-scaled, columnwise only, swizzled scales.
+        ArgumentError: for kinds that do not travel: NVFP4 and others, 2D-scaled, columnwise only, swizzled scales; for what
+            wants a gradient and does not know its GPU's index.
     """
     name = type(x).__name__
     storage = {cls.__name__ for cls in type(x).__mro__}
@@ -50,6 +51,8 @@ def from_te(x: Any, argument: str = "x") -> Quantized:
         )
     if data is None:
         raise ArgumentError(f"{argument} must hold rowwise data, got a {name} with columnwise data only", argument)
+    if scales is None:
+        raise ArgumentError(f"{argument} must hold its rowwise data's scales, got a {name} without them", argument)
     if data.dim() != 2:
         raise ArgumentError(f"{argument} must be [tokens, hidden], got a {name} of shape {list(data.shape)}", argument)
     num_rows, hidden = data.shape
@@ -65,9 +68,23 @@ def from_te(x: Any, argument: str = "x") -> Quantized:
         scales = scales.view(-1)
     from transformer_engine.pytorch.constants import TE_DType_To_Torch
 
+    if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled():
+        _check_autograd_device(x, data, argument)
     # A tensor is its own place in autograd; a bare storage has none.
     rows = x if isinstance(x, Tensor) else placeholder(num_rows, hidden, x._dtype, data.device)
     return Quantized(recipe, data.detach().view(TE_DType_To_Torch[x._fp8_dtype]), scales, (num_rows,), rows)
+
+
+def _check_autograd_device(x: Tensor, data: Tensor, argument: str) -> None:
+    """Its `.device` is its data's, but what autograd knows is what it was allocated with: by default "cuda"
+    without an index, at which autograd's engine fails in the backward pass (an internal assertion on its ready queues)."""
+    known = torch._C.TensorBase.device.__get__(x, type(x))
+    if known.type == "cuda" and known.index is None:
+        raise ArgumentError(
+            f"{argument}: a {type(x).__name__} allocated on 'cuda', without the GPU's index, cannot have a gradient: PyTorch's "
+            f"backward pass fails on it. Allocate it with make_empty(..., device='{data.device}'), or detach it",
+            argument,
+        )
 
 
 def to_te(q: Quantized, like: Any) -> list[Tensor]:

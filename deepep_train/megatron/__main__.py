@@ -3,7 +3,8 @@
     torchrun --nproc-per-node 8 -m deepep_train.megatron pretrain_gpt.py \\
         --moe-token-dispatcher-type flex --moe-flex-dispatcher-backend deepep_train …
 
-`--no-moe-fp8-dispatch` among the script's arguments sends tokens as they are under every FP8 recipe.
+`--no-moe-fp8-dispatch` among the script's arguments sends tokens as they are under every FP8 recipe; `--moe-fp8-gradients`
+sends combine's gradients in FP8 where tokens cross in FP8.
 """
 
 from __future__ import annotations

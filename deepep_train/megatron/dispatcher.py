@@ -19,7 +19,7 @@ from deepep_train.errors import ArgumentError
 from deepep_train.group_buffers import buffer_of
 from deepep_train.handle import Handle
 from deepep_train.megatron import quantized_experts
-from deepep_train.megatron.switches import wants_fp8_dispatch
+from deepep_train.megatron.switches import gradient_dtype, wants_fp8_dispatch
 
 
 class TokenDispatcher(MoETokenDispatcher):
@@ -53,12 +53,14 @@ class TokenDispatcher(MoETokenDispatcher):
         self.num_sms: int = getattr(config, "moe_flex_dispatcher_num_sms", None) or 0  # from 0.19 on
         self.buffer = buffer_of(self.tp_ep_group)
         self.may_send_fp8 = _may_send_fp8(config)
+        self.fp8_gradient_dtype = gradient_dtype(config)
         # What a forward pass leaves for its later steps.
         self.hidden_shape: torch.Size | None = None
         self.topk_idx: Tensor | None = None
         self.tokens_per_expert: Tensor | None = None
         self.handle: Handle | None = None
         self.received: fp8.Quantized | None = None
+        self.grad_dtype: torch.dtype | None = None
         self.cudagraph_attrs = ["topk_idx"]
 
     def dispatch_preprocess(self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,6 +93,7 @@ class TokenDispatcher(MoETokenDispatcher):
         )
         self.topk_idx, self.handle, self.tokens_per_expert = None, out.handle, out.tokens_per_expert
         self.received = None if how is None else out.x
+        self.grad_dtype = None if how is None else self.fp8_gradient_dtype
         rows = out.x if how is None else out.x.rows
         if self.shared_experts is not None:
             self.shared_experts.pre_forward_comm(hidden_states, wait_current_stream=False)
@@ -117,7 +120,7 @@ class TokenDispatcher(MoETokenDispatcher):
             self.shared_experts.wait_current_stream()
         handle, self.handle = self.handle, None  # kept by autograd as long as a backward needs it
         assert handle is not None, "token_combine without a token_dispatch before it"
-        return ops.combine(hidden_states, handle, num_sms=self.num_sms)
+        return ops.combine(hidden_states, handle, grad_dtype=self.grad_dtype, num_sms=self.num_sms)
 
     def combine_postprocess(self, hidden_states: Tensor) -> Tensor:
         """[T, H] -> the shape that came, the overlapped shared experts' output added."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -62,7 +62,7 @@ class MoELayer(nn.Module):
             with `fp8_recipe` BLOCK, 32 with MXFP8).
         fp8_recipe: BLOCK or MXFP8: tokens are quantized before the dispatch and the experts compute in FP8; both sizes must
             be multiples of 128. None: neither.
-        grad_dtype: what combine's backward sends, see `deepep_train.combine`.
+        grad_dtype: what combine's backward sends, see `deepep_train.combine`; "recipe" with `fp8_recipe`: its `grad_dtype`.
         delay_wgrad: with `fp8_recipe`, the experts' weight gradients wait for `backward_dw`.
         dtype, device: of the experts; the router stays in float32.
 
@@ -96,7 +96,7 @@ class MoELayer(nn.Module):
         low_latency_tokens: int = 128,
         alignment: int | None = None,
         fp8_recipe: fp8.Recipe | None = None,
-        grad_dtype: torch.dtype | None = None,
+        grad_dtype: torch.dtype | Literal["recipe"] | None = None,
         delay_wgrad: bool = False,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
@@ -130,6 +130,11 @@ class MoELayer(nn.Module):
             params = torch.get_default_dtype() if dtype is None else dtype
             checks.need(params in fp8.FLOATS, "dtype", "bfloat16, float16 or float32 with fp8_recipe", params)
         checks.need(fp8_recipe is not None or not delay_wgrad, "delay_wgrad", "False without fp8_recipe", delay_wgrad)
+        choices = (None, *fp8.DTYPES) if fp8_recipe is None else (None, *fp8.DTYPES, "recipe")
+        checks.need(grad_dtype in choices, "grad_dtype", f"one of {', '.join(map(str, choices))}", grad_dtype)
+        if grad_dtype == "recipe":
+            assert fp8_recipe is not None
+            grad_dtype = fp8_recipe.grad_dtype
         if buffer is not None and group is not None and buffer.group is not group:
             raise ArgumentError("buffer belongs to another group than the group given", "buffer")
         self.buffer = buffer if buffer is not None else buffer_of(group)
@@ -200,7 +205,7 @@ class MoELayer(nn.Module):
         if self.fp8_recipe is not None:
             try:
                 sent = fp8.quantize(self._in_experts_dtype(x_TH), self.fp8_recipe)
-            except ArgumentError as error:
+            except Exception as error:  # noqa: BLE001 - out of memory, too
                 self.buffer.refuse_dispatch(error)  # where the other ranks wait for this one
         got = dispatch(
             sent, topk_idx, weights_TK, buffer=self.buffer, num_experts=self.num_experts, layout="expert", alignment=alignment

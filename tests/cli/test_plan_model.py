@@ -9,6 +9,7 @@ from math import comb
 import pytest
 import torch
 
+from deepep_train import engines
 from deepep_train.cli import main
 from deepep_train.cli import plan_model as m
 
@@ -140,7 +141,10 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert report["dispatch"]["bound"] == "rdma"
     for operation in ("dispatch", "combine"):
         assert f"{1e3 * report[operation]['seconds']:.2f}" in text
-    assert f"{report['buffers']['staging'] / 2**20:.0f} MiB" in text
+    for name in ("staging", "received"):
+        assert report["buffers"][name] > 0
+        assert f"{report['buffers'][name] / 2**20:.0f} MiB a GPU" in text
+    assert f"{engines.DEFAULT_ARENA_BYTES / 2**20:.0f} MiB for them" in text
     assert "not built yet" in text
     slower = json.loads(run(*args, "--json", "--rdma-gbs", "20"))
     assert slower["dispatch"]["seconds"] > 2 * report["dispatch"]["seconds"]

@@ -82,7 +82,7 @@ def _ordered() -> Iterator[int]:
 @pytest.fixture
 def engine(kernels: Kernels) -> LowLatency:
     arena: Any = Memory()
-    return LowLatency(Peers(None, 5.0), arena, [0], 4, _ordered, torch.device("cpu"))
+    return LowLatency(Peers(None, 5.0), arena, [0], 4, True, _ordered, torch.device("cpu"))
 
 
 X, IDX, WEIGHTS = torch.zeros(3, 512, dtype=torch.bfloat16), torch.zeros(3, 2, dtype=torch.int64), torch.ones(3, 2)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from deepep_train.engines.nvlink_tables import Known, NvlinkLayout, seen
+from deepep_train.engines.nvlink_tables import Known, NvlinkLayout, remember, remembered, seen
+from deepep_train.errors import ArgumentError
 from deepep_train.routing import RankLayout, rank_layout
 
 nvlink = pytest.importorskip("deepep_train.engines.nvlink", reason="built without nvcc", exc_type=ImportError)
@@ -25,6 +26,18 @@ def given() -> RankLayout:
 
 def known(layout: RankLayout, topk_idx: torch.Tensor | None = None) -> NvlinkLayout:
     return nvlink.NvlinkEngine._known(None, layout, topk_idx, 2)
+
+
+def test_a_plain_tuple_knows_its_buffer() -> None:
+    handle, plan = tuple(torch.zeros(2, 2, dtype=torch.int32) for _ in range(6)), object()
+    here, elsewhere = object(), object()
+    remember(handle, plan, here)  # type: ignore[arg-type]
+    assert remembered(handle, here) is plan
+    with pytest.raises(ArgumentError, match="another buffer") as caught:
+        remembered(handle, elsewhere)
+    assert caught.value.argument == "handle"
+    handle[5][0, 0] = 1
+    assert remembered(handle, here) is None
 
 
 def test_an_untouched_layout_is_trusted() -> None:

@@ -123,6 +123,43 @@ def test_delayed_weight_gradient() -> None:
     assert_same_bits(later.grad, at_once.grad * 2)
 
 
+def test_frozen_experts_get_no_gradient() -> None:
+    x, w, grad = operands(False)
+    for delayed in (None, []):
+        weights = [one.clone().requires_grad_(e != 2) for e, one in enumerate(w)]
+        fp8.grouped_linear(x, weights, SPLITS, delayed=delayed).backward(grad)
+        for late in delayed or []:
+            late()
+        assert [one.grad is not None for one in weights] == [True, True, False]
+
+
+@pytest.mark.parametrize("by", [0, 1], ids=["x", "w"])
+def test_second_derivatives_are_refused(by: int) -> None:
+    x, w, grad = operands(False)
+    source = (x, w)[by].requires_grad_()
+    (once,) = torch.autograd.grad(fp8.grouped_linear(x, w, SPLITS), source, grad, create_graph=True)
+    with pytest.raises(dt.DeepEPError, match=r"second derivatives of deepep_train\.fp8\.grouped_linear"):
+        (source.square().sum() + once.square().sum()).backward()
+
+
+@pytest.mark.parametrize(("recipe", "multiple"), [(Recipe.BLOCK, 16), (Recipe.MXFP8, 32), (Recipe.TENSOR, 16)])
+def test_splits_that_transformer_engines_kernels_do_not_take(
+    monkeypatch: pytest.MonkeyPatch, recipe: Recipe, multiple: int
+) -> None:
+    x, w, _ = operands(False)
+    q = fp8.quantize(x, recipe, scale=torch.tensor([1 / 64]) if recipe is Recipe.TENSOR else None)
+    splits = (8, 0, 56)
+    scales = q.scales if recipe.blocks is None else recipe.blocks.put(q.row_scales().contiguous(), splits)
+    given = ({"x": x, "splits": splits, "recipe": recipe}, {"x": Quantized(recipe, q.data, scales, splits, q.rows)})
+    for how in given:
+        fp8.grouped_linear(**how, weight=w)  # torch takes any
+    monkeypatch.setattr("deepep_train.fp8.grouped.has_te_kernels", lambda *_: True)
+    for how in given:
+        with pytest.raises(dt.ArgumentError, match=f"multiples of {multiple} ") as caught:
+            fp8.grouped_linear(**how, weight=w)
+        assert caught.value.argument == "splits"
+
+
 def test_non_leaf_weights_cannot_be_delayed() -> None:
     """Their gradient would end in a tensor that nobody looks at."""
     x, w, _ = operands(False)
@@ -198,6 +235,7 @@ def test_checkpointing_keeps_nothing_and_changes_nothing(use_reentrant: bool) ->
         ("splits", {"x": torch.zeros(0, IN), "splits": ()}),
         ("recipe", {"recipe": "block"}),
         ("delayed", {"delayed": ()}),
+        ("is_transposed", {"is_transposed": "yes"}),
         ("weight", {"weight": torch.zeros(2, OUT, IN)}),
         ("weight", {"weight": torch.zeros(3, OUT, 128)}),
         ("weight", {"weight": torch.zeros(3, 100, IN)}),
@@ -215,7 +253,9 @@ def test_wrong_arguments_are_named(argument: str, how: dict[str, Any]) -> None:
     assert caught.value.argument == argument
 
 
-@pytest.mark.parametrize(("argument", "how"), [("splits", {"splits": (0, 16, 48)}), ("recipe", {"recipe": Recipe.MXFP8})])
+@pytest.mark.parametrize(
+    ("argument", "how"), [("splits", {"splits": (0, 16, 48)}), ("splits", {"splits": 5}), ("recipe", {"recipe": Recipe.MXFP8})]
+)
 def test_what_received_rows_know_may_only_be_repeated(argument: str, how: dict[str, Any]) -> None:
     x, w, _ = operands(False)
     q = received(x, Recipe.BLOCK)
@@ -256,6 +296,26 @@ def layers(rank: int, size: int, group: dist.ProcessGroup, recipe: Recipe) -> li
     return [error(a, b.double()) for a, b in both]
 
 
+@pytest.mark.parametrize(
+    ("recipe", "grad_dtype"),
+    [(Recipe.BLOCK, torch.float8_e4m3fn), (Recipe.MXFP8, torch.float8_e4m3fn), (Recipe.TENSOR, torch.float8_e5m2)],
+)
+def test_the_recipes_dtype_of_gradients(recipe: Recipe, grad_dtype: torch.dtype) -> None:
+    assert recipe.grad_dtype is grad_dtype
+    sizes = {"hidden_size": 128, "ffn_hidden_size": 256, "num_experts": 4, "top_k": 2}
+    if recipe is not Recipe.TENSOR:  # which the layer does not take
+        assert moe.MoELayer(**sizes, fp8_recipe=recipe, grad_dtype="recipe").grad_dtype is grad_dtype
+        assert moe.MoELayer(**sizes, fp8_recipe=recipe).grad_dtype is None
+
+
+def test_the_layers_gradients_cross_in_what_was_asked_for() -> None:
+    x, grads = torch.randn(40, 128), []
+    for dtype in (None, torch.float8_e5m2):  # e4m3 would be no news: the experts quantize to it
+        torch.manual_seed(5)
+        grads.append(step(moe.MoELayer(128, 256, 4, 2, fp8_recipe=Recipe.BLOCK, grad_dtype=dtype), x)[1])
+    assert 0.01 < error(grads[1], grads[0].double()) < 0.1
+
+
 @pytest.mark.parametrize("recipe", [Recipe.BLOCK, Recipe.MXFP8])
 def test_the_layer_in_fp8_follows_float32(recipe: Recipe) -> None:
     for errors in run_ranks(2, layers, recipe):
@@ -270,6 +330,8 @@ def test_the_layer_in_fp8_follows_float32(recipe: Recipe) -> None:
         ("alignment", {"alignment": 8, "fp8_recipe": Recipe.BLOCK}),
         ("delay_wgrad", {"delay_wgrad": True}),
         ("dtype", {"dtype": torch.float64, "fp8_recipe": Recipe.BLOCK}),
+        ("grad_dtype", {"grad_dtype": "recipe"}),
+        ("grad_dtype", {"grad_dtype": torch.bfloat16}),
     ],
 )
 def test_the_layers_wrong_arguments_are_named(argument: str, how: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from harness import assert_same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.testing._internal.two_tensor import TwoTensor
 
 from deepep_train import ArgumentError, fp8
 from deepep_train.fp8 import Quantized, Recipe
@@ -200,3 +201,10 @@ def test_a_scale_must_be_positive(value: float) -> None:
     with pytest.raises(ArgumentError, match="positive and finite") as caught:
         fp8.quantize(torch.zeros(2, 128), Recipe.TENSOR, scale=torch.tensor([value]))
     assert caught.value.argument == "scale"
+
+
+def test_what_stands_for_the_values_needs_no_memory() -> None:
+    """Transformer Engine's tensors stand for their own."""
+    x = torch.ones(2, 128)
+    q = fp8.quantize(x)
+    Quantized(q.recipe, q.data, q.scales, q.splits, TwoTensor(x, x)).check("x")

@@ -69,6 +69,26 @@ def test_from_te_and_back_keeps_the_bytes() -> None:
             assert_same_bits(mine, value)
 
 
+def without_index(rank: int, size: int, group: dist.ProcessGroup) -> tuple[str, tuple[int, ...]]:
+    """Rank 1's tensor was allocated on "cuda", as far as autograd knows: it is sent if it needs no gradient."""
+    buffer = dt.Buffer(group, timeout=20)
+    x = filled(torch.randn(32, 256, generator=torch.Generator().manual_seed(rank)).bfloat16(), Recipe.BLOCK)[0]
+    good = dt.dispatch(x, IDX, buffer=buffer, num_experts=4).x
+    if rank == 1:
+        kept = {k: v for k, v in x.get_metadata().items() if k != "fake_dtype"}
+        x = type(x)(shape=x.shape, dtype=x.dtype, device="cuda", **kept)
+    got = dt.dispatch(x, IDX, buffer=buffer, num_experts=4).x
+    assert all(torch.equal(a, b) for a, b in zip(parts(got), parts(good), strict=True))
+    with pytest.raises(dt.ArgumentError) as caught:
+        dt.dispatch(x.requires_grad_(), IDX, buffer=buffer, num_experts=4)
+    return str(caught.value), tuple(caught.value.ranks or ())
+
+
+def test_a_gpu_without_index_is_refused_where_there_is_a_gradient() -> None:
+    for message, ranks in run_ranks(2, without_index):
+        assert "make_empty(..., device='cpu')" in message and ranks == (1,)
+
+
 def refused(rank: int, size: int, group: dist.ProcessGroup, name: str) -> tuple[str, tuple[int, ...]]:
     """Rank 1 sends what cannot travel: what the error says on this rank."""
     buffer = dt.Buffer(group, timeout=20)

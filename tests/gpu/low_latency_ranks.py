@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +15,8 @@ from low_latency_cases import Case, bits, check_received, fill, round_trip, wron
 from torch import Tensor
 
 import deepep_train as dt
+from deepep_train.cli.live import measure
+from deepep_train.moe import MoELayer
 
 ARENA = 2 << 30
 _buffers: dict[int, dt.Buffer] = {}
@@ -29,8 +33,13 @@ def buffer_of(group: dist.ProcessGroup) -> dt.Buffer:
 def round_trips(rank: int, size: int, group: dist.ProcessGroup, cases: Sequence[Case]) -> list[str]:
     buffer = buffer_of(group)
     errors = []
-    for case in cases:
+    calls = buffer._engine.low_latency
+    here = calls.one_gpu
+    for number, case in enumerate(cases):
+        # With a hook, rows wait at their source if the ranks share a GPU, else they are pushed: each rank as it likes.
+        calls.one_gpu = (number + rank) % 3 != 0
         errors += [f"{case}: {error}" for error in round_trip(buffer, rank, case, "cuda")]
+    calls.one_gpu = here
     torch.cuda.synchronize()
     buffer.check()
     return errors
@@ -203,6 +212,23 @@ def stopped(rank: int, size: int, group: dist.ProcessGroup, case: Case) -> list[
     return errors
 
 
+def layer(rank: int, size: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, str]:
+    """What `MoELayer(low_latency=True)` gives without gradients, and with them, by the normal calls."""
+    torch.manual_seed(11)
+    made = MoELayer(256, 128, 2 * size, 2, low_latency=True, low_latency_tokens=6, dtype=torch.bfloat16, device="cuda").eval()
+    x = torch.randn((5, 0, 6, 1)[rank % 4], 256, generator=torch.Generator().manual_seed(rank)).bfloat16().cuda()
+    with torch.no_grad():
+        fast = made(x)
+    return fast.cpu(), made(x).detach().cpu(), made.buffer.engine
+
+
+def live(rank: int, size: int, group: dist.ProcessGroup, late_rank: int) -> str:
+    """What `doctor --live` prints when a rank is late."""
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        measure(late_rank, 0.001)
+    return said.getvalue()
+
+
 def refusals(rank: int, size: int, group: dist.ProcessGroup) -> list[str]:
     """What wrong calls say; none of them harms the buffer."""
     buffer = buffer_of(group)
@@ -237,6 +263,7 @@ def refusals(rank: int, size: int, group: dist.ProcessGroup) -> list[str]:
     refused(lambda: dispatch(async_finish=True, return_recv_hook=True))
     refused(lambda: buffer.low_latency_combine(y, idx, weights, (1, 2, 3)))
     refused(lambda: buffer.low_latency_combine(y, idx, weights, dispatch()[2], zero_copy=True))
+    refused(lambda: buffer.low_latency_combine(y, idx, weights, dispatch()[2], zero_copy=True, use_logfmt=True))
     dispatch(idx=torch.where(idx == 0, 2 * size, idx) if rank == 0 else idx)
     torch.cuda.synchronize()
     refused(buffer.check)

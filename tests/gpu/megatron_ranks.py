@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from deepep_train import Buffer, compat, engines
+from deepep_train import Buffer, compat, engines, ops
 
 compat.install()
 
@@ -21,7 +21,7 @@ import small  # noqa: E402
 
 from deepep_train.megatron import TokenDispatcher, quantized_experts  # noqa: E402
 from deepep_train.megatron.replacements import Replacements  # noqa: E402
-from deepep_train.megatron.switches import FP8_VARIABLE  # noqa: E402
+from deepep_train.megatron.switches import FP8_VARIABLE, GRADIENTS_VARIABLE  # noqa: E402
 
 compat.uninstall()  # Megatron keeps what it found
 
@@ -147,3 +147,22 @@ def fp8_trainings(
         made += engines
         sent.append(count[0])
     return curves, made, sent
+
+
+def fp8_gradients(
+    rank: int, size: int, group: Any, setup: small.Setup, dispatcher: dict[str, Any], steps: int
+) -> tuple[list[list[list[float]]], int]:
+    """`fp8_trainings`' curves where combine's gradients cross in FP8 if tokens do, and how many did."""
+    spy, count, stock = Replacements(), [0], ops._send_gradient
+
+    def send_gradient(grad: Any, handle: Any, grad_dtype: Any, num_sms: int) -> Any:
+        count[0] += grad_dtype is not None
+        return stock(grad, handle, grad_dtype, num_sms)
+
+    spy.put(ops, "_send_gradient", send_gradient)
+    os.environ[GRADIENTS_VARIABLE] = "1"
+    try:
+        return fp8_trainings(rank, size, group, setup, dispatcher, steps)[0], count[0]
+    finally:
+        del os.environ[GRADIENTS_VARIABLE]
+        spy.take_back()

@@ -18,7 +18,8 @@ from deepep_train import engines
 
 # Buffers take 2 GiB unless told to take more, and these tests make dozens of them, some of whose memory is kept for ever.
 engines.DEFAULT_ARENA_BYTES = 64 << 20
-_buffers: dict[tuple[str, int], dt.Buffer] = {}
+engines.DEFAULT_RAIL_BYTES = 32 << 20
+_buffers: dict[tuple[str, int, int | None], dt.Buffer] = {}
 
 
 def device_of(rank: int) -> torch.device:
@@ -36,11 +37,11 @@ def _on_its_gpu(rank: int, size: int, group: dist.ProcessGroup, fn: Callable[...
     return fn(rank, size, group, *args)
 
 
-def buffer_of(group: dist.ProcessGroup, engine: str = "nvlink") -> dt.Buffer:
-    """One per process and engine: making an arena takes longer than most tests."""
-    key = (engine, group.size())
+def buffer_of(group: dist.ProcessGroup, engine: str = "nvlink", num_local_ranks: int | None = None) -> dt.Buffer:
+    """One per process, engine and mesh: making an arena takes longer than most tests."""
+    key = (engine, group.size(), num_local_ranks)
     if key not in _buffers:
-        _buffers[key] = dt.Buffer(group, engine=engine, timeout=30)
+        _buffers[key] = dt.Buffer(group, engine=engine, timeout=30, num_local_ranks=num_local_ranks)
     return _buffers[key]
 
 
@@ -78,9 +79,11 @@ def exchange(
     ys: list[list[Tensor]],
     biases: list[list[Any]],
     worst: list[list[int]],
+    engine: str = "nvlink",
+    num_local_ranks: int | None = None,
 ) -> list[Got]:
     """Dispatch, combine from any memory and from peer-visible memory, and dispatch again along the handle."""
-    buffer = buffer_of(group)
+    buffer = buffer_of(group, engine, num_local_ranks)
     results = []
     for case, g, y, bias, bound in zip(cases, given, ys, biases, worst, strict=True):
         mine = g[rank]

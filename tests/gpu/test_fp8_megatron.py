@@ -49,3 +49,12 @@ def test_fp8_dispatch_follows_bf16_dispatch(record_property: Any, how: dict[str,
         assert sent[1] > 0, "no token crossed in FP8"
     assert results[-1][0][1][-1][0] < results[-1][0][1][0][0], "it does not learn"
     assert max(distances) <= 0.005, f"losses lie {distances} apart"
+
+
+def test_gradients_cross_in_fp8(record_property: Any) -> None:
+    setup = ranks.setup_of(BLOCKWISE)
+    results = run_ranks(4, ranks.fp8_gradients, setup, small.OURS, 10, timeout=120)
+    distances = [ranks.apart(in_fp8, in_bf16) for (in_bf16, in_fp8), _ in results]
+    record_property("apart", distances)
+    assert all(count > 0 for _, count in results), "no gradient crossed in FP8"
+    assert max(distances) <= 0.005, f"losses lie {distances} apart"

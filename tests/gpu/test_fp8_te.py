@@ -36,7 +36,9 @@ def quantizer_of(kind: str) -> Any:
         scale, amax = torch.tensor([13.0], device="cuda"), torch.zeros(1, device="cuda")
         return Float8Quantizer(scale, amax, DType.kFloat8E4M3, **usage)
     if kind == "current":
-        return Float8CurrentScalingQuantizer(DType.kFloat8E4M3, device=torch.device("cuda"), **usage)
+        return Float8CurrentScalingQuantizer(
+            DType.kFloat8E4M3, device=torch.device("cuda", torch.cuda.current_device()), **usage
+        )
     return Float8BlockQuantizer(
         DType.kFloat8E4M3, force_pow_2_scales=kind == "block", amax_epsilon=0.0, block_scaling_dim=1, **usage
     )
@@ -156,7 +158,7 @@ def test_ranks_with_different_scales_are_refused() -> None:
 
 def refused(rank: int, size: int, group: dist.ProcessGroup, name: str) -> tuple[str, Any]:
     idx = torch.tensor([[0, 3], [1, -1], [2, 3], [3, 0]], device="cuda").repeat(8, 1)
-    x = unsuitable(name, "cuda") if rank == 1 else empty(Recipe.BLOCK, 32, device="cuda")
+    x = unsuitable(name, idx.device) if rank == 1 else empty(Recipe.BLOCK, 32, device=idx.device)
     with pytest.raises(dt.ArgumentError) as caught:
         dt.dispatch(x, idx, buffer=buffer_of(group), num_experts=4)
     assert caught.value.argument == "x"
@@ -168,6 +170,19 @@ def test_what_cannot_travel_is_refused_on_all_ranks(name: str, text: str) -> Non
     for message, ranks in run_ranks(4, refused, name):
         assert text in message
         assert ranks == (1,)
+
+
+def without_index(rank: int, size: int, group: dist.ProcessGroup) -> None:
+    """As `make_empty` allocates by default: sent, but autograd's engine could not give it a gradient."""
+    x, how = empty(Recipe.BLOCK, 32, device="cuda"), {"buffer": buffer_of(group), "num_experts": size}
+    idx = torch.full((32, 1), rank, device="cuda")
+    assert_same_bits(parts(dt.dispatch(x, idx, **how).x)[0], parts(x)[0])
+    with pytest.raises(dt.ArgumentError, match=f"device='cuda:{torch.cuda.current_device()}'"):
+        dt.dispatch(x.requires_grad_(), idx, **how)
+
+
+def test_a_gpu_without_index() -> None:
+    run_ranks(2, without_index)
 
 
 def mx(rank: int, size: int, group: dist.ProcessGroup) -> None:

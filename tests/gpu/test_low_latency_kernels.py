@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import low_latency_ranks as ranks
 import pytest
+import torch
 from low_latency_cases import KINDS, STYLES, Case
 from shared import run_ranks
 
@@ -88,6 +89,17 @@ def test_a_rank_that_stops(size: int) -> None:
     none_wrong(run_ranks(size, ranks.stopped, Case((8,) * size, 8, 256, 2 * size, 2, kind="bf16"), fresh=True, timeout=60))
 
 
+def test_the_layer_uses_them() -> None:
+    for fast, normal, engine in run_ranks(4, ranks.layer):
+        assert engine == "nvlink"
+        torch.testing.assert_close(fast, normal, rtol=2**-5, atol=2**-7)
+
+
+def test_a_late_rank_is_named() -> None:
+    said = run_ranks(4, ranks.live, 2)[0].splitlines()
+    assert len(said) == 2 and said[0].startswith("live, dispatch") and said[0].endswith("slow: rank 2"), said
+
+
 def test_refusals() -> None:
     expected = (
         ("2 results are alive",),
@@ -101,6 +113,7 @@ def test_refusals() -> None:
         ("async_finish",),
         ("handle must be",),
         ("get_next_low_latency_combine_buffer",),
+        ("use_logfmt=True needs a copy",),
     )
     for rank, said in enumerate(run_ranks(2, ranks.refusals)):
         for text, parts in zip(said, expected, strict=False):

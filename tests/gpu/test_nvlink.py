@@ -23,8 +23,15 @@ def same_rows(got: Rows, expected: Rows, what: str) -> None:
         assert_same_bits(a, b, what)
 
 
-def check(cases: list[Exchange], num_biases: int = 0, spare: int | None = None, fresh: bool = False) -> None:
-    """`spare`: extra rows of num_worst_tokens; None: let the CPU wait for the counts."""
+def check(
+    cases: list[Exchange],
+    num_biases: int = 0,
+    spare: int | None = None,
+    fresh: bool = False,
+    engine: str = "nvlink",
+    num_local_ranks: int | None = None,
+) -> None:
+    """`spare`: extra rows of num_worst_tokens; None: let the CPU wait for the counts. `num_local_ranks`: sums are by node."""
     given, ys, biases, worst, arrived, pictures = [], [], [], [], [], []
     for case in cases:
         picture = Picture(case.given(), case.num_experts)
@@ -41,7 +48,8 @@ def check(cases: list[Exchange], num_biases: int = 0, spare: int | None = None, 
         arrived.append(rows)
         pictures.append(picture)
     passed = [[None if not b else b[0] if len(b) == 1 else b for b in one] for one in biases]
-    results = run_ranks(cases[0].size, shared.exchange, cases, given, ys, passed, worst, timeout=240, fresh=fresh)
+    how = (engine, num_local_ranks)
+    results = run_ranks(cases[0].size, shared.exchange, cases, given, ys, passed, worst, *how, timeout=240, fresh=fresh)
     for rank, got_all in enumerate(results):
         for i, (case, got) in enumerate(zip(cases, got_all, strict=True)):
             what = f"on rank {rank}, {case}"
@@ -51,7 +59,7 @@ def check(cases: list[Exchange], num_biases: int = 0, spare: int | None = None, 
             assert_same_bits(got.topk_weights, expected.topk_weights, f"topk_weights {what}")
             assert got.tokens_per_expert == expected.tokens_per_expert, what
             same_rows(got.again, expected.x, f"again {what}")
-            z = pictures[i].combine(rank, ys[i], [a.rows for a in arrived[i]], biases[i][rank])
+            z = pictures[i].combine(rank, ys[i], [a.rows for a in arrived[i]], biases[i][rank], num_local_ranks or 1)
             assert_same_bits(got.z, z, f"z {what}")
             assert_same_bits(got.z_visible, z, f"z from visible rows {what}")
 

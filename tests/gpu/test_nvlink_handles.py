@@ -21,10 +21,14 @@ def a_handle(buffer: dt.Buffer, rank: int, size: int, seed: int) -> tuple:
 
 
 def other_buffers(rank: int, size: int, group: dist.ProcessGroup) -> None:
-    """Rank 0 takes the first buffer's handle, rank 1 the second's; both have number 1."""
+    """Rank 0 takes the first buffer's handle, rank 1 the second's; both are their buffer's first."""
     buffers = [dt.Buffer(group, num_nvl_bytes=16 << 20, engine="nvlink", timeout=5) for _ in range(2)]
     made = [a_handle(b, rank, size, 34 + i) for i, b in enumerate(buffers)]
-    buffers[0].dispatch(made[0][0], handle=tuple(made[rank][2]))
+    if rank == 0:
+        buffers[0].dispatch(made[0][0], handle=tuple(made[0][2]))
+    else:
+        with pytest.raises(dt.ArgumentError, match="another buffer"):
+            buffers[0].dispatch(made[0][0], handle=tuple(made[1][2]))
     torch.cuda.synchronize()
     with pytest.raises(dt.DeepEPError):
         buffers[0].check()

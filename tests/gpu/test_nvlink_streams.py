@@ -343,6 +343,7 @@ def device_failures(rank: int, size: int, group: dist.ProcessGroup) -> None:
     out = dt.dispatch(x, idx, w, buffer=buffer, num_experts=experts, num_worst_tokens=3)
     torch.cuda.synchronize()
     assert out.x.isnan().all()
+    assert not out.tokens_per_expert.any(), "what follows would read beyond x"
     with pytest.raises(dt.ArgumentError, match="num_worst_tokens=3 but"):
         buffer.check()
     with pytest.raises(dt.DeepEPError):

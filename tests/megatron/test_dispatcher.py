@@ -360,6 +360,56 @@ def test_the_command_line_switches_fp8_off(monkeypatch: pytest.MonkeyPatch) -> N
     assert not switches.wants_fp8_dispatch(fp8_config())
 
 
+E4M3, E5M2 = fp8.DTYPES
+
+
+@pytest.mark.parametrize(
+    ("expected", "how"),
+    [
+        (None, {}),
+        (E4M3, {"moe_fp8_gradients": True}),
+        (E5M2, {"moe_fp8_gradients": True, "fp8": "hybrid"}),
+        (None, {"moe_fp8_gradients": True, "fp8": None}),
+        (None, {"moe_fp8_gradients": False}),
+    ],
+)
+def test_in_what_gradients_cross(expected: torch.dtype | None, how: dict[str, Any]) -> None:
+    assert switches.gradient_dtype(fp8_config(**how)) is expected
+
+
+def test_the_command_line_and_the_environment_switch_fp8_gradients_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(switches.GRADIENTS_VARIABLE, "0")
+    assert switches.gradient_dtype(fp8_config()) is None
+    assert switches.take_option(["train.py", switches.GRADIENTS_OPTION, "--bf16"]) == ["train.py", "--bf16"]
+    assert switches.gradient_dtype(fp8_config()) is E4M3
+    assert switches.gradient_dtype(fp8_config(moe_fp8_gradients=False)) is None, "the configuration goes first"
+    for how in ({"moe_fp8_gradients": "yes"}, {"fp8": "e5m2"}):
+        with pytest.raises(ArgumentError):
+            switches.gradient_dtype(fp8_config(**how))
+
+
+def gradients_as(rank: int, size: int, group: Any) -> list[Any]:
+    """What combine's backward is asked to send: where tokens cross in FP8, and outside of the FP8 context."""
+    setup, asked = small.Setup(config={"hidden_size": 128}), []
+    with setup.parallel(), pytest.MonkeyPatch.context() as patch:
+        layer = small.layer_of(setup.transformer_config(small.OURS))
+        ours = layer.token_dispatcher
+        ours.may_send_fp8, ours.fp8_gradient_dtype = True, E5M2
+        patch.setattr(dispatcher.ops, "combine", lambda y, handle, **how: asked.append(how["grad_dtype"]))
+        patch.setattr(quantized_experts, "is_installed", lambda: True)
+        for now in (quantized_experts.Settings(fp8.Recipe.BLOCK), None):
+            patch.setattr(quantized_experts, "settings", lambda now=now: now)
+            x = torch.randn(4, 2, 128)
+            probs, routing_map = layer.router(x)
+            ours.token_dispatch(*ours.dispatch_preprocess(x, routing_map, probs))
+            ours.token_combine(x)
+    return asked
+
+
+def test_gradients_cross_in_fp8_where_tokens_do() -> None:
+    assert run_ranks(2, gradients_as, timeout=60) == [[E5M2, None]] * 2
+
+
 def sent_as(rank: int, size: int, group: Any) -> list[bool]:
     """Whether rows cross in FP8: installed, uninstalled in between, outside of the FP8 context."""
     setup, sent = small.Setup(config={"hidden_size": 128}), []

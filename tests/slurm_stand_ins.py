@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 SRUN = f"""#!{sys.executable}
 import os, signal, subprocess, sys
 command = sys.argv[1:]

@@ -1,0 +1,227 @@
+// One exchange along the rail: rows to every other node, packed where a network card can read them, put in batches, each put
+// with a signal that counts its rows. Protocol: docs/rdma.md.
+//
+//   ready    this rank's earlier kernels are done with `recv`, and so may be overwritten: told to the rail, waited for by node
+//   rows     packed, put, signalled
+//   arrived  the last block waits until all rows of this exchange have come; the kernel behind may read them
+#include <nvshmem.h>
+#include <nvshmemx.h>
+
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "../common/check.hpp"
+#include "../common/ptx.cuh"
+#include "endpoint.hpp"
+#include "kernels.hpp"
+
+namespace deepep_train::rdma {
+
+namespace {
+
+constexpr int kThreads = 768;  // with 1024 there are too few registers
+constexpr int kWarps = kThreads / 32;
+constexpr int kAtOnce = 4;  // 16-byte words that a thread asks memory for before it stores the first
+
+DT_DEVICE uint64_t load_acquire_sys(const uint64_t* address) {
+    uint64_t value;
+    asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");
+    return value;
+}
+
+DT_DEVICE bool has_failed(const End& end) { return *static_cast<const volatile uint32_t*>(end.failed) != 0; }
+
+// By one thread. Who is late is found out once, by the first that gives up.
+__device__ void give_up(const End& end, uint64_t number, const uint64_t* words, const uint64_t* wanted, uint64_t same,
+                        int meeting) {
+    if (atomicExch(end.failed, 1u) != 0) return;
+    for (int n = 0; n < end.num_nodes; ++n) {
+        const uint64_t want = wanted == nullptr ? same : wanted[n];
+        end.page->missing[n] = n != end.node && load_acquire_sys(words + n) < want;
+    }
+    end.page->number = number;
+    end.page->meeting = meeting;
+    __threadfence_system();
+    end.page->failed = 1;
+    __threadfence_system();
+}
+
+// By one thread: until `word` has reached `wanted`; false if the deadline passes or another block has given up.
+DT_DEVICE bool wait_for(const End& end, const uint64_t* word, uint64_t wanted, uint64_t start) {
+    for (uint32_t polls = 0; load_acquire_sys(word) < wanted; ++polls)
+        if (polls % 64 == 63 && (has_failed(end) || global_timer() - start > end.timeout_ns))
+            return load_acquire_sys(word) >= wanted;
+    return true;
+}
+
+// Of one row with what is beside it, as they travel.
+DT_DEVICE int64_t wire_bytes(const RailParams& p) { return p.row_bytes + p.beside_bytes; }
+
+// With one warp: rows [first, first + count) of those sent, from where they are to `send`.
+__device__ void pack(const End& end, const RailParams& p, int64_t first, int count) {
+    const auto* token = reinterpret_cast<const int32_t*>(p.token) + first;
+    const int words = static_cast<int>(wire_bytes(p) / 16), all = words * count;
+    auto* to = reinterpret_cast<uint4*>(end.send + first * wire_bytes(p));
+    int row = 0, word = threadIdx.x % 32;  // of the next one asked for; no divisions
+    for (int base = threadIdx.x % 32; base < all; base += 32 * kAtOnce) {
+        uint4 bits[kAtOnce];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+            for (; word >= words; word -= words) ++row;
+            const int64_t at = word * 16;
+            if (row < count)
+                bits[i] = load_row(reinterpret_cast<const char*>(at < p.row_bytes ? p.rows + token[row] * p.row_bytes + at
+                                                                                  : p.beside + token[row] * p.beside_bytes +
+                                                                                        (at - p.row_bytes)));
+            word += 32;
+        }
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i)
+            if (base + i * 32 < all) to[base + i * 32] = bits[i];
+    }
+}
+
+__device__ void write_addresses(const End& end, const RailParams& p) {
+    auto* out = reinterpret_cast<uint64_t*>(p.addresses);
+    auto* out_beside = reinterpret_cast<uint64_t*>(p.beside_addresses);
+    const auto* recv_at = reinterpret_cast<const int32_t*>(p.recv_at);
+    const int32_t own = reinterpret_cast<const int32_t*>(p.send_at)[end.node];
+    for (int n = 0; n < end.num_nodes; ++n)
+        for (int f = recv_at[n] + blockIdx.x * kThreads + threadIdx.x; f < recv_at[n + 1]; f += gridDim.x * kThreads) {
+            const int64_t i = f - recv_at[n];
+            const int64_t t = n == end.node ? reinterpret_cast<const int32_t*>(p.token)[own + i] : 0;
+            const auto came = reinterpret_cast<uint64_t>(end.recv + n * end.segment_bytes + i * wire_bytes(p));
+            out[f] = n == end.node ? p.rows + t * p.row_bytes : came;
+            if (out_beside != nullptr) out_beside[f] = n == end.node ? p.beside + t * p.beside_bytes : came + p.row_bytes;
+        }
+}
+
+__global__ void __launch_bounds__(kThreads, 1)
+    rail_kernel(const __grid_constant__ End end, const __grid_constant__ RailParams p) {
+    __shared__ bool go, last, whole;
+    __shared__ int32_t send_at[kMaxNodes + 1];
+    const uint64_t number = *end.number + 1, start = global_timer();
+    nvshmemx_qp_handle_t qp = end.qps[blockIdx.x % end.num_qps];
+    for (int n = threadIdx.x; n <= end.num_nodes; n += kThreads) send_at[n] = reinterpret_cast<const int32_t*>(p.send_at)[n];
+    if (threadIdx.x == 0) whole = !has_failed(end);  // once: another block may be giving up
+    __syncthreads();
+    if (whole && blockIdx.x == 0 && threadIdx.x < end.num_nodes && threadIdx.x != end.node)
+        nvshmemx_signal_op(end.ready + end.node, number, NVSHMEM_SIGNAL_SET, threadIdx.x * end.num_local_ranks + end.rail);
+    if (p.addresses != 0) write_addresses(end, p);
+
+    // Every node's rows in puts of so many, the puts dealt to the warps; each rank begins with the node behind its own. Warps
+    // need nothing of each other, so that one packs while others put.
+    const int64_t row_bytes = wire_bytes(p);
+    const int senders = gridDim.x * kWarps, me = threadIdx.x / 32 * gridDim.x + blockIdx.x;
+    bool fine = whole;
+    for (int turn = 1, before = 0; turn < end.num_nodes && fine; ++turn) {
+        const int n = (end.node + turn) % end.num_nodes;
+        const int puts = (send_at[n + 1] - send_at[n] + p.rows_per_put - 1) / p.rows_per_put;
+        int put = (me - before % senders + senders) % senders;
+        before += puts;
+        if (put >= puts) continue;
+        int is_ready = 1;
+        for (bool is_first = true; put < puts; put += senders, is_first = false) {
+            const int first = send_at[n] + put * p.rows_per_put, count = min(p.rows_per_put, send_at[n + 1] - first);
+            if (p.rows != 0) pack(end, p, first, count);
+            if (is_first && threadIdx.x % 32 == 0) {
+                is_ready = wait_for(end, end.ready + n, number, start);
+                if (!is_ready) give_up(end, number, end.ready, nullptr, number, 0);
+            }
+            __threadfence_system();  // the card, and the put's other lanes, read what this lane has packed
+            fine = __shfl_sync(0xffffffffu, is_ready, 0);
+            if (!fine) break;
+            char* to = end.recv + end.node * end.segment_bytes + (first - send_at[n]) * row_bytes;
+            nvshmemx_qp_char_put_signal_nbi_warp(to, end.send + first * row_bytes, count * row_bytes, end.arrived + end.node,
+                                                 static_cast<uint64_t>(count), NVSHMEM_SIGNAL_ADD,
+                                                 n * end.num_local_ranks + end.rail, qp);
+        }
+    }
+    __syncthreads();  // all of this block's puts are on their way
+    // `send` may be overwritten by the kernel behind.
+    if (fine && threadIdx.x < end.num_nodes && threadIdx.x != end.node)
+        nvshmemx_qp_quiet(threadIdx.x * end.num_local_ranks + end.rail, &qp, 1);
+    __syncthreads();
+    if (threadIdx.x == 0) last = add_acq_rel_gpu(end.joined, 1) == gridDim.x - 1;
+    __syncthreads();
+    if (!last) return;
+
+    const auto* recv_at = reinterpret_cast<const int32_t*>(p.recv_at);
+    __shared__ uint64_t wanted[kMaxNodes];
+    for (int n = threadIdx.x; n < end.num_nodes; n += kThreads)
+        wanted[n] = n == end.node ? 0 : end.seen[n] + (recv_at[n + 1] - recv_at[n]);
+    if (threadIdx.x == 0) go = !has_failed(end);
+    __syncthreads();
+    if (go && threadIdx.x < 32) {
+        bool all = true;
+        for (int n = threadIdx.x; n < end.num_nodes; n += 32) all &= wait_for(end, end.arrived + n, wanted[n], start);
+        all = __all_sync(0xffffffffu, all);
+        if (threadIdx.x == 0 && !all) {
+            go = false;
+            give_up(end, number, end.arrived, wanted, 0, 1);
+        }
+    }
+    __syncthreads();
+    if (go) {
+        for (int n = threadIdx.x; n < end.num_nodes; n += kThreads) end.seen[n] = wanted[n];
+    } else {
+        // Rows that have not come are NaN, so that nobody takes what lay there before for them.
+        for (int n = 0; n < end.num_nodes; ++n) {
+            const int64_t bytes = (recv_at[n + 1] - recv_at[n]) * row_bytes;
+            for (int64_t at = threadIdx.x * 16; n != end.node && at < bytes; at += kThreads * 16)
+                *reinterpret_cast<uint4*>(end.recv + n * end.segment_bytes + at) = uint4{~0u, ~0u, ~0u, ~0u};
+        }
+    }
+    if (threadIdx.x == 0) {
+        *end.joined = 0;
+        *end.number = number;
+    }
+}
+
+void check_nvshmem(int status, const char* call) {
+    if (status != 0) throw std::runtime_error(std::string(call) + " failed with status " + std::to_string(status));
+}
+
+}  // namespace
+
+void launch_rail(const End& end, const RailParams& p, cudaStream_t stream) {
+    rail_kernel<<<p.num_sms, kThreads, 0, stream>>>(end, p);
+    DT_CUDA(cudaGetLastError());
+}
+
+// The host's side of NVSHMEM, here because everything that includes its headers takes long to compile -------------------------
+
+std::string unique_id() {
+    nvshmemx_uniqueid_t id = NVSHMEMX_UNIQUEID_INITIALIZER;
+    check_nvshmem(nvshmemx_get_uniqueid(&id), "nvshmemx_get_uniqueid");
+    return {reinterpret_cast<const char*>(&id), sizeof(id)};
+}
+
+void start(int device, int rank, int num_ranks, const std::string& id) {
+    DT_CUDA(cudaSetDevice(device));
+    nvshmemx_uniqueid_t unique = NVSHMEMX_UNIQUEID_INITIALIZER;
+    if (id.size() != sizeof(unique)) throw std::invalid_argument("an NVSHMEM unique id has another size");
+    std::memcpy(&unique, id.data(), sizeof(unique));
+    nvshmemx_init_attr_t attributes = NVSHMEMX_INIT_ATTR_INITIALIZER;
+    check_nvshmem(nvshmemx_set_attr_uniqueid_args(rank, num_ranks, &unique, &attributes), "nvshmemx_set_attr_uniqueid_args");
+    check_nvshmem(nvshmemx_init_attr(NVSHMEMX_INIT_WITH_UNIQUEID, &attributes), "nvshmemx_init_attr");
+    if (nvshmem_my_pe() != rank || nvshmem_n_pes() != num_ranks)
+        throw std::runtime_error("NVSHMEM numbers the ranks otherwise than their group");
+}
+
+void* allocate(size_t bytes) {
+    void* memory = nvshmem_malloc(bytes);
+    if (memory == nullptr)
+        throw std::runtime_error("NVSHMEM has no " + std::to_string(bytes) +
+                                 " bytes more; NVSHMEM_SYMMETRIC_SIZE says how many it has");
+    return memory;
+}
+
+int* queue_pairs(int count) {
+    nvshmemx_qp_handle_t* made = nullptr;
+    check_nvshmem(nvshmemx_qp_create(count, &made), "nvshmemx_qp_create");
+    return made;
+}
+
+}  // namespace deepep_train::rdma

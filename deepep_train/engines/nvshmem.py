@@ -1,0 +1,56 @@
+"""NVSHMEM in this process: loaded and started once, for one group of ranks, and never ended, since its end is a collective call
+that a process on its way out must not wait for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from deepep_train.engines import nvshmem_present
+from deepep_train.engines.peers import Peers
+from deepep_train.errors import ArgumentError, DeepEPError
+
+_started: list[int] = []  # the ranks, as the job numbers them
+
+
+def extension() -> Any:
+    """`deepep_train._rdma`; raises `ImportError` with what is missing."""
+    nvshmem_present.load(nvshmem_present.find())
+    from deepep_train import _rdma  # type: ignore[attr-defined]
+
+    return _rdma
+
+
+def start(peers: Peers, device: torch.device) -> Any:
+    """The extension, with NVSHMEM started for these ranks; a collective call."""
+    kernels, error, ranks = None, "", [0] if peers.group is None else dist.get_process_group_ranks(peers.group)
+    mine: dict[str, Any] = {"error": "", "id": "", "started": _started}
+    try:
+        kernels = extension()
+        if peers.rank == 0 and not _started:
+            mine["id"] = kernels.unique_id().hex()
+    except (ImportError, RuntimeError) as caught:
+        mine["error"] = str(caught)
+    everyone = peers.gather_objects(mine, "Buffer")
+    if broken := [f"rank {r}: {other['error']}" for r, other in enumerate(everyone) if other["error"]]:
+        raise DeepEPError("Buffer: " + "; ".join(broken))
+    assert kernels is not None
+    if all(other["started"] == ranks for other in everyone):
+        return kernels
+    if any(other["started"] for other in everyone):
+        text = "; ".join(f"on rank {r} for ranks {other['started']}" for r, other in enumerate(everyone) if other["started"])
+        raise ArgumentError(
+            f"engine='rdma': NVSHMEM serves one group of ranks for as long as a process lives, here {ranks}; started {text}",
+            "group",
+        )
+    try:
+        kernels.start(device.index, peers.rank, peers.size, bytes.fromhex(everyone[0]["id"]))
+        _started[:] = ranks
+    except RuntimeError as caught:
+        error = str(caught)
+    told = peers.gather_objects(error, "Buffer")
+    if broken := [f"rank {r}: {text}" for r, text in enumerate(told) if text]:
+        raise DeepEPError("Buffer: " + "; ".join(broken))
+    return kernels

@@ -1,0 +1,124 @@
+"""Where the rows of one dispatch go over the rail and within the node: pure functions of the counts, which every rank knows,
+and of the routing; none of them makes the CPU wait for the GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deepep_train.engines.hops import to_device
+
+_BITS = 32  # of a word
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What one rank's streams carry in a dispatch, on the CPU.
+
+    Attributes:
+        send, recv: rows that leave this rank, and that come to it to be forwarded, by node; this node's included.
+        theirs: int64 [nodes, local ranks], rows that each rank of this node gets from each source on the rail.
+        begin: the same shape, where these begin in that rank's tensor.
+        most: the most rows of one stream, over all ranks.
+    """
+
+    send: list[int]
+    recv: list[int]
+    theirs: Tensor
+    begin: Tensor
+    most: int
+
+
+def counts_of(rank: int, local: int, counts_RR: Tensor, per_node_RN: Tensor) -> Counts:
+    """Args:
+    counts_RR: int64 [R, R], rows from each rank to each rank.
+    per_node_RN: int64 [R, nodes], the same to each node.
+    """
+    node, rail = divmod(rank, local)
+    recv = per_node_RN[rail::local, node].tolist()
+    return node_counts(rank, local, per_node_RN[rank].tolist(), recv, counts_RR, int(per_node_RN.max()))
+
+
+def node_counts(rank: int, local: int, send: list[int], recv: list[int], counts_RR: Tensor, most: int) -> Counts:
+    node, rail = divmod(rank, local)
+    counts_RL = counts_RR[:, node * local : (node + 1) * local]
+    begin_RL = counts_RL.cumsum(0) - counts_RL
+    return Counts(send, recv, counts_RL[rail::local], begin_RL[rail::local], most)
+
+
+@dataclass(frozen=True)
+class Tables:
+    """One dispatch's places, on the GPU, int32. S rows leave over the rail, F come to be forwarded, by node and then by token;
+    both count this node's, which stay.
+
+    Attributes:
+        token: [S], the token of each row that leaves.
+        send_at, recv_at: [nodes + 1], where each node's begin among the S and the F.
+        slot: [F, local ranks], where a row stands in the tensor of each rank of this node; -1: not there.
+        place: [T, nodes], the number of a token among its rank's rows for a node; -1: none.
+        counts: their sizes.
+        stream: the id of the stream that made them.
+    """
+
+    token: Tensor
+    send_at: Tensor
+    recv_at: Tensor
+    slot: Tensor
+    place: Tensor
+    counts: Counts
+    stream: int
+
+    @property
+    def forwarded(self) -> int:
+        return self.slot.size(0)
+
+    def tensors(self) -> list[Tensor]:
+        return [self.token, self.send_at, self.recv_at, self.slot, self.place]
+
+
+def leaving(counts: Counts, is_token_in_rank: Tensor, stream: int) -> Tables:
+    """The tables as far as the sender knows them: no row that comes is forwarded to anybody."""
+    (num_tokens, num_ranks), nodes, device = is_token_in_rank.shape, len(counts.send), is_token_in_rank.device
+    ends = torch.tensor([[0, *counts.send], [0, *counts.recv]], dtype=torch.int32).cumsum(1, dtype=torch.int32)
+    send_at, recv_at = to_device(ends, device).unbind()
+    token_in_node = is_token_in_rank.view(num_tokens, nodes, num_ranks // nodes).any(2)
+    place = (token_in_node.cumsum(0, dtype=torch.int32) - 1).masked_fill_(~token_in_node, -1)
+    num_rows = sum(counts.send)
+    token = torch.empty(num_rows + 1, dtype=torch.int32, device=device)  # the spare one takes what does not leave
+    where = torch.where(token_in_node, place + send_at[:-1], num_rows)
+    number = torch.arange(num_tokens, dtype=torch.int32, device=device)
+    token.scatter_(0, where.flatten().long(), number.unsqueeze(1).expand(-1, nodes).reshape(-1))
+    nowhere = torch.empty(sum(counts.recv), num_ranks // nodes, dtype=torch.int32, device=device).fill_(-1)
+    return Tables(token[:num_rows], send_at, recv_at, nowhere, place.contiguous(), counts, stream)
+
+
+def slots(counts: Counts, recv_at: Tensor, masks: Tensor) -> Tensor:
+    """int32 [F, local ranks]: `Tables.slot` of rows for these ranks (bool, the same shape).
+
+    A source's rows beyond those that it has counted for a rank have none there, whatever its mask says: a stream that failed
+    brings masks full of ones.
+    """
+    device, num_rows = masks.device, masks.size(0)
+    upto = F.pad(masks.cumsum(0, dtype=torch.int32), (0, 0, 1, 0))
+    both = to_device(torch.stack([counts.theirs, counts.begin]).to(torch.int32), device)
+    source = torch.searchsorted(recv_at[1:], torch.arange(num_rows, dtype=torch.int32, device=device), right=True)
+    within = upto[:-1] - upto[recv_at[:-1].long()][source]
+    theirs, begin = both[:, source]
+    return torch.where(masks & (within < theirs), within + begin, -1).to(torch.int32)
+
+
+def mask_words(is_token_in_rank: Tensor) -> Tensor:
+    """bool [T, R] -> int32 [T, words], a bit a rank: what a row tells its forwarder."""
+    num_tokens, num_ranks = is_token_in_rank.shape
+    words = -(-num_ranks // _BITS)
+    bits = F.pad(is_token_in_rank, (0, words * _BITS - num_ranks)).view(num_tokens, words, _BITS).to(torch.int64)
+    return (bits << torch.arange(_BITS, device=bits.device)).sum(2).to(torch.int32)
+
+
+def masks_of(words: Tensor, node: int, local: int) -> Tensor:
+    """int32 [F, words] -> bool [F, local]: which ranks of a node rows are for."""
+    rank = torch.arange(node * local, (node + 1) * local, dtype=torch.int32, device=words.device)
+    return ((words[:, rank // _BITS] >> rank % _BITS) & 1).to(torch.bool)
