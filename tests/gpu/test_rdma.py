@@ -27,7 +27,7 @@ from deepep_train import engines
 _SURVEYED = next(engine for engine in engines.survey() if engine.name == "rdma")
 pytestmark = pytest.mark.skipif(not _SURVEYED.usable, reason=_SURVEYED.reason)
 
-MESHES = ((4, 2), (4, 1), (8, 4), (8, 2))  # ranks, of which so many are a node
+MESHES = ((4, 2), (4, 1), (8, 4), (8, 2), (2, 1))  # ranks, of which so many are a node
 meshes = pytest.mark.parametrize("mesh", MESHES, ids=lambda m: f"{m[0] // m[1]}x{m[1]}")
 SOAK = int(os.environ.get("DEEPEP_TRAIN_SOAK", "60"))
 
@@ -94,6 +94,28 @@ def gradients(rank: int, size: int, group: dist.ProcessGroup, case: Exchange, lo
 def test_gradients(mesh: tuple[int, int], layout: str) -> None:
     tokens = (40, 0, 33, 11, 7, 5, 21, 2)[: mesh[0]]
     run_ranks(mesh[0], gradients, Exchange(tokens, 24, 6, 3, "uniform", torch.float32, layout, 4), mesh[1], timeout=120)
+
+
+def layer(rank: int, size: int, group: dist.ProcessGroup, local: int) -> list[Any]:
+    """`MoELayer` with recomputation, over both engines: output and gradients."""
+    from deepep_train import moe
+
+    collective = dt.Buffer(group, timeout=30, engine="collective", num_local_ranks=local, two_level=True)
+    found = []
+    for buffer in (buffer_of(group, "rdma", local), collective):
+        torch.manual_seed(3)
+        made = moe.MoELayer(64, 128, 2 * size, 2, buffer=buffer, device="cuda")
+        x = torch.randn(40 - rank, 64, generator=torch.Generator().manual_seed(rank)).cuda().requires_grad_()
+        y = torch.utils.checkpoint.checkpoint(made, x, use_reentrant=False)
+        y.square().sum().backward()
+        found.append([t.detach().cpu() for t in (y, x.grad, made.experts.w1.grad, made.experts.w2.grad)])
+    return [(a, b) for a, b in zip(*found, strict=True)]
+
+
+def test_moe_layer() -> None:
+    for pairs in run_ranks(4, layer, 2):
+        for got, expected in pairs:
+            assert_same_bits(got, expected)
 
 
 # Soak -------------------------------------------------------------------------------------------------------------------
