@@ -66,7 +66,7 @@ class TokenDispatcher(MoETokenDispatcher):
     def dispatch_preprocess(self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         """hidden_states [..., H], routing_map bool [T, E], probs [T, E] -> rows [T, H], weights float32 [T, K * expert TP]."""
         self.hidden_shape = hidden_states.shape
-        if self.config.moe_pad_expert_input_to_capacity or self.config.moe_router_padding_for_quantization:
+        if self.config.moe_pad_expert_input_to_capacity:
             routing_map = routing_map.bool() & (probs != 0)  # picks that only fill experts up; dispatch pads by itself
         idx, weights = picks_of(routing_map, probs, self.config.moe_router_topk)
         self.topk_idx = _on_every_tp_rank(idx, self.num_local_experts, self.tp_size)

@@ -83,6 +83,19 @@ def test_features_give_what_they_give_with_alltoall(variant: dict[str, Any]) -> 
     compare(small.Setup(config=variant))
 
 
+class PaddedForQuantization(small.Setup):
+    """The fields are set behind Megatron's own checks, which want Transformer Engine; SequentialMLP does without it."""
+
+    def transformer_config(self, given: dict[str, Any]) -> TransformerConfig:
+        config = super().transformer_config(given)
+        config.fp8, config.fp8_recipe, config.moe_router_padding_for_quantization = "e4m3", "blockwise", True
+        return config
+
+
+def test_padding_for_quantization_changes_nothing() -> None:
+    compare(PaddedForQuantization(), (24, 24))
+
+
 def test_uneven_token_counts() -> None:
     compare(small.Setup(), (3, 9))
 
