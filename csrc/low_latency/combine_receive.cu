@@ -1,6 +1,6 @@
 // Combine, receiving: see pull.cuh.
+#include "../common/check.hpp"
 #include "kernels.hpp"
-#include "launch_behind.cuh"
 #include "pull.cuh"
 
 namespace deepep_train::low_latency {
@@ -12,7 +12,6 @@ constexpr int kNear = 4;  // neighbouring parts of a row are pulled by neighbour
 
 __global__ void __launch_bounds__(kThreads, 1) combine_receive_kernel(const __grid_constant__ CombineParams p) {
     __shared__ Pulling shared;
-    wait_for_launches_before();
     Control* mine = control_of(p, p.rank);
     if (mine->closed != 0) return;
     const uint32_t number = mine->combines[p.set];
@@ -41,7 +40,8 @@ __global__ void __launch_bounds__(kThreads, 1) combine_receive_kernel(const __gr
 }  // namespace
 
 void launch_combine_receive(const CombineParams& p, cudaStream_t stream) {
-    launch_behind(combine_receive_kernel, p.num_sms, kThreads, stream, p);
+    combine_receive_kernel<<<p.num_sms, kThreads, 0, stream>>>(p);
+    DT_CUDA(cudaGetLastError());
 }
 
 }  // namespace deepep_train::low_latency

@@ -2,7 +2,6 @@
 // peers reach, the valid ones are copied there, one after another.
 #include "../common/check.hpp"
 #include "kernels.hpp"
-#include "launch_behind.cuh"
 #include "logfmt.cuh"
 #include "space.cuh"
 
@@ -98,7 +97,6 @@ __global__ void __launch_bounds__(kThreads, 1) combine_send_kernel(const __grid_
         for (int start = 0; start < 2 * p.hidden; start += kVectors * 512)
             copy_columns<kLogfmt, kVectors>(p, shared, space_of(p, p.rank) + copies, start, gridDim.x * (kThreads / 32), row);
     }
-    let_launches_behind_begin();
     if (!is_last_block(mine, p, kCombineSend)) return;
     if (threadIdx.x < 32) {
         if (p.zero_copy != 0) {

@@ -2,7 +2,6 @@
 // and token.
 #include "../common/check.hpp"
 #include "kernels.hpp"
-#include "launch_behind.cuh"
 #include "space.cuh"
 
 namespace deepep_train::low_latency {
@@ -75,7 +74,6 @@ __device__ void report(const DispatchParams& p, const Layout& layout, Control* m
 
 __global__ void __launch_bounds__(kThreads, 1) dispatch_receive_kernel(const __grid_constant__ DispatchParams p) {
     __shared__ Shared shared;
-    wait_for_launches_before();
     Control* mine = control_of(p, p.rank);
     if (mine->closed != 0) return;
     const uint32_t number = mine->dispatches[p.set];
@@ -150,7 +148,8 @@ __global__ void __launch_bounds__(kThreads, 1) dispatch_receive_kernel(const __g
 }  // namespace
 
 void launch_dispatch_receive(const DispatchParams& p, cudaStream_t stream) {
-    launch_behind(dispatch_receive_kernel, p.num_sms, kThreads, stream, p);
+    dispatch_receive_kernel<<<p.num_sms, kThreads, 0, stream>>>(p);
+    DT_CUDA(cudaGetLastError());
 }
 
 }  // namespace deepep_train::low_latency

@@ -5,7 +5,6 @@
 
 #include "../common/check.hpp"
 #include "kernels.hpp"
-#include "launch_behind.cuh"
 #include "space.cuh"
 
 namespace deepep_train::low_latency {
@@ -254,7 +253,6 @@ __global__ void __launch_bounds__(kThreads, 1) dispatch_send_kernel(const __grid
         unit += warps;
         if (unit < units) row.read(p, unit / pieces, static_cast<int>(unit % pieces));
     }
-    let_launches_behind_begin();
     if (!is_last_block(mine, p, kDispatchSend)) return;
     for (int peer = threadIdx.x; peer < p.num_ranks; peer += kThreads) {
         if (is_masked(p, peer)) continue;

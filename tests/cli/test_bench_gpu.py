@@ -19,3 +19,5 @@ def test_without_mps_control_its_pipe_tells(tmp_path: Path, monkeypatch: pytest.
     program.write_text("#!/bin/sh\necho Cannot find MPS control daemon process\nexit 1\n")
     program.chmod(0o755)
     assert not b.mps_is_running()
+    program.write_text("#!/bin/sh\nexit 1\n")
+    assert b.mps_is_running(), "a daemon whose first client has not come"

@@ -79,7 +79,7 @@ def gradients(rank: int, size: int, group: dist.ProcessGroup, case: Exchange, lo
     mine, results = case.given()[rank], []
     for device, buffer in (("cpu", collective), ("cuda", rdma)):
         x = values(case.generator(), mine.num_tokens, case.hidden, case.dtype).to(device).requires_grad_()
-        w = mine.topk_weights.to(device).requires_grad_()
+        w = mine.topk_weights.detach().clone().to(device).requires_grad_()
         how = {"buffer": buffer, "num_experts": case.num_experts, "layout": case.layout, "alignment": case.alignment}
         out = dt.dispatch(x, mine.topk_idx.to(device), w, **how)
         z = dt.combine(out.x * out.x, out.handle)
