@@ -1,5 +1,5 @@
 // One exchange along the rail: rows to every other node, packed where a network card can read them, put in batches, each put
-// with a signal that counts its rows. Protocol: docs/rdma.md.
+// with a signal that counts its rows. Protocol: docs/rdma.md; its model, whose names these are: tests/model/rail.pml.
 //
 //   ready    this rank's earlier kernels are done with `recv`, and so may be overwritten: told to the rail, waited for by node
 //   rows     packed, put, signalled
