@@ -25,7 +25,6 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--gpu", choices=sorted(model.NVLINK_RATES), default="h100", help="whose NVLink; default %(default)s")
     parser.add_argument("--nvlink-gbs", type=_rate, help="GB/s one way that rows reach over NVLink, instead of the GPU's")
     parser.add_argument("--rdma-gbs", type=_rate, help="GB/s one way that rows reach over a GPU's network card")
-    parser.add_argument("--staging-gib", type=_rate, default=4.0, help="memory for the network's slots; default %(default)s")
     parser.add_argument("--validate", action="store_true", help="compare the model with published tables instead")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.set_defaults(run=run)
@@ -50,7 +49,6 @@ def run(args: argparse.Namespace) -> int:
     hardware = model.Hardware(
         nvlink_rate=args.nvlink_gbs * 1e9 if args.nvlink_gbs else model.NVLINK_RATES[args.gpu] * model.NVLINK_SHARE,
         nic_rate=args.rdma_gbs * 1e9 if args.rdma_gbs else model.NIC_RATE * model.NIC_SHARE,
-        staging_limit=int(args.staging_gib * 2**30),
     )
     print(json.dumps(model.report(work, hardware), indent=2) if args.json else as_text(work, hardware))
     return 0
@@ -73,17 +71,13 @@ def as_text(work: model.Work, hardware: model.Hardware) -> str:
             f"{operation + ' ' + dtype:18s} {1e3 * p.seconds:8.2f} {p.bound:>9s} {p.rdma_bytes / 1e6:9.1f} "
             f"{p.nvlink_bytes / 1e6:10.1f} {p.rdma_rows:10.0f} {p.sms:4d}"
         )
-    b = model.buffers(work, hardware)
+    b = model.buffers(work)
     kept = f"received rows in bf16, for each dispatch whose backward is to come: {b.received / 2**20:.0f} MiB a GPU"
     lines += ["", f"{kept}; Buffer holds {b.arena / 2**20:.0f} MiB for them unless num_nvl_bytes asks for more"]
     if work.nodes > 1:
-        how = "a slot for every (node, token)"
-        if b.credits:
-            how = f"rings with credits, as slots for every (node, token) would take {b.slots / 2**30:.1f} GiB"
-        lines.append(f"staging for the network: {b.staging / 2**20:.0f} MiB a GPU, {how}")
-        lines.append(
-            "The rdma engine is not built yet (docs/rdma.md): this is what its protocol moves, at rates that DeepEP V1 reached."
-        )
+        slots = "staging for the network, a slot for every (node, token)"
+        lines.append(f"{slots}: num_rdma_bytes={b.staging}, {b.staging / 2**20:.0f} MiB a GPU")
+        lines.append("The rdma engine has not run on a network card (docs/rdma.md): these are rates that DeepEP V1 reached.")
     return "\n".join(lines)
 
 

@@ -80,12 +80,10 @@ class Hardware:
 
     Attributes:
         nvlink_rate, nic_rate: bytes a second of one GPU, one way, as reached.
-        staging_limit: bytes that the network's slots may take of a GPU's memory.
     """
 
     nvlink_rate: float = NVLINK_RATES["h100"] * NVLINK_SHARE
     nic_rate: float = NIC_RATE * NIC_SHARE
-    staging_limit: int = 4 << 30
 
 
 def units_reached(work: Work, units: int) -> float:
@@ -186,29 +184,24 @@ class Buffers:
     """Bytes of a GPU's memory.
 
     Attributes:
-        slots: of the network staging with a slot for every (source node, token), both ways of one operation.
-        staging: what is taken: `slots`, or credits' ring of the limit's size if that is more.
-        credits: whether it is.
+        staging: what the network's slots need: a slot for every (node, token), both ways; `num_rdma_bytes` of a Buffer.
         received: expected size of one dispatch's rows in bf16, which live as long as autograd needs them.
         arena: that a Buffer with num_nvl_bytes=0 takes on GPUs that reach each other's memory.
     """
 
-    slots: int
     staging: int
-    credits: bool
     received: int
     arena: int = DEFAULT_ARENA_BYTES
 
 
-def buffers(work: Work, hardware: Hardware) -> Buffers:
+def buffers(work: Work) -> Buffers:
     """Sized for the worst routing: every token of every rail peer may come (docs/rdma.md)."""
     received = int(work.num_tokens * units_reached(work, work.ranks)) * 2 * work.hidden
     if work.nodes == 1:
-        return Buffers(0, 0, False, received)
-    slot = max(round_up(row_bytes(work, op) + meta_bytes(work, op), 128) for op in ("dispatch", "combine"))
-    # Dispatch: own rows on the way out, others' on the way in. Combine mirrors it: sums for others out, sums for own in.
-    slots = slot * work.num_tokens * 2 * (work.nodes - 1)
-    return Buffers(slots, min(slots, hardware.staging_limit), slots > hardware.staging_limit, received)
+        return Buffers(0, received)
+    row = max(round_up(row_bytes(work, operation), 16) for operation in ("dispatch", "combine"))
+    # A segment for every node, in multiples of 128 bytes, of what leaves and of what comes.
+    return Buffers(2 * work.nodes * round_up(work.num_tokens * row, 128), received)
 
 
 # Against published tables ------------------------------------------------------------------------------------------------
@@ -263,7 +256,7 @@ def report(work: Work, hardware: Hardware) -> dict[str, object]:
         "ranks_per_token": units_reached(work, work.ranks),
         "dispatch": asdict(predict(work, hardware, "dispatch")),
         "combine": asdict(predict(work, hardware, "combine")),
-        "buffers": asdict(buffers(work, hardware)),
+        "buffers": asdict(buffers(work)),
     }
 
 
