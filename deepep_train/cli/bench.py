@@ -98,7 +98,9 @@ def add_parser(commands: Any) -> None:
         "--peer", type=Path, metavar="FOLDER", help="on GPUs: measure the DeepEP V1 built there (deep_ep/) beside"
     )
     parser.add_argument(
-        "--megatron", action="store_true", help="a Megatron MoE layer's step instead, on CPUs, beside alltoall's"
+        "--megatron",
+        action="store_true",
+        help="a Megatron MoE layer's step instead, beside alltoall's; on GPUs if there is one a rank",
     )
     parser.add_argument("--quick", action="store_true", help="a coarse answer: one shape, few rounds")
     parser.add_argument("--deadline", type=float, default=480.0, help="seconds after which the GPU table is given up")
@@ -174,7 +176,9 @@ def _run_megatron(args: argparse.Namespace) -> int:
     iterations = args.iterations if args.iterations is not None else quick
     args.out.mkdir(parents=True, exist_ok=True)
     ranks = args.num_processes if args.num_processes is not None else COMPARISON_DEFAULTS["num_processes"]
-    run_ranks(ranks, bench_megatron.measure, bench_megatron.Layer(**given), iterations, args.out, device="cpu")
+    has_gpus = torch.cuda.device_count() >= ranks > 1  # NCCL refuses ranks that share one
+    layer = bench_megatron.Layer(**given)
+    run_ranks(ranks, bench_megatron.measure, layer, iterations, args.out, device="" if has_gpus else "cpu")
     return 0
 
 

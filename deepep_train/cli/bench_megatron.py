@@ -43,7 +43,10 @@ def measure(layer: Layer, iterations: int, out: Path) -> None:
 
     from deepep_train.megatron import cpu, install
 
-    cpu.enable()
+    on_gpus = "nccl" in dist.get_backend_config()  # then every rank has a GPU
+    device, dtype = (torch.device("cuda"), torch.bfloat16) if on_gpus else (torch.device("cpu"), torch.float32)
+    if not on_gpus:
+        cpu.enable()
     install()
     size, rank = dist.get_world_size(), dist.get_rank()
     parallel_state.initialize_model_parallel(expert_model_parallel_size=size)
@@ -62,38 +65,45 @@ def measure(layer: Layer, iterations: int, out: Path) -> None:
             "gated_linear_unit": True,
             "activation_func": torch.nn.functional.silu,
             "expert_model_parallel_size": size,
+            "params_dtype": dtype,
+            "bf16": on_gpus,
         }
         config = TransformerConfig(**cpu.CONFIG, **given, **dispatcher)
         spec = get_gpt_layer_local_spec(num_experts=layer.num_experts, moe_grouped_gemm=False).submodules.mlp
         layers[name] = spec(config=config) if callable(spec) else build_module(spec, config=config)
         layers[name].set_layer_number(1)
-    x = torch.randn(layer.num_tokens, 1, layer.hidden, generator=torch.Generator().manual_seed(rank)).requires_grad_()
-    grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(100 + rank))
+        layers[name].to(device, dtype)
+    drawn = torch.randn(2, layer.num_tokens, 1, layer.hidden, generator=torch.Generator().manual_seed(rank))
+    x, grad = drawn.to(device, dtype).unbind()
+    x = x.clone().requires_grad_()
     times: dict[str, list[float]] = {name: [] for name in layers}
     for iteration in tqdm(range(iterations + 2), desc="bench", disable=rank != 0, file=sys.stderr):
         for name, module in layers.items():
             dist.barrier()
             start = time.perf_counter()
             module(x)[0].backward(grad)
-            slowest = torch.tensor(1e3 * (time.perf_counter() - start))
+            if on_gpus:
+                torch.cuda.synchronize()
+            slowest = torch.tensor(1e3 * (time.perf_counter() - start), device=device)
             dist.all_reduce(slowest, dist.ReduceOp.MAX)
             if iteration >= 2:  # the first two warm up
                 times[name].append(float(slowest))
     if rank == 0:
-        _report(layer, {name: statistics.median(t) for name, t in times.items()}, size, iterations, out)
+        kind = torch.cuda.get_device_name() if on_gpus else platform.processor() or platform.machine()
+        _report(layer, {name: statistics.median(t) for name, t in times.items()}, size, kind, iterations, out)
 
 
-def _report(layer: Layer, medians: dict[str, float], size: int, iterations: int, out: Path) -> None:
+def _report(layer: Layer, medians: dict[str, float], size: int, kind: str, iterations: int, out: Path) -> None:
     import megatron.core
 
     base = medians["alltoall"]
-    print(f"Megatron-Core {megatron.core.__version__}, {size} CPU ranks; {layer}")
+    print(f"Megatron-Core {megatron.core.__version__}, {size} ranks, {kind}; {layer}")
     for name, ms in medians.items():
         print(f"{name:14s}{ms:10.1f} ms{ms / base:8.2f}")
     result = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join(["python -m deepep_train", *sys.argv[1:]]),
-        "machine": {"device": platform.processor() or platform.machine(), "torch": torch.__version__},
+        "machine": {"device": kind, "torch": torch.__version__},
         "megatron": megatron.core.__version__,
         "ranks": size,
         "iterations": iterations,
