@@ -37,6 +37,10 @@ def test_twenty_steps(config: dict[str, Any]) -> None:
     same_curves(small.Setup(config=config), 20)
 
 
+def test_twenty_steps_on_four_ranks() -> None:
+    same_curves(small.Setup(ep=4), 20)
+
+
 FEW_STEPS: dict[str, Any] = {
     "distributed optimizer, several micro-batches": {"use_distributed_optimizer": True, "micro_batches": 3},
     "shared experts overlapped": {"config": SHARED | {"moe_shared_expert_overlap": True}},
