@@ -9,7 +9,6 @@ from math import comb
 import pytest
 import torch
 
-from deepep_train import engines
 from deepep_train.cli import main
 from deepep_train.cli import plan_model as m
 
@@ -149,7 +148,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("staging", "received"):
         assert report["buffers"][name] > 0
         assert f"{report['buffers'][name] / 2**20:.0f} MiB a GPU" in text
-    assert f"{engines.DEFAULT_ARENA_BYTES / 2**20:.0f} MiB for them" in text
+    assert f"{report['buffers']['arena'] / 2**20:.0f} MiB for them" in text
     assert f"num_rdma_bytes={report['buffers']['staging']}" in text
     slower = json.loads(run(*args, "--json", "--rdma-gbs", "20"))
     assert slower["dispatch"]["seconds"] > 2 * report["dispatch"]["seconds"]
