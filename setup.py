@@ -31,7 +31,8 @@ HINT = (
     "DEEPEP_TRAIN_NO_CUDA=1 installs without the CUDA engines. The registry's wheels make a toolkit if all of them have one "
     "version: see docs/install.md"
 )
-NAMES = {"Ampere": "8.0", "Ada": "8.9", "Hopper": "9.0", "Blackwell": "10.0"}  # that torch takes, too
+# That torch takes, too; those below 8.0 so that they can be left out.
+NAMES = {"Pascal": "6.0", "Volta": "7.0", "Turing": "7.5", "Ampere": "8.0", "Ada": "8.9", "Hopper": "9.0", "Blackwell": "10.0"}
 
 
 def find_nvcc() -> str | None:

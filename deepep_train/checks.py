@@ -165,6 +165,7 @@ def _scale_blocks(value: Any, argument: str) -> None:
     need(isinstance(value, ScaleBlocks), argument, "fp8.ScaleBlocks or None", value)
     flag(value.tokens_innermost, f"{argument}.tokens_innermost")
     integer(value.multiple, f"{argument}.multiple", 1)
+    need(value.multiple < 2**20, f"{argument}.multiple", "below 2**20", value.multiple)
     is_word = isinstance(value.padding_word, int) and -(2**31) <= value.padding_word < 2**31
     need(is_word, f"{argument}.padding_word", "an int of 32 bits", value.padding_word)
 

@@ -56,6 +56,8 @@ def test_a_blank_list_is_none(setup: ModuleType, monkeypatch: pytest.MonkeyPatch
 def test_torchs_names_and_old_gpus(setup: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Ampere;Hopper+PTX")
     assert setup.architectures("no nvcc is asked") == ["80", "90+PTX"]
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Volta;Turing;Hopper")
+    assert setup.architectures("no nvcc is asked") == ["90"]
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5")
     with pytest.raises(ValueError, match=r"need 8\.0 or later, not \['7\.5'\]"):
         setup.architectures("no nvcc is asked")

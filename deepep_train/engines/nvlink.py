@@ -250,7 +250,8 @@ class NvlinkEngine(Engine):
         in_rank = in_rank.view(num_tokens, size)
         layout = NvlinkLayout(per_rank, None, per_expert, in_rank)
         layout.checked, layout.seen = checked, seen(per_rank, per_expert, in_rank, topk_idx)
-        in_rank.deepep_train_layout = Known(checked, layout.seen)  # type: ignore[attr-defined]
+        layout.kept = per_rank, per_expert, topk_idx
+        in_rank.deepep_train_layout = Known(checked, layout.seen, layout.kept)  # type: ignore[attr-defined]
         return layout
 
     def _known(self, layout: RankLayout, topk_idx: Tensor | None, num_experts: int) -> NvlinkLayout:
@@ -273,7 +274,7 @@ class NvlinkEngine(Engine):
                 wrong = wrong | (count_picks(topk_idx, num_experts) != per_expert).any()
             send_index = torch.where(in_rank, position, -1).to(torch.int32)
             known.checked = torch.cat([wrong.to(torch.int32).view(1), send_index.view(-1)])
-        known.seen = now
+        known.seen, known.kept = now, (per_rank, per_expert, topk_idx)
         return known
 
     def _ints(self, *shape: int) -> Tensor:

@@ -68,10 +68,11 @@ def seen(*tensors: Tensor | None) -> Seen:
 
 class NvlinkLayout(RankLayout):
     """A `RankLayout` that carries along `checked`, int32 [1 + T * R]: `out_of_range`, then `send_index` (params.hpp); and what
-    it was checked against."""
+    it was checked against, kept, so that nothing else can come to lie there."""
 
     checked: Tensor
     seen: Seen
+    kept: tuple[Tensor | None, ...]
 
 
 class Known(NamedTuple):
@@ -79,19 +80,21 @@ class Known(NamedTuple):
 
     checked: Tensor
     seen: Seen
+    kept: tuple[Tensor | None, ...]
 
 
 def remember(handle: tuple[Tensor, ...], plan: NvlinkPlan, maker: object) -> None:
     """For callers who hand back V1's six tensors without the handle's class: the plan travels with `recv_src_idx`, and so does
     a token of the buffer that made it."""
     prefix, _, _, source, _, send_slot = handle
-    source.deepep_train_plan = plan, maker, seen(prefix, source, send_slot)  # type: ignore[attr-defined]
+    kept = prefix, send_slot  # else others might come to lie where these were seen
+    source.deepep_train_plan = plan, maker, seen(prefix, source, send_slot), kept  # type: ignore[attr-defined]
 
 
 def remembered(handle: tuple[Tensor, ...], maker: object) -> NvlinkPlan | None:
     """None: these are not the tensors that dispatch returned, or no longer say the same."""
     prefix, _, _, source, _, send_slot = handle
-    plan, by, then = getattr(source, "deepep_train_plan", (None, None, None))
+    plan, by, then, _ = getattr(source, "deepep_train_plan", (None, None, None, None))
     if then is None or then != seen(prefix, source, send_slot):
         return None
     if by is not maker:

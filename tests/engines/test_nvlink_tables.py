@@ -20,7 +20,7 @@ def given() -> RankLayout:
     """As V1's callers hand it back, with what `is_token_in_rank` remembers: numbers that no recount would give."""
     layout = rank_layout(torch.tensor([[0], [1], [-1]]), 2, 2)
     mark = torch.tensor([0, 77], dtype=torch.int32)
-    layout.is_token_in_rank.deepep_train_layout = Known(mark, marks(layout))
+    layout.is_token_in_rank.deepep_train_layout = Known(mark, marks(layout), ())
     return layout
 
 
