@@ -117,6 +117,14 @@ class Arena:
         """Of the tensor's first byte in the arena."""
         return 0 if t is None or not t.numel() else t.data_ptr() - self._base
 
+    def too_small(self, rank: int, num_bytes: int) -> DeepEPError:
+        """What its owner is told when `num_bytes` more did not fit."""
+        have, need = self._comm.bytes, self._comm.bytes + STAGING_SHARE * num_bytes
+        return DeepEPError(
+            f"the arena of rank {rank} is full: {num_bytes} bytes more do not fit into its {have}, nor into staging, a quarter "
+            f"of it; pass num_nvl_bytes={need} or more to Buffer, or keep fewer received tensors alive"
+        )
+
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A tensor out of the heap; raises `ArenaFull`."""
         t = self._attempt_anew(lambda: self._from_heap(shape, dtype))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -163,6 +163,23 @@ def need_own_device(device: torch.device | None, own: torch.device | None) -> No
         device = torch.device("cuda", torch.cuda.current_device())
     if device not in (None, own):
         raise ArgumentError(f"device must be {own}, this engine's, got {device}", "device")
+
+
+def need_rows_of(
+    payload: Payload, argument: str, own: torch.device | None, dtypes: Collection[torch.dtype], engine: str
+) -> None:
+    """For the same: rows that lie on `own`, in one of `dtypes` or in bytes."""
+    data = payload.data
+    if data.device != own:
+        raise ArgumentError(
+            f"{argument} must lie on {own}, this engine's device, got {data.device}; Buffer(engine='collective') serves any "
+            "device",
+            argument,
+        )
+    if data.dtype.itemsize != 1 and data.dtype not in dtypes:
+        raise ArgumentError(
+            f"{argument} in {data.dtype} needs engine='collective'; {engine} moves bf16, fp16, fp32 and FP8", argument
+        )
 
 
 class Engine(ABC):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from deepep_train import _C  # type: ignore[attr-defined]
 from deepep_train.engines import processes
-from deepep_train.engines.arena import STAGING_SHARE, Arena, ArenaFull, Parts
+from deepep_train.engines.arena import Arena, ArenaFull, Parts
 from deepep_train.engines.base import (
     MAX_NVLINK_RANKS,
     CombineRequest,
@@ -32,6 +32,7 @@ from deepep_train.engines.base import (
     Received,
     RedispatchRequest,
     need_own_device,
+    need_rows_of,
 )
 from deepep_train.engines.low_latency import LowLatency
 from deepep_train.engines.nvlink_failures import cuda_failed, device_error, layout_error
@@ -45,7 +46,7 @@ from deepep_train.engines.nvlink_tables import (
     remembered,
     seen,
 )
-from deepep_train.engines.peers import Peers
+from deepep_train.engines.peers import Peers, raise_if_broken
 from deepep_train.engines.sms import default_sms, most_sms
 from deepep_train.engines.v1_handle import checked_prefix
 from deepep_train.errors import ArgumentError, DeepEPError
@@ -99,7 +100,7 @@ class NvlinkEngine(Engine):
         except RuntimeError as error:
             mine["error"] = f"no arena of {total} bytes: {error}"
         everyone = self.peers.gather_objects(mine, "Buffer")
-        self._raise_any(everyone)
+        raise_if_broken(everyone)
         mine["error"] = ""
         try:
             self._comm.open(
@@ -111,7 +112,7 @@ class NvlinkEngine(Engine):
         except RuntimeError as error:
             mine["error"] = str(error)
         try:
-            self._raise_any(self.peers.gather_objects(mine, "Buffer"))  # besides: nobody starts before all have mapped all
+            raise_if_broken(self.peers.gather_objects(mine, "Buffer"))  # besides: nobody starts before all have mapped all
         except DeepEPError as error:
             raise NoPeerAccess(str(error)) from None
         self._processes = [o["identity"] for o in everyone]
@@ -126,12 +127,6 @@ class NvlinkEngine(Engine):
             self.peers, self._arena, self._comm.addresses(), self._max_sms, sharing == size, self._ordered, self.device
         )
 
-    @staticmethod
-    def _raise_any(everyone: list[dict[str, Any]]) -> None:
-        broken = [f"rank {r}: {other['error']}" for r, other in enumerate(everyone) if other["error"]]
-        if broken:
-            raise DeepEPError("Buffer: " + "; ".join(broken))
-
     # Memory ------------------------------------------------------------------------------------------------------------
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device | None) -> Tensor:
@@ -140,17 +135,10 @@ class NvlinkEngine(Engine):
             try:
                 return self._arena.empty(shape, dtype)
             except ArenaFull as full:
-                raise self._too_small(full.num_bytes) from None
+                raise self._arena.too_small(self.rank, full.num_bytes) from None
 
     def memory_stats(self) -> dict[str, int]:
         return self._arena.stats()
-
-    def _too_small(self, num_bytes: int) -> DeepEPError:
-        need = self._comm.bytes + STAGING_SHARE * num_bytes
-        return DeepEPError(
-            f"the arena of rank {self.rank} is full: {num_bytes} bytes more do not fit into its {self._comm.bytes}, nor into "
-            f"staging, a quarter of it; pass num_nvl_bytes={need} or more to Buffer, or keep fewer received tensors alive"
-        )
 
     @contextmanager
     def _operation(self) -> Iterator[int]:
@@ -172,7 +160,7 @@ class NvlinkEngine(Engine):
                     self._comm.refuse(self._owed, error.num_bytes if isinstance(error, ArenaFull) else 0, stream)
                 self._finish(stream)
                 if isinstance(error, ArenaFull):
-                    raise self._too_small(error.num_bytes) from None
+                    raise self._arena.too_small(self.rank, error.num_bytes) from None
                 raise
             self._finish(stream)
 
@@ -205,17 +193,8 @@ class NvlinkEngine(Engine):
     # Checks ------------------------------------------------------------------------------------------------------------
 
     def check_payload(self, payload: Payload, argument: str = "x") -> None:
+        need_rows_of(payload, argument, self.device, _DTYPES, "nvlink")
         data = payload.data
-        if data.device != self.device:
-            raise ArgumentError(
-                f"{argument} must lie on {self.device}, this engine's device, got {data.device}; Buffer(engine='collective') "
-                "serves any device",
-                argument,
-            )
-        if data.dtype.itemsize != 1 and data.dtype not in _DTYPES:
-            raise ArgumentError(
-                f"{argument} in {data.dtype} needs engine='collective'; nvlink moves bf16, fp16, fp32 and FP8", argument
-            )
         if data.size(1) * data.element_size() % 16:
             raise ArgumentError(
                 f"{argument} must have rows of a multiple of 16 bytes on the nvlink engine, got {data.size(1)} elements of "

@@ -230,6 +230,13 @@ def _as_bytes(t: Tensor) -> Tensor:
     return (flat if flat.stride(0) == 1 else flat.clone(memory_format=torch.contiguous_format)).view(torch.uint8)
 
 
+def raise_if_broken(everyone: Sequence[Mapping[str, Any]]) -> None:
+    """Raise, while a buffer is made, what any rank has said of its "error"."""
+    broken = [f"rank {r}: {other['error']}" for r, other in enumerate(everyone) if other["error"]]
+    if broken:
+        raise DeepEPError("Buffer: " + "; ".join(broken))
+
+
 def raise_if_different(operation: str, descriptions: Sequence[Mapping[str, object]]) -> None:
     """Raise `ArgumentError` for the first field on which the ranks' descriptions differ: two ranks in different calls differ
     in everything, and the first field says so."""

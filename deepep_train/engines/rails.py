@@ -24,11 +24,11 @@ from deepep_train.engines import nvshmem, processes
 from deepep_train.engines.arena import Arena, ArenaFull
 from deepep_train.engines.hops import Route
 from deepep_train.engines.nvlink_failures import cuda_failed, device_error, who_ended
-from deepep_train.engines.peers import Peers
+from deepep_train.engines.peers import Peers, raise_if_broken
 from deepep_train.engines.rail_tables import Counts, Tables, leaving, mask_words, masks_of, node_counts, slots
 from deepep_train.engines.sms import default_sms, most_sms
 from deepep_train.engines.two_level import Forwarding
-from deepep_train.errors import ArgumentError, DeepEPError, PeerTimeoutError
+from deepep_train.errors import ArgumentError, PeerTimeoutError
 from deepep_train.routing import tokens_per_node
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # that are summed
@@ -69,7 +69,7 @@ class Rails:
             )
         except RuntimeError as caught:
             error = str(caught)
-        self._raise_any([{"error": text} for text in peers.gather_objects(error, "Buffer")])
+        raise_if_broken([{"error": text} for text in peers.gather_objects(error, "Buffer")])
         self._segment = segment
         # Python's eyes on the memory that the rail writes to.
         storage = torch._C._construct_storage_from_data_pointer(self._end.recv, self.device, self.nodes * segment)
@@ -90,7 +90,7 @@ class Rails:
         except RuntimeError as error:
             mine["error"] = f"no arena of {total} bytes: {error}"
         everyone = peers.gather_objects(mine, "Buffer")
-        self._raise_any(everyone)
+        raise_if_broken(everyone)
         try:
             self._comm.open(
                 [
@@ -100,7 +100,7 @@ class Rails:
             )
         except RuntimeError as error:
             mine["error"] = str(error)
-        self._raise_any(peers.gather_objects(mine, "Buffer"))
+        raise_if_broken(peers.gather_objects(mine, "Buffer"))
         self._processes = [o["identity"] for o in everyone]
         self._arena = Arena(self._comm, self.device)
         sharing = sum(o["device"] == mine["device"] for o in everyone)
@@ -109,12 +109,6 @@ class Rails:
         self._default_sms = {
             what: default_sms(what, properties.major, sms, peers.size, sharing) for what in ("dispatch", "combine")
         }
-
-    @staticmethod
-    def _raise_any(everyone: Sequence[dict[str, Any]]) -> None:
-        broken = [f"rank {r}: {other['error']}" for r, other in enumerate(everyone) if other["error"]]
-        if broken:
-            raise DeepEPError("Buffer: " + "; ".join(broken))
 
     # What a route needs ------------------------------------------------------------------------------------------------
 
@@ -202,7 +196,7 @@ class Rails:
             landings = self._arena.land([((num_received + spare, d.size(1)), torch.uint8) for d in data])
         except ArenaFull as full:
             self._comm.refuse("dispatch", full.num_bytes, stream)
-            raise self._too_small(full.num_bytes) from None
+            raise self._arena.too_small(self.peers.rank, full.num_bytes) from None
         d = _C.DispatchParams()
         rows, *beside = data
         offsets, sizes = [0] * 5, [0] * 5
@@ -240,7 +234,7 @@ class Rails:
                     data = self._arena.temporary(data.shape, data.dtype).copy_(data)
                 except ArenaFull as full:
                     self._comm.refuse("combine", full.num_bytes, stream)
-                    raise self._too_small(full.num_bytes) from None
+                    raise self._arena.too_small(self.peers.rank, full.num_bytes) from None
             c = _C.CombineParams()
             c.y, c.out, c.row_bytes, c.num_tokens = data.data_ptr(), self._end.send, row_bytes, tables.forwarded
             c.pull_row = c.send_slot = tables.slot.data_ptr()
@@ -308,12 +302,6 @@ class Rails:
     def _sms(self, asked: int, operation: str) -> int:
         return min(asked or self._num_sms() or self._default_sms[operation], self._max_sms)
 
-    def _too_small(self, num_bytes: int) -> DeepEPError:
-        return DeepEPError(
-            f"the arena of rank {self.peers.rank} is full: {num_bytes} bytes more do not fit into its {self._comm.bytes}, nor "
-            f"into staging, a quarter of it; pass a larger num_nvl_bytes to Buffer, or keep fewer received tensors alive"
-        )
-
     # Life --------------------------------------------------------------------------------------------------------------
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -321,7 +309,7 @@ class Rails:
             try:
                 return self._arena.empty(shape, dtype)
             except ArenaFull as full:
-                raise self._too_small(full.num_bytes) from None
+                raise self._arena.too_small(self.peers.rank, full.num_bytes) from None
 
     def stats(self) -> dict[str, int]:
         return self._arena.stats() | {"rail": 2 * self.nodes * self._segment, "network bytes put": self.network_bytes}

@@ -17,13 +17,13 @@ from deepep_train.engines.base import (
     Received,
     RedispatchRequest,
     need_own_device,
+    need_rows_of,
 )
 from deepep_train.engines.collective import CollectiveEngine, CollectivePlan, Opened, words_along
 from deepep_train.engines.hops import Hop, Route
 from deepep_train.engines.rail_tables import Tables, counts_of
 from deepep_train.engines.rails import DTYPES, RailRoute, Rails
 from deepep_train.engines.two_level import Forwarding, two_level
-from deepep_train.errors import ArgumentError
 
 
 class RdmaEngine(CollectiveEngine):
@@ -55,17 +55,7 @@ class RdmaEngine(CollectiveEngine):
         self.device = self.rails.device
 
     def check_payload(self, payload: Payload, argument: str = "x") -> None:
-        data = payload.data
-        if data.device != self.device:
-            raise ArgumentError(
-                f"{argument} must lie on {self.device}, this engine's device, got {data.device}; Buffer(engine='collective') "
-                "serves any device",
-                argument,
-            )
-        if data.dtype.itemsize != 1 and data.dtype not in DTYPES:
-            raise ArgumentError(
-                f"{argument} in {data.dtype} needs engine='collective'; rdma moves bf16, fp16, fp32 and FP8", argument
-            )
+        need_rows_of(payload, argument, self.device, DTYPES, "rdma")
 
     def dispatch(self, prepared: Prepared[DispatchRequest]) -> Received:
         self.check()
