@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 
 from deepep_train.engines import nvshmem_present
-from deepep_train.engines.peers import Peers
-from deepep_train.errors import ArgumentError, DeepEPError
+from deepep_train.engines.peers import Peers, raise_if_broken
+from deepep_train.errors import ArgumentError
 
 _started: list[int] = []  # the ranks, as the job numbers them
 
@@ -34,8 +34,7 @@ def start(peers: Peers, device: torch.device) -> Any:
     except (ImportError, RuntimeError) as caught:
         mine["error"] = str(caught)
     everyone = peers.gather_objects(mine, "Buffer")
-    if broken := [f"rank {r}: {other['error']}" for r, other in enumerate(everyone) if other["error"]]:
-        raise DeepEPError("Buffer: " + "; ".join(broken))
+    raise_if_broken(everyone)
     assert kernels is not None
     if all(other["started"] == ranks for other in everyone):
         return kernels
@@ -50,7 +49,5 @@ def start(peers: Peers, device: torch.device) -> Any:
         _started[:] = ranks
     except RuntimeError as caught:
         error = str(caught)
-    told = peers.gather_objects(error, "Buffer")
-    if broken := [f"rank {r}: {text}" for r, text in enumerate(told) if text]:
-        raise DeepEPError("Buffer: " + "; ".join(broken))
+    raise_if_broken([{"error": text} for text in peers.gather_objects(error, "Buffer")])
     return kernels
