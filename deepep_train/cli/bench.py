@@ -23,7 +23,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deepep_train.buffer import Buffer
-from deepep_train.cli import bench_fp8, bench_gpu, bench_links, bench_low_latency, bench_megatron, bench_report, plain
+from deepep_train.cli import (
+    bench_fp8,
+    bench_gpu,
+    bench_links,
+    bench_low_latency,
+    bench_megatron,
+    bench_rdma,
+    bench_report,
+    plain,
+)
 from deepep_train.cli.bench_model import Shape
 from deepep_train.cli.launch import run_ranks
 from deepep_train.ops import combine, dispatch
@@ -89,11 +98,12 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument(
         "--table",
-        choices=("links", "gpu", "fp8", "low-latency"),
+        choices=("links", "gpu", "fp8", "low-latency", "rdma"),
         help="links: GB/s between GPUs, by default where every rank has one; gpu: all calls, by default where ranks share one; "
         "fp8: from bf16 tokens to the experts' FP8 operand, beside Transformer Engine's permute and quantizer; "
-        "low-latency: the low-latency kernels with few tokens",
+        "low-latency: the low-latency kernels with few tokens; rdma: the rdma engine's calls",
     )
+    parser.add_argument("--num-local-ranks", type=int, help="of --table rdma: ranks of a node (default: half of them)")
     parser.add_argument(
         "--peer", type=Path, metavar="FOLDER", help="on GPUs: measure the DeepEP V1 built there (deep_ep/) beside"
     )
@@ -154,6 +164,13 @@ def run(args: argparse.Namespace) -> int:
         shape = Shape(work.num_tokens, work.hidden, work.num_experts, work.num_topk)
         small = bench_low_latency.Plan(shape, args.quick, args.out)
         run_ranks(args.num_processes, bench_low_latency.measure, small, deadline=args.deadline)
+    elif table == "rdma":
+        local = args.num_local_ranks or max(1, args.num_processes // 2)
+        if local < 1 or args.num_processes % local or args.num_processes == local:
+            raise ValueError(f"--num-local-ranks {local} must divide --ranks {args.num_processes} into at least 2 nodes")
+        shape = Shape(work.num_tokens, work.hidden, work.num_experts, work.num_topk)
+        across = bench_rdma.Plan(shape, local, args.sms or GPU_SMS[:1], args.quick, args.out)
+        run_ranks(args.num_processes, bench_rdma.measure, across, deadline=args.deadline)
     elif table == "fp8":
         shape = Shape(work.num_tokens, work.hidden, work.num_experts, work.num_topk)
         fp8_plan = bench_fp8.Plan(shape, max(args.sms or GPU_SMS), args.quick, args.out)

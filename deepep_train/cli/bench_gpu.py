@@ -9,7 +9,7 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -105,10 +105,10 @@ def measure(plan: Plan) -> None:
     rows = []
     with torch.no_grad():
         for case in _cases(buffer, plan, sms, peer, is_first):
-            rows.append(_timed(case, machine, rounds))
+            rows.append(timed(case, machine, rounds))
             del case  # and with it its tensors, before the next group's are made
             if is_first:
-                _say(line(rows[-1]))
+                say(line(rows[-1]))
     staged = buffer.memory_stats().get("tensors staged", 0)
     if is_first:
         if staged:
@@ -122,7 +122,7 @@ def measure(plan: Plan) -> None:
     buffer.destroy()
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
     """Print beside a progress bar."""
     with contextlib.suppress(ImportError):
         from tqdm import tqdm
@@ -137,7 +137,7 @@ def _cases(buffer: Buffer, plan: Plan, sms: list[int], peer: bench_peer.Peer | N
     """All lines, a group at a time: a group's tensors go before the next group's are made."""
     shape, most = plan.shape, sms[0]
     groups: list[Callable[[], list[Case]]] = [
-        lambda: _rank_cases(buffer, shape, sms, peer),
+        lambda: rank_cases(buffer, shape, sms, peer),
         lambda: _expert_cases(buffer, shape, most),
         lambda: _layout_cases(buffer, shape, peer, most),
     ]
@@ -145,7 +145,11 @@ def _cases(buffer: Buffer, plan: Plan, sms: list[int], peer: bench_peer.Peer | N
     fits = small.hidden < shape.hidden and small.num_experts % dist.get_world_size() == 0
     if fits and small.num_topk <= small.num_experts and not plan.quick:
         groups.append(lambda: _small_cases(buffer, small, most, peer))
-    groups.append(lambda: _graph_cases(buffer, shape, most))
+    groups.append(lambda: graph_cases(rank_cases(buffer, shape, [most]), ("dispatch", "combine")))
+    yield from by_group(groups, is_first)
+
+
+def by_group(groups: list[Callable[[], list[Case]]], is_first: bool) -> Iterable[Case]:
     for group in _progress(groups, is_first):
         yield from group()
         gc.collect()
@@ -160,7 +164,7 @@ def _progress(groups: list[Any], is_first: bool) -> Iterable[Any]:
     return tqdm(groups, desc="bench", disable=not is_first, file=sys.stderr)
 
 
-def _timed(case: Case, machine: Machine, rounds: int) -> Row:
+def timed(case: Case, machine: Machine, rounds: int) -> Row:
     if case.sms:
         Buffer.set_num_sms(case.sms)
     ms = slowest_ms(case.call, case.calls, rounds) / case.inner
@@ -209,9 +213,16 @@ def visible_copy(buffer: Buffer, rows: Tensor) -> Tensor:
     return buffer.empty_like(rows).copy_(rows)
 
 
-def _rank_cases(buffer: Buffer, shape: Shape, sms: list[int], peer: bench_peer.Peer | None = None) -> list[Case]:
+def rank_cases(
+    buffer: Buffer,
+    shape: Shape,
+    sms: list[int],
+    peer: bench_peer.Peer | None = None,
+    rows: dict[str, Tensor] | None = None,
+) -> list[Case]:
+    """Rank layout's lines; `rows` that they move, if not `rows_moved`'s."""
     x, idx, weights, t = inputs(shape)
-    most, row, rows = sms[0], 2 * shape.hidden, rows_moved(t)
+    most, row, rows = sms[0], 2 * shape.hidden, rows_moved(t) if rows is None else rows
     Buffer.set_num_sms(most)
     got = dispatch(x, idx, weights, buffer=buffer, num_experts=shape.num_experts)
     handle, visible, anywhere = got.handle, visible_copy(buffer, got.x), got.x.clone()
@@ -289,15 +300,16 @@ def _layout_cases(buffer: Buffer, shape: Shape, peer: bench_peer.Peer | None, mo
 def _small_cases(buffer: Buffer, shape: Shape, most: int, peer: bench_peer.Peer | None) -> list[Case]:
     """Short rows and few experts, where fixed costs show."""
     what = f", hidden {shape.hidden}, {shape.num_experts} experts"
-    cases = [c for c in _rank_cases(buffer, shape, [most], peer) if c.key in ("dispatch", "combine")]
+    cases = [c for c in rank_cases(buffer, shape, [most], peer) if c.key in ("dispatch", "combine")]
     return [replace(c, name=c.name.removesuffix(", peer-visible input") + what) for c in cases]
 
 
-def _graph_cases(buffer: Buffer, shape: Shape, most: int) -> list[Case]:
-    """The same from CUDA graphs, which no Python slows down; made last, since they keep their part of the arena."""
+def graph_cases(of: Iterable[Case], keys: Sequence[str]) -> list[Case]:
+    """Those with these keys from CUDA graphs, which no Python slows down; to be made last, since they keep their part of the
+    arena."""
     cases = []
-    for c in _rank_cases(buffer, shape, [most]):
-        if c.key in ("dispatch", "combine"):
+    for c in of:
+        if c.key in keys:
             how: dict[str, Any] = {"call": captured(c.call, GRAPH_CALLS), "calls": CALLS // GRAPH_CALLS, "inner": GRAPH_CALLS}
             cases.append(replace(c, key=f"{c.key} graph", name=f"{c.name}, CUDA graph", **how))
     return cases

@@ -43,6 +43,9 @@ LIMITS: dict[tuple[str, int, Shape], float] = {
     ("layout", 0, LARGE): 0.040,
     ("dispatch", 16, SMALL): 0.42,
     ("combine", 16, SMALL): 0.40,
+    ("2x4 dispatch", 16, LARGE): 2.2,
+    ("2x4 dispatch fp8", 16, LARGE): 1.2,
+    ("2x4 combine", 16, LARGE): 2.2,
 }
 
 
@@ -108,6 +111,32 @@ def rows_moved(t: Traffic) -> dict[str, Tensor]:
         "expert combine": once + t.grouped + t.several,
         # A single row is copied to where peers can read it, if peers do.
         "expert combine any": once + t.expert_rows + t.received - 2 * t.own_single,
+    }
+
+
+def tokens_to_nodes(topk_idx: Sequence[Tensor], num_experts: int, local: int) -> Tensor:
+    """How many tokens each rank has for each node of `local` ranks: int64 [R, nodes]."""
+    per_node = num_experts // len(topk_idx) * local
+    nodes = range(len(topk_idx) // local)
+    return torch.tensor(
+        [[int(((idx >= n * per_node) & (idx < (n + 1) * per_node)).any(1).sum()) for n in nodes] for idx in topk_idx]
+    )
+
+
+def rows_moved_across(t: Traffic, to_node: Tensor, local: int) -> dict[str, Tensor]:
+    """`rows_moved` where rows cross between nodes of `local` ranks in memory that a network card can read and write: those that
+    leave are read and written by the packing, read by the card, and written by it where they come, then read by the forwarder
+    and written at every rank that they are for; a combine's go the same way back, as sums that are made where they leave from.
+    """
+    rank = torch.arange(t.sent.numel())
+    own = to_node[rank, rank // local]
+    leave = to_node.sum(1) - own
+    came = torch.stack([to_node[r % local :: local, r // local].sum() for r in range(t.sent.numel())]) - own
+    back = t.received + (came + own) + came + leave + (leave + own) + t.sent
+    return {
+        "dispatch": 3 * leave + came + (came + own) + t.received,
+        "combine": back,
+        "combine any": back + 2 * t.received,
     }
 
 

@@ -104,14 +104,16 @@ def turns_warning(machine: Machine) -> str:
     )
 
 
-def write(machine: Machine, shape: Shape, rounds: int, rows: Sequence[Row], out: Path) -> None:
+def write(
+    machine: Machine, shape: Shape, rounds: int, rows: Sequence[Row], out: Path, engine: str = "nvlink", mesh: str = ""
+) -> None:
     """bench.json and, where matplotlib is installed, bench.png."""
     result = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join(["python -m deepep_train", *sys.argv[1:]]),
         "machine": asdict(machine),
         "ranks": machine.ranks,
-        "engine": "nvlink",
+        "engine": engine,
         "times_mean_something": not machine.takes_turns,
         "work": asdict(shape) | {"rounds": rounds, "calls": CALLS, "alignment": ALIGNMENT},
         "rows": [row.as_json() for row in rows],
@@ -119,7 +121,7 @@ def write(machine: Machine, shape: Shape, rounds: int, rows: Sequence[Row], out:
     (out / "bench.json").write_text(json.dumps(result, indent=2) + "\n")
     plt = pyplot()
     if plt is not None:
-        plot(plt, title(machine, shape), rows, out / "bench.png")
+        plot(plt, title(machine, shape) + mesh, rows, out / "bench.png")
     print(f"wrote {out}/bench.json" + ("" if plt is None else f" and {out}/bench.png"))
 
 

@@ -38,6 +38,29 @@ def test_every_row_is_read_once_and_written_once() -> None:
     }
 
 
+def test_between_nodes_rows_pass_through_a_cards_memory() -> None:
+    """Nodes of one rank. Rank 0 sends 2 rows and gets 1, rank 1 the reverse; each forwards or sums its own as well."""
+    to_node = b.tokens_to_nodes(TINY, 4, 1)
+    assert to_node.tolist() == [[2, 2], [1, 1]]
+    moved = {name: rows.tolist() for name, rows in b.rows_moved_across(b.traffic(TINY, 4), to_node, 1).items()}
+    back = [3 + 3 + 1 + 2 + 4 + 3, 3 + 3 + 2 + 1 + 2 + 2]
+    assert moved == {
+        "dispatch": [3 * 2 + 1 + 3 + 3, 3 * 1 + 2 + 3 + 3],
+        "combine": back,
+        "combine any": [back[0] + 2 * 3, back[1] + 2 * 3],
+    }
+
+
+def test_tokens_to_nodes_of_several_ranks() -> None:
+    idx = [
+        torch.tensor([[0, 3]]),
+        torch.tensor([[-1, 5], [6, 7]]),
+        torch.tensor([[-1, -1]]),
+        torch.empty(0, 2, dtype=torch.int64),
+    ]
+    assert b.tokens_to_nodes(idx, 8, 2).tolist() == [[1, 0], [0, 2], [0, 0], [0, 0]]
+
+
 @pytest.fixture(scope="module")
 def large() -> b.Traffic:
     return b.traffic_of(b.LARGE, 8)
