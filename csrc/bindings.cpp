@@ -66,9 +66,9 @@ void bind_params(py::module_& m) {
             .array("offsets", &P::offsets)
             .array("sizes", &P::sizes) DT_FIELD(x) DT_FIELD(row_from) DT_FIELD(scales_from) DT_FIELD(scales) DT_FIELD(topk_idx)
                 DT_FIELD(topk_weights) DT_FIELD(send_slot) DT_FIELD(send_row) DT_FIELD(pick_row) DT_FIELD(signature)
-                    DT_FIELD(row_bytes) DT_FIELD(scale_row_stride) DT_FIELD(scale_word_stride) DT_FIELD(num_tokens)
-                        DT_FIELD(send_sources) DT_FIELD(scale_words) DT_FIELD(top_k) DT_FIELD(num_local_experts)
-                            DT_FIELD(num_sms);
+                    DT_FIELD(rail_failed) DT_FIELD(row_bytes) DT_FIELD(scale_row_stride) DT_FIELD(scale_word_stride)
+                        DT_FIELD(num_tokens) DT_FIELD(send_sources) DT_FIELD(scale_words) DT_FIELD(top_k)
+                            DT_FIELD(num_local_experts) DT_FIELD(num_sms);
     }
     {
         using P = ArrangeParams;
@@ -78,9 +78,9 @@ void bind_params(py::module_& m) {
     }
     {
         using P = ExpandParams;
-        ParamsBinding<P>(m, "ExpandParams") DT_FIELD(x) DT_FIELD(scales) DT_FIELD(weights) DT_FIELD(indices) DT_FIELD(rows_of)
-            DT_FIELD(row_slot) DT_FIELD(several) DT_FIELD(num_several) DT_FIELD(num_received) DT_FIELD(row_bytes)
-                DT_FIELD(num_rows) DT_FIELD(scale_words) DT_FIELD(top_k) DT_FIELD(num_sms);
+        ParamsBinding<P>(m, "ExpandParams") DT_FIELD(x) DT_FIELD(source) DT_FIELD(scales) DT_FIELD(weights) DT_FIELD(indices)
+            DT_FIELD(rows_of) DT_FIELD(row_slot) DT_FIELD(several) DT_FIELD(num_several) DT_FIELD(num_received)
+                DT_FIELD(row_bytes) DT_FIELD(num_rows) DT_FIELD(scale_words) DT_FIELD(top_k) DT_FIELD(num_sms);
     }
     {
         using P = ScalesParams;
@@ -98,7 +98,8 @@ void bind_params(py::module_& m) {
         ParamsBinding<P>(m, "CombineParams")
             .array("offsets", &P::offsets) DT_FIELD(y) DT_FIELD(out) DT_FIELD(out_weights) DT_FIELD(bias_0) DT_FIELD(bias_1)
                 DT_FIELD(pull_row) DT_FIELD(send_slot) DT_FIELD(pick_row) DT_FIELD(pick_rank) DT_FIELD(signature)
-                    DT_FIELD(row_bytes) DT_FIELD(num_tokens) DT_FIELD(top_k) DT_FIELD(dtype) DT_FIELD(num_sms);
+                    DT_FIELD(rail_failed) DT_FIELD(row_bytes) DT_FIELD(num_tokens) DT_FIELD(top_k) DT_FIELD(dtype)
+                        DT_FIELD(num_sms);
     }
 }
 
@@ -223,6 +224,7 @@ PYBIND11_MODULE(_C, m) {
         .def("scales", &C::scales)
         .def("reduce", &C::reduce)
         .def("combine", &C::combine)
+        .def_property_readonly("failed_flag", &C::failed_flag)
         .def("is_well", &C::is_well)
         .def("cuda_error", &C::cuda_error)
         .def("failure", &C::failure);

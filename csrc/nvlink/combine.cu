@@ -15,7 +15,7 @@ struct Local {
     static constexpr int kRounds = 1;
     const ReduceParams& p;
 
-    DT_DEVICE int64_t token(int64_t row) const { return reinterpret_cast<const int32_t*>(p.tokens)[row]; }
+    DT_DEVICE int64_t token(int64_t row) const { return p.tokens == 0 ? row : reinterpret_cast<const int32_t*>(p.tokens)[row]; }
     DT_DEVICE int32_t look(int64_t row, int i) const {
         return i < p.top_k ? reinterpret_cast<const int32_t*>(p.rows_of)[token(row) * p.top_k + i] : -1;
     }
@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(GatherShape::kWarps * 32, 1)
     extern __shared__ __align__(128) char shared[];
     __shared__ int64_t offsets[kMaxRanks * kOffsets];
     const uint32_t epoch = d.control(d.rank)->epoch + 1;
-    const bool go = begin_operation(d, kCombine, p.signature, p.offsets, epoch, offsets);
+    const bool go = begin_operation(d, kCombine, p.signature, p.offsets, epoch, offsets, p.rail_failed);
     const Pull pull{d, p, offsets};
     if (go && p.out_weights != 0) sum_weights(pull);
     if (go) gather_rows<T>(pull, p.num_tokens, p.row_bytes, shared);

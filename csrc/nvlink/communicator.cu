@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <cstddef>
 #include <cstring>
 #include <stdexcept>
 #include <thread>
@@ -324,6 +325,8 @@ std::string Communicator::obstacle(int device) {
     }
     return {};
 }
+
+uint64_t Communicator::failed_flag() const { return base() + offsetof(Control, failed); }
 
 bool Communicator::is_well() const { return state_->host->failed == 0; }
 

@@ -37,7 +37,7 @@ struct Failure {
     std::vector<int> ranks;
     std::vector<int64_t> rows;    // with cause "overflow": what would arrive at every rank
     std::vector<int64_t> bounds;  // and what it has room for
-    int64_t bytes = 0;            // with cause "refused": that an arena lacked room for; 0: wrong arguments
+    int64_t bytes = 0;            // with cause "refused": that an arena lacked room for; 0: wrong arguments; -1: the rail
 };
 
 class Communicator {
@@ -93,6 +93,8 @@ public:
     void reduce(const ReduceParams& p, uint64_t stream) const;
     void combine(const CombineParams& p, uint64_t stream) const;
 
+    // uint32: where the kernels leave word that they have failed.
+    uint64_t failed_flag() const;
     // No failure: what every call asks first.
     bool is_well() const;
     // What CUDA says if its context is broken for good; else nothing. Allowed during captures.

@@ -41,17 +41,25 @@ __global__ void __launch_bounds__(kThreads)
     }
 }
 
-// A token's first row to its others; `row` numbers the tokens that have several.
+// A token's first row to its others, or, from elsewhere, to all; `row` numbers the tokens that have several.
 struct Copy {
     static constexpr int kRounds = 1;
     const ExpandParams& p;
 
-    DT_DEVICE const int32_t* rows(int64_t row) const {
-        return reinterpret_cast<const int32_t*>(p.rows_of) +
-               reinterpret_cast<const int32_t*>(p.several)[row] * static_cast<int64_t>(p.top_k);
+    DT_DEVICE int64_t token(int64_t row) const {
+        return p.several == 0 ? row : reinterpret_cast<const int32_t*>(p.several)[row];
     }
-    DT_DEVICE int32_t look(int64_t row, int i) const { return i + 1 < p.top_k ? rows(row)[i + 1] : -1; }
-    DT_DEVICE const char* from(int64_t row) const { return reinterpret_cast<const char*>(p.x) + rows(row)[0] * p.row_bytes; }
+    DT_DEVICE const int32_t* rows(int64_t row) const {
+        return reinterpret_cast<const int32_t*>(p.rows_of) + token(row) * p.top_k;
+    }
+    DT_DEVICE int32_t look(int64_t row, int i) const {
+        const int k = p.source == 0 ? i + 1 : i;
+        return k < p.top_k ? rows(row)[k] : -1;
+    }
+    DT_DEVICE const char* from(int64_t row) const {
+        if (p.source != 0) return reinterpret_cast<const char*>(p.source) + token(row) * p.row_bytes;
+        return reinterpret_cast<const char*>(p.x) + rows(row)[0] * p.row_bytes;
+    }
     DT_DEVICE char* to(int, int32_t row) const { return reinterpret_cast<char*>(p.x) + row * p.row_bytes; }
     DT_DEVICE void beside(int64_t, const int32_t (&)[kRounds]) const {}
 };
@@ -77,7 +85,12 @@ __global__ void __launch_bounds__(ScatterShape::kMaxWarps * 32, 1)
     expand_kernel(const __grid_constant__ Domain d, const __grid_constant__ ExpandParams p,
                   const __grid_constant__ ScatterShape shape) {
     extern __shared__ __align__(128) char shared[];
-    if (d.control(d.rank)->failed != 0) return;  // the outputs are NaN
+    if (d.control(d.rank)->failed != 0) {  // x is NaN, as soon as it is so here
+        const int64_t bytes = p.source == 0 ? 0 : p.num_rows * p.row_bytes, step = static_cast<int64_t>(gridDim.x) * blockDim.x;
+        for (int64_t at = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * 16; at < bytes; at += step * 16)
+            *reinterpret_cast<uint4*>(p.x + at) = uint4{~0u, ~0u, ~0u, ~0u};
+        return;
+    }
     const int warps = blockDim.x / 32;
     clear_rows(p, static_cast<int>(threadIdx.x / 32 * gridDim.x + blockIdx.x), static_cast<int>(gridDim.x) * warps);
     if (p.rows_of != 0) scatter_rows(Copy{p}, *reinterpret_cast<const int32_t*>(p.num_several), p.row_bytes, shape, shared);

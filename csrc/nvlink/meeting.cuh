@@ -8,11 +8,12 @@ namespace deepep_train::nvlink {
 
 DT_DEVICE bool has_failed(const Control* mine) { return *reinterpret_cast<const volatile uint32_t*>(&mine->failed) != 0; }
 
-DT_DEVICE void tell_ready(const Domain& d, int peer, uint64_t signature, const int64_t (&own)[kOffsets], uint32_t epoch) {
+DT_DEVICE void tell_ready(const Domain& d, int peer, uint64_t signature, const int64_t (&own)[kOffsets], uint32_t epoch,
+                          bool rail_failed = false) {
     Control* there = d.control(peer);
     Ready* word = &there->ready[epoch % 2][d.rank];
     word->signature = signature;
-    for (int i = 0; i < kOffsets; ++i) word->offsets[i] = own[i];
+    for (int i = 0; i < kOffsets; ++i) word->offsets[i] = i == 0 && rail_failed ? kRefusesRail : own[i];
     store_release_sys(&there->ready_flag[d.rank], epoch);
 }
 
@@ -40,6 +41,7 @@ DT_DEVICE bool all_ready(const Domain& d, Operation operation, uint64_t signatur
             int64_t bytes = 0;
             for (int peer = 0; peer < d.num_ranks; ++peer) {
                 const Ready* word = &mine->ready[epoch % 2][peer];
+                if (word->offsets[0] == kRefusesRail && bytes == 0) bytes = -1;
                 if (word->offsets[0] == kRefusesMemory && word->offsets[1] > bytes) bytes = word->offsets[1];
             }
             record_failure(d, epoch, operation, kMeetReady, kRefused, refused, bytes);
@@ -55,15 +57,19 @@ DT_DEVICE bool all_ready(const Domain& d, Operation operation, uint64_t signatur
 
 // Called by every thread of every block. Block 0 tells the peers where this rank's tensors lie; every block waits until all
 // peers have told theirs, and gets them in `offsets` (shared memory, [num_ranks][kOffsets]). Returns false if the operation
-// cannot take place; the reason has been recorded.
+// cannot take place; the reason has been recorded. `rail_failed`, if it is there: whether this rank must refuse, since what it
+// has to send, or will have to do with it, depends on other nodes.
 DT_DEVICE bool begin_operation(const Domain& d, Operation operation, uint64_t signature, const int64_t (&own)[kOffsets],
-                               uint32_t epoch, int64_t* offsets) {
+                               uint32_t epoch, int64_t* offsets, uint64_t rail_failed) {
     __shared__ bool go;
     const Control* mine = d.control(d.rank);
     const bool whole = !has_failed(mine);
     delay_at_random(epoch);
-    if (blockIdx.x == 0 && whole)
-        for (int peer = threadIdx.x; peer < d.num_ranks; peer += blockDim.x) tell_ready(d, peer, signature, own, epoch);
+    if (blockIdx.x == 0 && whole) {
+        const bool refuses = rail_failed != 0 && *reinterpret_cast<const volatile uint32_t*>(rail_failed) != 0;
+        for (int peer = threadIdx.x; peer < d.num_ranks; peer += blockDim.x)
+            tell_ready(d, peer, signature, own, epoch, refuses);
+    }
     if (threadIdx.x < 32) {
         const bool fine = whole && all_ready(d, operation, signature, epoch);
         for (int peer = threadIdx.x; fine && peer < d.num_ranks; peer += 32)

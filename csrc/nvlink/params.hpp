@@ -91,6 +91,7 @@ struct DispatchParams {
     int64_t offsets[5] = {0, 0, 0, 0, 0};
     int64_t sizes[5] = {0, 0, 0, 0, 0};
     uint64_t signature = 0;
+    uint64_t rail_failed = 0;  // uint32: if not 0, this rank refuses; 0: no such flag
     int64_t row_bytes = 0;
     int64_t scale_row_stride = 0;  // in words
     int64_t scale_word_stride = 0;
@@ -120,12 +121,13 @@ struct ArrangeParams {
 // After every dispatch into expert layout, and after one into rank layout with num_worst_tokens: rows that are not sent.
 struct ExpandParams {
     uint64_t x = 0;        // [M, row_bytes]
+    uint64_t source = 0;   // [N, row_bytes], whose rows are copied to x; 0: a token's first row is there already
     uint64_t scales = 0;   // [M, scale_words], rank layout by rows; 0: none
     uint64_t weights = 0;  // float32 [M] (rank layout: [M, K]); 0: none
     uint64_t indices = 0;  // int64 [M, K], rank layout; 0: none
     uint64_t rows_of = 0;  // 0: rank layout
     uint64_t row_slot = 0;
-    uint64_t several = 0;
+    uint64_t several = 0;  // 0: all N
     uint64_t num_several = 0;
     uint64_t num_received = 0;  // int32 [1]
     int64_t row_bytes = 0;
@@ -158,7 +160,7 @@ struct ReduceParams {
     uint64_t y = 0;         // [M, row_bytes]
     uint64_t partials = 0;  // [N, row_bytes], out
     uint64_t rows_of = 0;
-    uint64_t tokens = 0;      // several, or summed where peers cannot reach y
+    uint64_t tokens = 0;      // several, or summed where peers cannot reach y; 0: all N
     uint64_t num_tokens = 0;  // int32 [1]
     int64_t row_bytes = 0;
     int top_k = 0;
@@ -180,6 +182,7 @@ struct CombineParams {
     // sums of tokens with several rows), weights, nothing.
     int64_t offsets[5] = {0, 0, 0, 0, 0};
     uint64_t signature = 0;
+    uint64_t rail_failed = 0;  // as above
     int64_t row_bytes = 0;
     int num_tokens = 0;
     int top_k = 0;

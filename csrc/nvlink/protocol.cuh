@@ -37,6 +37,7 @@ struct Ready {
 };
 constexpr int64_t kRefusesArguments = -1;
 constexpr int64_t kRefusesMemory = -2;  // offsets[1]: bytes that its arena lacks room for
+constexpr int64_t kRefusesRail = -3;    // its exchange with other nodes, whose rows these would be, has failed
 
 struct Control {
     // Written by peer p at index p.
@@ -84,7 +85,7 @@ struct HostPage {
     volatile uint32_t failed_meeting;
     volatile uint32_t failed_cause;
     volatile uint64_t failed_ranks;  // bit p: peer p
-    volatile int64_t refused_bytes;  // with kRefused: what the fullest arena had no room for; 0: the arguments were wrong
+    volatile int64_t refused_bytes;  // with kRefused: what the fullest arena had no room for; 0: wrong arguments; -1: the rail
 };
 
 // One rank's view of its domain, passed to every kernel by value.

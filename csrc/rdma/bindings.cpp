@@ -16,8 +16,8 @@ PYBIND11_MODULE(_rdma, m) {
         using P = RailParams;
         py::class_<P>(m, "RailParams")
             .def(py::init<>()) DT_FIELD(rows) DT_FIELD(token) DT_FIELD(send_at) DT_FIELD(recv_at) DT_FIELD(addresses)
-                DT_FIELD(beside) DT_FIELD(beside_addresses) DT_FIELD(beside_bytes) DT_FIELD(row_bytes) DT_FIELD(rows_per_put)
-                    DT_FIELD(num_sms);
+                DT_FIELD(beside) DT_FIELD(beside_addresses) DT_FIELD(beside_bytes) DT_FIELD(row_bytes) DT_FIELD(signature)
+                    DT_FIELD(rows_per_put) DT_FIELD(num_sms);
     }
     {
         using P = SumParams;
@@ -27,14 +27,17 @@ PYBIND11_MODULE(_rdma, m) {
     }
     py::class_<Failure>(m, "Failure")
         .def_readonly("number", &Failure::number)
-        .def_readonly("meeting", &Failure::meeting)
+        .def_readonly("cause", &Failure::cause)
         .def_readonly("ranks", &Failure::ranks);
     py::class_<Endpoint>(m, "Endpoint")
-        .def(py::init<int, int, int, int, int64_t, int, double>(), py::arg("device"), py::arg("rank"), py::arg("num_ranks"),
-             py::arg("num_local_ranks"), py::arg("segment_bytes"), py::arg("num_qps"), py::arg("timeout_seconds"), no_gil)
+        .def(py::init<int, int, int, int, int64_t, int, double, uint64_t>(), py::arg("device"), py::arg("rank"),
+             py::arg("num_ranks"), py::arg("num_local_ranks"), py::arg("segment_bytes"), py::arg("num_qps"),
+             py::arg("timeout_seconds"), py::arg("node_failed"), no_gil)
         .def_property_readonly("send", &Endpoint::send)
         .def_property_readonly("recv", &Endpoint::recv)
         .def_property_readonly("segment_bytes", &Endpoint::segment_bytes)
+        .def_property_readonly("failed_flag", &Endpoint::failed_flag)
+        .def("refuse", &Endpoint::refuse)
         .def("rail", &Endpoint::rail)
         .def("sum", &Endpoint::sum)
         .def("failure", &Endpoint::failure);

@@ -11,7 +11,7 @@
 namespace deepep_train::rdma {
 
 Endpoint::Endpoint(int device, int rank, int num_ranks, int num_local_ranks, int64_t segment_bytes, int num_qps,
-                   double timeout_seconds)
+                   double timeout_seconds, uint64_t node_failed)
     : device_(device) {
     const int nodes = num_ranks / num_local_ranks;
     if (nodes > kMaxNodes) throw std::invalid_argument("more than " + std::to_string(kMaxNodes) + " nodes");
@@ -25,9 +25,9 @@ Endpoint::Endpoint(int device, int rank, int num_ranks, int num_local_ranks, int
     end_.send = static_cast<char*>(allocate(segment_bytes * nodes));
     end_.recv = static_cast<char*>(allocate(segment_bytes * nodes));
     const size_t words = sizeof(uint64_t) * kMaxNodes;
-    end_.ready = static_cast<uint64_t*>(allocate(2 * words));
-    end_.arrived = end_.ready + kMaxNodes;
-    DT_CUDA(cudaMemset(end_.ready, 0, 2 * words));
+    end_.ready = static_cast<uint64_t*>(allocate(3 * words));
+    end_.arrived = end_.ready + 2 * kMaxNodes;
+    DT_CUDA(cudaMemset(end_.ready, 0, 3 * words));
 
     char* own = nullptr;
     DT_CUDA(cudaMalloc(&own, words + 256));
@@ -36,6 +36,7 @@ Endpoint::Endpoint(int device, int rank, int num_ranks, int num_local_ranks, int
     end_.number = reinterpret_cast<uint64_t*>(own + words);
     end_.joined = reinterpret_cast<uint32_t*>(own + words + 64);
     end_.failed = reinterpret_cast<uint32_t*>(own + words + 128);
+    end_.node_failed = reinterpret_cast<const uint32_t*>(node_failed);
     end_.num_qps = num_qps;
     DT_CUDA(cudaMalloc(&end_.qps, sizeof(int) * num_qps));
     DT_CUDA(cudaMemcpy(end_.qps, queue_pairs(num_qps), sizeof(int) * num_qps, cudaMemcpyDefault));
@@ -54,6 +55,11 @@ void Endpoint::rail(const RailParams& p, uint64_t stream) const {
     launch_rail(end_, p, reinterpret_cast<cudaStream_t>(stream));
 }
 
+void Endpoint::refuse(bool for_good, uint64_t stream) const {
+    DT_CUDA(cudaSetDevice(device_));
+    launch_refuse(end_, for_good, reinterpret_cast<cudaStream_t>(stream));
+}
+
 void Endpoint::sum(const SumParams& p, uint64_t stream) const {
     DT_CUDA(cudaSetDevice(device_));
     launch_sum(end_, p, reinterpret_cast<cudaStream_t>(stream));
@@ -64,9 +70,10 @@ std::optional<Failure> Endpoint::failure() const {
     std::atomic_thread_fence(std::memory_order_acquire);
     Failure f;
     f.number = page_->number;
-    f.meeting = page_->meeting == 0 ? "their readiness" : "their rows";
+    static const char* const causes[] = {"none", "their readiness", "their rows", "mismatched", "refused", "gave up"};
+    f.cause = causes[page_->cause];
     for (int n = 0; n < end_.num_nodes; ++n)
-        if (page_->missing[n] != 0) f.ranks.push_back(n * end_.num_local_ranks + end_.rail);
+        if (page_->at_fault[n] != 0) f.ranks.push_back(n * end_.num_local_ranks + end_.rail);
     return f;
 }
 

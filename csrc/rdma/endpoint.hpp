@@ -21,20 +21,24 @@ int* queue_pairs(int count);
 
 struct Failure {
     uint64_t number = 0;
-    std::string meeting;
+    std::string cause;
     std::vector<int> ranks;
 };
 
 // Its memory lives as long as the process: freeing is a collective call, and a destructor makes none.
 class Endpoint {
 public:
-    // Collective. `segment_bytes`: for the rows of each node, a multiple of 128.
+    // Collective. `segment_bytes`: for the rows of each node, a multiple of 128; `node_failed`: where nvlink's kernels leave
+    // word.
     Endpoint(int device, int rank, int num_ranks, int num_local_ranks, int64_t segment_bytes, int num_qps,
-             double timeout_seconds);
+             double timeout_seconds, uint64_t node_failed);
 
     uint64_t send() const { return reinterpret_cast<uint64_t>(end_.send); }
     uint64_t recv() const { return reinterpret_cast<uint64_t>(end_.recv); }
     int64_t segment_bytes() const { return end_.segment_bytes; }
+    uint64_t failed_flag() const { return reinterpret_cast<uint64_t>(end_.failed); }
+    // Take part in the next exchange only to refuse it; or tell the rail that this rank has failed.
+    void refuse(bool for_good, uint64_t stream) const;
     void rail(const RailParams& p, uint64_t stream) const;
     void sum(const SumParams& p, uint64_t stream) const;
     std::optional<Failure> failure() const;

@@ -8,6 +8,7 @@
 namespace deepep_train::rdma {
 
 void launch_rail(const End& end, const RailParams& p, cudaStream_t stream);
+void launch_refuse(const End& end, bool for_good, cudaStream_t stream);
 void launch_sum(const End& end, const SumParams& p, cudaStream_t stream);
 
 }  // namespace deepep_train::rdma

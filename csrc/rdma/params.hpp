@@ -21,6 +21,7 @@ struct RailParams {
     uint64_t beside_addresses = 0;  // out, uint64 [F], of what is beside it
     int64_t row_bytes = 0;          // a multiple of 16, as is the next
     int64_t beside_bytes = 0;
+    uint64_t signature = 0;  // of what the rail's ranks must agree on: 24 bits, not all of them set
     int rows_per_put = 1;
     int num_sms = 1;
 };
@@ -49,24 +50,37 @@ struct End {
     int64_t segment_bytes;  // of `recv`, for each node
     char* send;             // symmetric
     char* recv;             // symmetric
-    // Symmetric, [num_nodes], written by the rank of that node: the exchange that it is ready for; rows that it has put.
+    // Symmetric, written by the rank of that node: [2][kMaxNodes], what it says of the exchange it is in, in turns;
+    // [kMaxNodes], rows that it has put.
     uint64_t* ready;
     uint64_t* arrived;
     // This rank's alone.
-    uint64_t* seen;    // [num_nodes]: rows taken so far
-    uint64_t* number;  // of the last exchange
-    uint32_t* joined;  // blocks that have finished the current one
-    uint32_t* failed;  // sticky
-    int* qps;          // [num_qps]
+    uint64_t* seen;               // [num_nodes]: rows taken so far
+    uint64_t* number;             // of the last exchange
+    uint32_t* joined;             // blocks that have finished the current one
+    uint32_t* failed;             // sticky
+    const uint32_t* node_failed;  // nvlink's, of the node
+    int* qps;                     // [num_qps]
     struct Page* page;
+};
+
+// Why an exchange did not take place.
+enum Cause : uint32_t {
+    kNone = 0,
+    kMissingReady = 1,  // ranks did not say in time that they are ready
+    kMissingRows = 2,   // their rows did not come in time
+    kMismatched = 3,    // they are in another call
+    kRefused = 4,       // they refused to take part
+    kGaveUp = 5,        // they have failed themselves
+    kNodeFailed = 6     // this rank's node has
 };
 
 // Page-locked host memory: the first failure, `failed` last.
 struct Page {
     volatile uint32_t failed;
     volatile uint64_t number;
-    volatile uint32_t meeting;  // 0: their readiness, 1: their rows
-    volatile uint8_t missing[kMaxNodes];
+    volatile uint32_t cause;
+    volatile uint8_t at_fault[kMaxNodes];
 };
 
 }  // namespace deepep_train::rdma

@@ -1,7 +1,8 @@
 // One exchange along the rail: rows to every other node, packed where a network card can read them, put in batches, each put
 // with a signal that counts its rows. Protocol: docs/rdma.md; its model, whose names these are: tests/model/rail.pml.
 //
-//   ready    this rank's earlier kernels are done with `recv`, and so may be overwritten: told to the rail, waited for by node
+//   ready    this rank's earlier kernels are done with `recv`, and so may be overwritten: told to the rail, with a signature of
+//            the call, and waited for from every node, so that nobody is ever more than one exchange ahead of anybody
 //   rows     packed, put, signalled
 //   arrived  the last block waits until all rows of this exchange have come; the kernel behind may read them
 #include <nvshmem.h>
@@ -32,25 +33,53 @@ DT_DEVICE uint64_t load_acquire_sys(const uint64_t* address) {
 
 DT_DEVICE bool has_failed(const End& end) { return *static_cast<const volatile uint32_t*>(end.failed) != 0; }
 
-// By one thread. Who is late is found out once, by the first that gives up.
-__device__ void give_up(const End& end, uint64_t number, const uint64_t* words, const uint64_t* wanted, uint64_t same,
-                        int meeting) {
+// What a rank says of the exchange that it is in: its number and the call's signature.
+constexpr int kSignatureBits = 24;
+constexpr uint64_t kSignatures = (1ull << kSignatureBits) - 1;
+constexpr uint64_t kRefuses = kSignatures;  // instead of a signature: it takes part only to say that it cannot
+constexpr uint64_t kGone = ~0ull;           // instead of all: it has failed, and nobody need wait for it again
+
+DT_DEVICE uint64_t* ready_word(const End& end, uint64_t number, int node) { return end.ready + number % 2 * kMaxNodes + node; }
+
+// By one thread.
+DT_DEVICE void say(const End& end, int node, uint64_t number, uint64_t what) {
+    nvshmemx_signal_op(ready_word(end, number, end.node), what, NVSHMEM_SIGNAL_SET, node * end.num_local_ranks + end.rail);
+}
+
+// What stands in the way of an exchange with a rank that has said `said`.
+DT_DEVICE Cause verdict(uint64_t said, uint64_t number, uint64_t signature) {
+    if (said == kGone) return kGaveUp;
+    if (said >> kSignatureBits < number) return kMissingReady;
+    if ((said & kSignatures) == kRefuses) return kRefused;
+    return said == (number << kSignatureBits | signature) ? kNone : kMismatched;
+}
+
+// By one thread. Whose fault it is is found out once, by the first that gives up. `wanted`: rows, if they are waited for.
+__device__ void give_up(const End& end, uint64_t number, uint64_t signature, Cause cause, const uint64_t* wanted = nullptr) {
     if (atomicExch(end.failed, 1u) != 0) return;
     for (int n = 0; n < end.num_nodes; ++n) {
-        const uint64_t want = wanted == nullptr ? same : wanted[n];
-        end.page->missing[n] = n != end.node && load_acquire_sys(words + n) < want;
+        bool at_fault = n != end.node;
+        if (at_fault && cause == kMissingRows)
+            at_fault = load_acquire_sys(end.arrived + n) < wanted[n];
+        else if (at_fault)
+            at_fault = verdict(load_acquire_sys(ready_word(end, number, n)), number, signature) == cause;
+        end.page->at_fault[n] = at_fault;
+        if (n == end.node || (at_fault && (cause == kMissingReady || cause == kMissingRows))) continue;
+        for (int slot = 0; slot < 2; ++slot) say(end, n, slot, kGone);
     }
+    if (cause == kNodeFailed) return;  // which tells the CPU itself
     end.page->number = number;
-    end.page->meeting = meeting;
+    end.page->cause = cause;
     __threadfence_system();
     end.page->failed = 1;
     __threadfence_system();
 }
 
-// By one thread: until `word` has reached `wanted`; false if the deadline passes or another block has given up.
-DT_DEVICE bool wait_for(const End& end, const uint64_t* word, uint64_t wanted, uint64_t start) {
+// By one thread: until `word` has reached `wanted`; false if the deadline passes, another block has given up, or `said` that
+// the rank waited for has.
+DT_DEVICE bool wait_for(const End& end, const uint64_t* word, uint64_t wanted, const uint64_t* said, uint64_t start) {
     for (uint32_t polls = 0; load_acquire_sys(word) < wanted; ++polls)
-        if (polls % 64 == 63 && (has_failed(end) || global_timer() - start > end.timeout_ns))
+        if (polls % 64 == 63 && (has_failed(end) || global_timer() - start > end.timeout_ns || load_acquire_sys(said) == kGone))
             return load_acquire_sys(word) >= wanted;
     return true;
 }
@@ -97,6 +126,15 @@ __device__ void write_addresses(const End& end, const RailParams& p) {
         }
 }
 
+// By one thread: until node n's rank is in this exchange as well, or cannot be.
+DT_DEVICE Cause wait_for_ready(const End& end, int n, uint64_t number, uint64_t signature, uint64_t start) {
+    const uint64_t* word = ready_word(end, number, n);
+    wait_for(end, word, number << kSignatureBits, word, start);
+    return verdict(load_acquire_sys(word), number, signature);
+}
+
+DT_DEVICE bool node_has_failed(const End& end) { return *static_cast<const volatile uint32_t*>(end.node_failed) != 0; }
+
 __global__ void __launch_bounds__(kThreads, 1)
     rail_kernel(const __grid_constant__ End end, const __grid_constant__ RailParams p) {
     __shared__ bool go, last, whole;
@@ -104,10 +142,13 @@ __global__ void __launch_bounds__(kThreads, 1)
     const uint64_t number = *end.number + 1, start = global_timer();
     nvshmemx_qp_handle_t qp = end.qps[blockIdx.x % end.num_qps];
     for (int n = threadIdx.x; n <= end.num_nodes; n += kThreads) send_at[n] = reinterpret_cast<const int32_t*>(p.send_at)[n];
-    if (threadIdx.x == 0) whole = !has_failed(end);  // once: another block may be giving up
+    if (threadIdx.x == 0) {
+        whole = !has_failed(end) && !node_has_failed(end);  // once: another block may be giving up
+        if (node_has_failed(end)) give_up(end, number, p.signature, kNodeFailed);
+    }
     __syncthreads();
     if (whole && blockIdx.x == 0 && threadIdx.x < end.num_nodes && threadIdx.x != end.node)
-        nvshmemx_signal_op(end.ready + end.node, number, NVSHMEM_SIGNAL_SET, threadIdx.x * end.num_local_ranks + end.rail);
+        say(end, threadIdx.x, number, number << kSignatureBits | p.signature);
     if (p.addresses != 0) write_addresses(end, p);
 
     // Every node's rows in puts of so many, the puts dealt to the warps; each rank begins with the node behind its own. Warps
@@ -126,8 +167,9 @@ __global__ void __launch_bounds__(kThreads, 1)
             const int first = send_at[n] + put * p.rows_per_put, count = min(p.rows_per_put, send_at[n + 1] - first);
             if (p.rows != 0) pack(end, p, first, count);
             if (is_first && threadIdx.x % 32 == 0) {
-                is_ready = wait_for(end, end.ready + n, number, start);
-                if (!is_ready) give_up(end, number, end.ready, nullptr, number, 0);
+                const Cause cause = wait_for_ready(end, n, number, p.signature, start);
+                is_ready = cause == kNone;
+                if (!is_ready) give_up(end, number, p.signature, cause);
             }
             __threadfence_system();  // the card, and the put's other lanes, read what this lane has packed
             fine = __shfl_sync(0xffffffffu, is_ready, 0);
@@ -154,12 +196,18 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (threadIdx.x == 0) go = !has_failed(end);
     __syncthreads();
     if (go && threadIdx.x < 32) {
-        bool all = true;
-        for (int n = threadIdx.x; n < end.num_nodes; n += 32) all &= wait_for(end, end.arrived + n, wanted[n], start);
-        all = __all_sync(0xffffffffu, all);
-        if (threadIdx.x == 0 && !all) {
+        Cause cause = kNone;
+        for (int n = threadIdx.x; n < end.num_nodes && cause == kNone; n += 32) {
+            if (n == end.node) continue;
+            cause = wait_for_ready(end, n, number, p.signature, start);
+            const uint64_t* said = ready_word(end, number, n);
+            if (cause == kNone && !wait_for(end, end.arrived + n, wanted[n], said, start))
+                cause = load_acquire_sys(said) == kGone ? kGaveUp : kMissingRows;
+        }
+        const unsigned bad = __ballot_sync(0xffffffffu, cause != kNone);
+        if (bad != 0 && threadIdx.x == __ffs(bad) - 1) {
             go = false;
-            give_up(end, number, end.arrived, wanted, 0, 1);
+            give_up(end, number, p.signature, cause, wanted);
         }
     }
     __syncthreads();
@@ -179,6 +227,27 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
 }
 
+// Takes part in an exchange only to say that this rank cannot; all of the rail that do so are in step. Or, `for_good`, says
+// that nobody need wait for it again. With one warp.
+__global__ void __launch_bounds__(32, 1) refuse_kernel(const __grid_constant__ End end, bool for_good) {
+    const uint64_t number = *end.number + 1, start = global_timer();
+    if (for_good || has_failed(end) || node_has_failed(end)) {
+        if (threadIdx.x == 0) give_up(end, number, kRefuses, kNodeFailed);
+        return;
+    }
+    for (int n = threadIdx.x; n < end.num_nodes; n += 32)
+        if (n != end.node) say(end, n, number, number << kSignatureBits | kRefuses);
+    Cause cause = kNone;
+    for (int n = threadIdx.x; n < end.num_nodes; n += 32) {
+        if (n == end.node) continue;
+        const Cause found = wait_for_ready(end, n, number, kRefuses, start);
+        if (found != kRefused) cause = found;
+    }
+    const unsigned bad = __ballot_sync(0xffffffffu, cause != kNone);
+    if (bad != 0 && threadIdx.x == __ffs(bad) - 1) give_up(end, number, kRefuses, cause);
+    if (threadIdx.x == 0) *end.number = number;
+}
+
 void check_nvshmem(int status, const char* call) {
     if (status != 0) throw std::runtime_error(std::string(call) + " failed with status " + std::to_string(status));
 }
@@ -187,6 +256,11 @@ void check_nvshmem(int status, const char* call) {
 
 void launch_rail(const End& end, const RailParams& p, cudaStream_t stream) {
     rail_kernel<<<p.num_sms, kThreads, 0, stream>>>(end, p);
+    DT_CUDA(cudaGetLastError());
+}
+
+void launch_refuse(const End& end, bool for_good, cudaStream_t stream) {
+    refuse_kernel<<<1, 32, 0, stream>>>(end, for_good);
     DT_CUDA(cudaGetLastError());
 }
 

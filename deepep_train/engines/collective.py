@@ -138,7 +138,7 @@ class CollectiveEngine(Engine):
         if weights is not None:
             weights = extend(weights if experts is None else weights_by_row(weights, experts), num_rows, 0.0)
         return Received(
-            payload=self._move(request.payload, plan),
+            payload=self._move(request.payload, plan, request.signature()),
             topk_idx=None if experts is not None else plan.recv_topk_idx,
             topk_weights=weights,
             plan=plan,
@@ -166,13 +166,13 @@ class CollectiveEngine(Engine):
     def redispatch(self, prepared: Prepared[RedispatchRequest]) -> Payload:
         self._agree_if_cheap("dispatch with a handle", prepared)
         request = prepared.require()
-        return self._move(request.payload, _mine(request.plan))
+        return self._move(request.payload, _mine(request.plan), request.signature())
 
-    def _move(self, payload: Payload, plan: CollectivePlan) -> Payload:
+    def _move(self, payload: Payload, plan: CollectivePlan, call: dict[str, object]) -> Payload:
         parts = [payload.data] if payload.scales is None else [payload.data, payload.scales]
         # FP8: copied as bytes, which every backend and every index kernel knows.
         plain = [p.detach().view(torch.uint8) if p.dtype.itemsize == 1 else p.detach() for p in parts]
-        got = self._deliver(plain, plan)
+        got = self._deliver(plain, plan, call)
         data, *rest = [g.view(p.dtype) for g, p in zip(got, parts, strict=True)]
         scales = rest[0] if rest else None
         if scales is None or payload.blocks is None:
@@ -183,8 +183,9 @@ class CollectiveEngine(Engine):
             splits, is_padding = plan.tokens_per_expert.tolist(), plan.experts.source_row == plan.num_received
         return Payload(data, payload.blocks.put(scales, splits, is_padding), payload.blocks)
 
-    def _deliver(self, parts: Sequence[Tensor], plan: CollectivePlan) -> list[Tensor]:
-        """[num_tokens, n] each -> [num_rows, n], bit for bit; rows that stand for nothing are zero."""
+    def _deliver(self, parts: Sequence[Tensor], plan: CollectivePlan, call: dict[str, object]) -> list[Tensor]:
+        """[num_tokens, n] each -> [num_rows, n], bit for bit; rows that stand for nothing are zero. `call`: what the ranks must
+        agree on, for engines that make sure of it while rows move."""
         if plan.row_from is None:
             return [plan.route.send(rows, plan.num_rows - plan.num_received) for rows in parts]
         return [plan.route.gather(rows).index_select(0, plan.row_from) for rows in parts]

@@ -5,9 +5,6 @@ docs/kernels.md explains the protocol; csrc/nvlink holds the kernels, csrc/nvlin
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import json
 import os
 import secrets
 import threading
@@ -23,6 +20,7 @@ from deepep_train.engines import processes
 from deepep_train.engines.arena import Arena, ArenaFull, Parts
 from deepep_train.engines.base import (
     MAX_NVLINK_RANKS,
+    MAX_TOP_K,
     CombineRequest,
     DispatchRequest,
     Engine,
@@ -47,6 +45,7 @@ from deepep_train.engines.nvlink_tables import (
     seen,
 )
 from deepep_train.engines.peers import Peers, raise_if_broken
+from deepep_train.engines.signature import hashed, signature
 from deepep_train.engines.sms import default_sms, most_sms
 from deepep_train.engines.v1_handle import checked_prefix
 from deepep_train.errors import ArgumentError, DeepEPError
@@ -54,7 +53,7 @@ from deepep_train.handle import Plan
 from deepep_train.routing import RankLayout, count_picks
 from deepep_train.scale_blocks import ScaleBlocks
 
-MAX_EXPERTS, MAX_TOP_K = 4096, 32
+MAX_EXPERTS = 4096
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _CHUNKS = 128  # params.hpp's kChunks
 _MAX_ALIGNMENT = 1 << 16  # with 4096 experts, row numbers still fit into 32 bits
@@ -304,7 +303,7 @@ class NvlinkEngine(Engine):
             p.num_tokens_per_expert = layout.num_tokens_per_expert.data_ptr()
             p.out_of_range = layout.checked.data_ptr()
             p.bound, p.alignment, p.expert_layout = request.num_worst_tokens, request.alignment, int(is_expert)
-            p.signature = _signature("dispatch", described)
+            p.signature = signature("dispatch", described)
             ticket = self._comm.count(p, stream)
         except Exception as error:
             prepared.request, prepared.error = None, error
@@ -352,7 +351,7 @@ class NvlinkEngine(Engine):
         blocks = _blocks_of(request.payload, is_expert)
         is_in_place = blocks is None
         self._describe_rows(d, Payload(data, scales), send_slot, expert_tables.get("send_row", send_slot), request.num_sms)
-        d.signature = _hash("rows", ticket, counting.signature)
+        d.signature = hashed("rows", ticket, counting.signature)
         d.send_sources, d.num_local_experts, d.top_k = 1, num_local, top_k
         d.topk_idx, d.topk_weights = _address(idx), _address(weights)
         d.pick_row = _address(expert_tables.get("pick_row"))
@@ -588,7 +587,7 @@ class NvlinkEngine(Engine):
             send_row = plan.send_slot if plan.experts is None else plan.experts.send_row
             self._describe_rows(d, Payload(data, scales), plan.send_slot, send_row, request.num_sms)
             self._point(d, visible)
-            d.signature = _signature("cached rows", {"number": plan.number} | request.signature())
+            d.signature = signature("cached rows", {"number": plan.number} | request.signature())
             self._comm.dispatch(d, stream)
             self._owed = ""
             self._arena.watch(landings)
@@ -655,7 +654,7 @@ class NvlinkEngine(Engine):
             offset = self._arena.offset
             all_summed = int(partials is not None and not is_visible)
             p.offsets = [offset(source), offset(partials), all_summed, offset(weights), 0]
-            p.signature = _signature("combine", {"number": plan.number} | request.signature())
+            p.signature = signature("combine", {"number": plan.number} | request.signature())
             p.dtype, p.num_sms = _DTYPES[rows.dtype], self._sms(request.num_sms, "combine")
             self._comm.combine(p, stream)
             self._owed = ""
@@ -683,7 +682,7 @@ class NvlinkEngine(Engine):
             )
         prefix = checked_prefix(tensors, self.rank, is_slot=True)
         return NvlinkPlan(
-            number=_hash("copied handle", *prefix.flatten().tolist()),
+            number=hashed("copied handle", *prefix.flatten().tolist()),
             num_tokens=send_slot.size(0),
             num_received=source.size(0),
             num_rows=source.size(0),
@@ -748,12 +747,3 @@ def _address(t: Tensor | None) -> int:
 def _aligned(t: Tensor) -> Tensor:
     t = t.contiguous()
     return t if t.data_ptr() % 16 == 0 else t.clone()
-
-
-def _signature(operation: str, fields: dict[str, object]) -> int:
-    return _hash(operation, *fields.items())
-
-
-@functools.lru_cache(maxsize=4096)
-def _hash(*parts: object) -> int:
-    return int.from_bytes(hashlib.blake2b(json.dumps(parts).encode(), digest_size=7).digest(), "big")

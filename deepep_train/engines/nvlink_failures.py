@@ -38,7 +38,9 @@ def device_error(failure: Any, rank: int, timeout: float, peers: Sequence[Sequen
         return ArgumentError(f"{where}: {each} arrive; {_END}", "num_worst_tokens", failure.ranks)
     if failure.cause == "refused":
         why = "see the exception raised there"
-        if failure.bytes:
+        if failure.bytes < 0:
+            why = "its exchange with other nodes has failed"
+        elif failure.bytes:
             why = f"an arena there has no room for {failure.bytes} bytes; pass a larger num_nvl_bytes to Buffer"
         return DeepEPError(f"{where}: rank {who} refused to take part: {why}; results are NaN; {_END}")
     return ArgumentError(

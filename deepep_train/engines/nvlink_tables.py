@@ -83,23 +83,28 @@ class Known(NamedTuple):
     kept: tuple[Tensor | None, ...]
 
 
-def remember(handle: tuple[Tensor, ...], plan: NvlinkPlan, maker: object) -> None:
-    """For callers who hand back V1's six tensors without the handle's class: the plan travels with `recv_src_idx`, and so does
-    a token of the buffer that made it."""
-    prefix, _, _, source, _, send_slot = handle
-    kept = prefix, send_slot  # else others might come to lie where these were seen
-    source.deepep_train_plan = plan, maker, seen(prefix, source, send_slot), kept  # type: ignore[attr-defined]
+def remember(handle: tuple[Tensor, ...], plan: Plan, maker: object) -> None:
+    """For callers who hand back V1's six or ten tensors without the handle's class: the plan travels with `recv_src_idx` (with
+    several nodes `recv_src_meta`), and so does a token of the buffer that made it."""
+    source, *kept = _telling(handle)  # kept: else others might come to lie where these were seen
+    source.deepep_train_plan = plan, maker, seen(source, *kept), kept  # type: ignore[attr-defined]
 
 
-def remembered(handle: tuple[Tensor, ...], maker: object) -> NvlinkPlan | None:
+def remembered(handle: tuple[Tensor, ...], maker: object) -> Plan | None:
     """None: these are not the tensors that dispatch returned, or no longer say the same."""
-    prefix, _, _, source, _, send_slot = handle
+    source, *others = _telling(handle)
     plan, by, then, _ = getattr(source, "deepep_train_plan", (None, None, None, None))
-    if then is None or then != seen(prefix, source, send_slot):
+    if then is None or then != seen(source, *others):
         return None
     if by is not maker:
         raise ArgumentError("handle was made by another buffer", "handle")
     return plan
+
+
+def _telling(handle: tuple[Tensor, ...]) -> list[Tensor]:
+    """What a plan can be derived from, the one that carries it first."""
+    at = (3, 0, 5) if len(handle) == 6 else (7, 0, 4, 6, 9)
+    return [handle[i] for i in at]
 
 
 @dataclass

@@ -8,6 +8,7 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -196,7 +197,7 @@ class Peers:
             else:
                 work.wait()  # only the stream waits; NCCL's own watchdog holds the deadline
         except RuntimeError as error:
-            missing = self._roll_call()
+            missing = self.roll_call() or [r for r in range(self.size) if r != self.rank]
             self.failure = PeerTimeoutError(
                 f"{operation} on rank {self.rank}: rank{'s' if len(missing) != 1 else ''} "
                 f"{', '.join(map(str, missing)) or 'unknown'} did not take part within {self.timeout:g} s or died; "
@@ -206,22 +207,33 @@ class Peers:
             )
             raise self.failure from error
 
-    def _roll_call(self) -> list[int]:
+    def say_here(self) -> None:
+        """For the roll calls of other ranks: this one has seen a failure, too, or caused it knowingly."""
+        with suppress(Exception):  # the store may have died with its rank
+            self._store().set(f"{self._roll}{self.rank}", "here")
+
+    def roll_call(self) -> list[int]:
         """Ranks that do not say within two seconds that they, too, saw the failure."""
         others = [r for r in range(self.size) if r != self.rank]
+        self.say_here()
         try:
-            assert self.group is not None
-            store = self.group.get_group_store()
-            prefix = f"deepep_train/roll_call/{self._calls}/"
-            store.set(f"{prefix}{self.rank}", "here")
+            store = self._store()
             deadline = time.monotonic() + _ROLL_CALL_SECONDS
             missing = set(others)
             while missing and time.monotonic() < deadline:
-                missing = {r for r in missing if not store.check([f"{prefix}{r}"])}
+                missing = {r for r in missing if not store.check([f"{self._roll}{r}"])}
                 time.sleep(0.02)
-            return sorted(missing) or others
+            return sorted(missing)
         except Exception:  # noqa: BLE001 - the store may have died with its rank; then all others are suspects
             return others
+
+    @property
+    def _roll(self) -> str:
+        return f"deepep_train/roll_call/{self.number}/{self._calls}/"
+
+    def _store(self) -> Any:
+        assert self.group is not None
+        return self.group.get_group_store()
 
 
 def _as_bytes(t: Tensor) -> Tensor:

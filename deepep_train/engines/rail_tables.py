@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deepep_train.engines.hops import to_device
+from deepep_train.routing import ExpertRows
 
 _BITS = 32  # of a word
 
@@ -79,6 +80,37 @@ class Tables:
         return [self.token, self.send_at, self.recv_at, self.slot, self.place]
 
 
+@dataclass(frozen=True)
+class ExpertTables:
+    """The expert layout as nvlink's kernels want it; csrc/nvlink/params.hpp has the names.
+
+    Attributes:
+        rows_of: int32 [N, K], the rows of each received token, ascending; -1 behind them.
+        row_slot: int32 [M], whose row each is; -1: padding.
+        received: int32 [1], N.
+    """
+
+    rows_of: Tensor
+    row_slot: Tensor
+    received: Tensor
+
+    def tensors(self) -> list[Tensor]:
+        return [self.rows_of, self.row_slot, self.received]
+
+
+def expert_tables(experts: ExpertRows, num_received: int, top_k: int, num_rows: int) -> ExpertTables:
+    """`num_rows`: M, at least those of `experts`."""
+    device, by_token = experts.by_token.device, experts.by_token
+    token = experts.source_row[by_token]
+    at = torch.arange(by_token.numel(), device=device) - experts.offsets[token]
+    rows_of = torch.full((num_received * top_k,), -1, dtype=torch.int32, device=device)
+    rows_of[token * top_k + at] = by_token.to(torch.int32)
+    slot = experts.source_row.masked_fill(experts.source_row == num_received, -1).to(torch.int32)
+    row_slot = F.pad(slot, (0, num_rows - slot.numel()), value=-1)
+    received = to_device(torch.tensor([num_received], dtype=torch.int32), device)
+    return ExpertTables(rows_of.view(num_received, top_k), row_slot, received)
+
+
 def leaving(counts: Counts, is_token_in_rank: Tensor, stream: int) -> Tables:
     """The tables as far as the sender knows them: no row that comes is forwarded to anybody."""
     (num_tokens, num_ranks), nodes, device = is_token_in_rank.shape, len(counts.send), is_token_in_rank.device
@@ -110,10 +142,14 @@ def slots(counts: Counts, recv_at: Tensor, masks: Tensor) -> Tensor:
     return torch.where(masks & (within < theirs), within + begin, -1).to(torch.int32)
 
 
+def num_words(num_ranks: int) -> int:
+    return -(-num_ranks // _BITS)
+
+
 def mask_words(is_token_in_rank: Tensor) -> Tensor:
     """bool [T, R] -> int32 [T, words], a bit a rank: what a row tells its forwarder."""
     num_tokens, num_ranks = is_token_in_rank.shape
-    words = -(-num_ranks // _BITS)
+    words = num_words(num_ranks)
     bits = F.pad(is_token_in_rank, (0, words * _BITS - num_ranks)).view(num_tokens, words, _BITS).to(torch.int64)
     return (bits << torch.arange(_BITS, device=bits.device)).sum(2).to(torch.int32)
 

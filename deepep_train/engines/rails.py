@@ -10,10 +10,10 @@ import os
 import secrets
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -21,21 +21,37 @@ from torch import Tensor
 
 from deepep_train import _C  # type: ignore[attr-defined]
 from deepep_train.engines import nvshmem, processes
-from deepep_train.engines.arena import Arena, ArenaFull
+from deepep_train.engines.arena import Arena, ArenaFull, Landing
 from deepep_train.engines.hops import Route
 from deepep_train.engines.nvlink_failures import cuda_failed, device_error, who_ended
 from deepep_train.engines.peers import Peers, raise_if_broken
-from deepep_train.engines.rail_tables import Counts, Tables, leaving, mask_words, masks_of, node_counts, slots
+from deepep_train.engines.rail_tables import (
+    Counts,
+    ExpertTables,
+    Tables,
+    leaving,
+    mask_words,
+    masks_of,
+    node_counts,
+    num_words,
+    slots,
+)
 from deepep_train.engines.sms import default_sms, most_sms
 from deepep_train.engines.two_level import Forwarding
-from deepep_train.errors import ArgumentError, PeerTimeoutError
+from deepep_train.errors import ArgumentError, DeepEPError, PeerTimeoutError
 from deepep_train.routing import tokens_per_node
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # that are summed
 _STEP = 16  # bytes: rows are padded to a multiple
 _PUT_BYTES = 32 << 10  # of one put, about: a quarter of it made FP8 dispatch 26% slower
 _SIGNAL_BYTES = 8
+_SIGNATURES = (1 << 24) - 1  # on the rail, the last one apart: rail.cu's kSignatureBits and kRefuses
 _PROCESS = secrets.token_hex(8)  # containers may share host names and process numbers
+
+
+# What the ranks wait for in a dispatch and a combine, in order: the rail's exchange, and nvlink's operation.
+RAIL = "rail"
+DISPATCH, COMBINE = (RAIL, "dispatch"), ("combine", RAIL)
 
 
 class Rails:
@@ -58,6 +74,7 @@ class Rails:
         self.device = torch.device("cuda", torch.cuda.current_device())
         self.network_bytes = 0  # that this rank has put so far, signals included
         self._num_sms, self._lock = num_sms, threading.RLock()
+        self._owed: list[str] = []  # of the operation under way: what other ranks still wait for, in order
         kernels = nvshmem.start(peers, self.device)
         self._params = kernels.RailParams, kernels.SumParams
         self._open_node(arena_bytes)
@@ -65,7 +82,14 @@ class Rails:
         error = ""
         try:
             self._end = kernels.Endpoint(
-                self.device.index, peers.rank, peers.size, num_local_ranks, segment, num_qps, float(peers.timeout)
+                self.device.index,
+                peers.rank,
+                peers.size,
+                num_local_ranks,
+                segment,
+                num_qps,
+                float(peers.timeout),
+                self._comm.failed_flag,
             )
         except RuntimeError as caught:
             error = str(caught)
@@ -128,22 +152,23 @@ class Rails:
         tables = leaving(counts, is_token_in_rank, self._stream())
         return replace(tables, slot=slots(counts, tables.recv_at, forwarding.masks))
 
-    def open(self, counts: Counts, is_token_in_rank: Tensor, words: Tensor, num_received: int) -> tuple[Tables, Tensor]:
+    def open(
+        self, counts: Counts, is_token_in_rank: Tensor, words: Tensor, num_received: int, signature: int
+    ) -> tuple[Tables, Tensor]:
         """The tables of a new dispatch, and `words` (int32 [T, n]) as they come, [num_received, n].
 
         A token's masks go with its words; forwarders make their tables from what came over the rail and then forward it.
         """
-        with self._operation(None) as stream:
+        width = words.size(1)
+        data = _as_rows(torch.cat([words, mask_words(is_token_in_rank)], 1))
+        self._need_room(counts, data.size(1))
+        with self._operation(None, *DISPATCH) as stream:
             tables = leaving(counts, is_token_in_rank, stream)
-            width = words.size(1)
-            sent = torch.cat([words, mask_words(is_token_in_rank)], 1)
-            data = _as_rows(sent)
-            self._need_room(tables, data.size(1))
-            addresses = self._exchange(tables, [data], data.size(1), 0, stream)
-            came = self._came(tables, data).view(torch.int32)[:, width : sent.size(1)]
+            addresses = self._exchange(tables, [data], data.size(1), signature, 0, stream)
+            came = self._came(tables, data).view(torch.int32)[:, width : width + num_words(is_token_in_rank.size(1))]
             masks = masks_of(came, self.node, self.local)
             tables = replace(tables, slot=slots(counts, tables.recv_at, masks))
-            (got,) = self._forward(tables, [data], addresses, num_received, 0, 0, stream)
+            (got,) = self._forward(tables, [data], addresses, num_received, 0, signature, 0, stream)
             return tables, got.view(torch.int32)[:, :width]
 
     def _came(self, tables: Tables, data: Tensor) -> Tensor:
@@ -158,27 +183,43 @@ class Rails:
                 parts.append(self._received[n * self._segment :][: rows * row_bytes].view(rows, row_bytes))
         return torch.cat(parts)
 
-    def _need_room(self, tables: Tables, row_bytes: int) -> None:
+    def _need_room(self, counts: Counts, row_bytes: int) -> None:
         """Raise, on every rank alike, if the streams have no room for rows of this width."""
-        if tables.counts.most * row_bytes > self._segment:
-            need = 2 * self.nodes * (tables.counts.most * row_bytes + 127)
+        if counts.most * row_bytes > self._segment:
+            need = 2 * self.nodes * (counts.most * row_bytes + 127)
             raise ArgumentError(
-                f"{tables.counts.most} rows of {row_bytes} bytes between two nodes do not fit into the {self._segment} bytes "
+                f"{counts.most} rows of {row_bytes} bytes between two nodes do not fit into the {self._segment} bytes "
                 f"for one node; pass num_rdma_bytes={need} or more to Buffer",
                 "num_rdma_bytes",
             )
 
     def dispatch(
-        self, tables: Tables, parts: Sequence[Tensor], num_received: int, spare: int, num_sms: int = 0
+        self,
+        tables: Tables,
+        parts: Sequence[Tensor],
+        num_received: int,
+        num_rows: int,
+        experts: ExpertTables | None,
+        signature: int,
+        num_sms: int = 0,
     ) -> list[Tensor]:
-        """One or two tensors' rows, which travel together, [T, n] each -> [num_received + spare, n] each, by (source rank,
-        token), zeros at the end."""
+        """One or two tensors' rows, which travel together, [T, n] each -> [num_rows, n] each.
+
+        Args:
+            experts: how they are arranged; None: by (source rank, token), zeros at the end.
+            signature: of what all ranks must agree on, which the kernels compare.
+        """
         data = [_as_rows(part) for part in parts]
         wire_bytes = sum(d.size(1) for d in data)
-        self._need_room(tables, wire_bytes)
-        with self._operation(tables) as stream:
-            addresses = self._exchange(tables, data, wire_bytes, num_sms, stream)
-            got = self._forward(tables, data, addresses, num_received, spare, num_sms, stream)
+        self._need_room(tables.counts, wire_bytes)
+        with self._operation(tables, *DISPATCH, also=experts) as stream:
+            addresses = self._exchange(tables, data, wire_bytes, signature, num_sms, stream)
+            how = (signature, num_sms, stream)
+            if experts is None:
+                got = self._forward(tables, data, addresses, num_received, num_rows - num_received, *how)
+            else:
+                came = self._forward(tables, data, addresses, num_received, None, *how)
+                got = [self._expand(rows, experts, num_sms, stream) for rows in came]
             return [_as_elements(rows, part) for rows, part in zip(got, parts, strict=True)]
 
     def _forward(
@@ -187,16 +228,19 @@ class Rails:
         data: Sequence[Tensor],
         addresses: Tensor,
         num_received: int,
-        spare: int,
+        spare: int | None,
+        signature: int,
         num_sms: int,
         stream: int,
     ) -> list[Tensor]:
-        """Rows from their `addresses` to the ranks of this node: for each of `data` [num_received + spare, its row's bytes]."""
-        try:
-            landings = self._arena.land([((num_received + spare, d.size(1)), torch.uint8) for d in data])
-        except ArenaFull as full:
-            self._comm.refuse("dispatch", full.num_bytes, stream)
-            raise self._arena.too_small(self.peers.rank, full.num_bytes) from None
+        """Rows from their `addresses` to the ranks of this node: for each of `data` [num_received + spare, its row's bytes],
+        None: needed in this operation only."""
+        shapes = [((num_received + (spare or 0), d.size(1)), torch.uint8) for d in data]
+        landings: list[Landing | None]
+        if spare is None:
+            landings = [Landing(t, t) for t in (self._arena.temporary(*shape) for shape in shapes)]
+        else:
+            landings = self._arena.land(shapes)
         d = _C.DispatchParams()
         rows, *beside = data
         offsets, sizes = [0] * 5, [0] * 5
@@ -210,8 +254,9 @@ class Rails:
             d.scale_words, d.scale_word_stride = beside[0].size(1) // 4, 1
         d.send_slot = d.send_row = tables.slot.data_ptr()
         d.offsets, d.sizes = offsets, sizes
-        d.signature, d.num_sms = sum(part.size(1) << (32 * i) for i, part in enumerate(data)), self._sms(num_sms, "dispatch")
+        d.signature, d.rail_failed, d.num_sms = signature, self._end.failed_flag, self._sms(num_sms, "dispatch")
         self._comm.dispatch(d, stream)
+        self._owed.pop(0)
         got = []
         for landing in landings:
             assert landing is not None
@@ -222,27 +267,57 @@ class Rails:
             got.append(landing.tensor)
         return got
 
-    def combine(self, tables: Tables, rows: Tensor, num_tokens: int, bias: Sequence[Tensor], num_sms: int = 0) -> Tensor:
-        """[num_received, n] -> [num_tokens, n]: each node's rows by ascending rank, then the biases and the nodes' sums by
-        ascending node, each in float32, rounded once."""
+    def _expand(self, came: Tensor, experts: ExpertTables, num_sms: int, stream: int) -> Tensor:
+        """[N, row_bytes] -> [M, row_bytes]."""
+        num_rows, row_bytes = experts.row_slot.numel(), came.size(1)
+        out = torch.empty(num_rows, row_bytes, dtype=torch.uint8, device=self.device)
+        p = _C.ExpandParams()
+        p.x, p.source, p.row_bytes, p.num_rows = out.data_ptr(), came.data_ptr(), row_bytes, num_rows
+        p.rows_of, p.row_slot, p.top_k = experts.rows_of.data_ptr(), experts.row_slot.data_ptr(), experts.rows_of.size(1)
+        p.num_several = p.num_received = experts.received.data_ptr()
+        p.num_sms = self._sms(num_sms, "dispatch")
+        self._comm.expand(p, stream)
+        return out
+
+    def _reduce(self, rows: Tensor, experts: ExpertTables, dtype: int, num_sms: int, stream: int) -> Tensor:
+        """[M, row_bytes] -> [N, row_bytes], which peers can read."""
+        partials = self._arena.temporary((experts.rows_of.size(0), rows.size(1)), torch.uint8)
+        p = _C.ReduceParams()
+        p.y, p.partials, p.rows_of = rows.data_ptr(), partials.data_ptr(), experts.rows_of.data_ptr()
+        p.num_tokens, p.top_k = experts.received.data_ptr(), experts.rows_of.size(1)
+        p.row_bytes, p.dtype, p.num_sms = rows.size(1), dtype, self._sms(num_sms, "combine")
+        self._comm.reduce(p, stream)
+        return partials
+
+    def combine(
+        self,
+        tables: Tables,
+        rows: Tensor,
+        num_tokens: int,
+        experts: ExpertTables | None,
+        bias: Sequence[Tensor],
+        signature: int,
+        num_sms: int = 0,
+    ) -> Tensor:
+        """[num_rows, n] -> [num_tokens, n]: with `experts` a token's rows here by ascending row, then each node's by ascending
+        rank, then the biases and the nodes' sums by ascending node; each in float32, rounded once. `signature` as above."""
         data, biases = _as_rows(rows), [_as_rows(b) for b in bias]
         row_bytes = data.size(1)
-        self._need_room(tables, row_bytes)
-        with self._operation(tables) as stream:
-            if not self._arena.holds(data) and data.numel():
-                try:
-                    data = self._arena.temporary(data.shape, data.dtype).copy_(data)
-                except ArenaFull as full:
-                    self._comm.refuse("combine", full.num_bytes, stream)
-                    raise self._arena.too_small(self.peers.rank, full.num_bytes) from None
+        self._need_room(tables.counts, row_bytes)
+        with self._operation(tables, *COMBINE, also=experts) as stream:
+            if experts is not None:
+                data = self._reduce(data, experts, DTYPES[rows.dtype], num_sms, stream)
+            elif not self._arena.holds(data) and data.numel():
+                data = self._arena.temporary(data.shape, data.dtype).copy_(data)
             c = _C.CombineParams()
             c.y, c.out, c.row_bytes, c.num_tokens = data.data_ptr(), self._end.send, row_bytes, tables.forwarded
             c.pull_row = c.send_slot = tables.slot.data_ptr()
             c.offsets = [self._arena.offset(data), 0, 0, 0, 0]
-            c.signature, c.dtype = row_bytes, DTYPES[rows.dtype]
+            c.signature, c.rail_failed, c.dtype = signature, self._end.failed_flag, DTYPES[rows.dtype]
             c.num_sms = self._sms(num_sms, "combine")
             self._comm.combine(c, stream)
-            self._exchange(tables, (), row_bytes, num_sms, stream)
+            self._owed.pop(0)
+            self._exchange(tables, (), row_bytes, signature, num_sms, stream)
             out = torch.empty(num_tokens, row_bytes, dtype=torch.uint8, device=self.device)
             s = self._params[1]()
             s.out, s.row_bytes, s.num_tokens, s.dtype = out.data_ptr(), row_bytes, num_tokens, DTYPES[rows.dtype]
@@ -255,7 +330,16 @@ class Rails:
 
     # Inside ------------------------------------------------------------------------------------------------------------
 
-    def _exchange(self, tables: Tables, data: Sequence[Tensor], wire_bytes: int, num_sms: int, stream: int) -> Tensor:
+    def refuse(self, steps: Sequence[str], error: Exception) -> NoReturn:
+        """Raise `error`, after having told the ranks that wait for this one's part in these `steps`; their results are NaN.
+        If all ranks do so, nothing has happened."""
+        self.peers.say_here()
+        with self._operation(None, *steps):
+            raise error
+
+    def _exchange(
+        self, tables: Tables, data: Sequence[Tensor], wire_bytes: int, signature: int, num_sms: int, stream: int
+    ) -> Tensor:
         """Along the rail: a dispatch's rows, of `wire_bytes` together, or, without `data`, what a combine has left in `send`.
 
         Returns: where they lie once they have come, this node's in `data`: int64 [len(data), F].
@@ -271,8 +355,9 @@ class Rails:
         if len(data) > 1:
             p.beside, p.beside_bytes, p.beside_addresses = data[1].data_ptr(), data[1].size(1), addresses[1].data_ptr()
         p.rows_per_put = max(1, _PUT_BYTES // wire_bytes)
-        p.num_sms = self._sms(num_sms, "dispatch" if data else "combine")
+        p.signature, p.num_sms = signature % _SIGNATURES, self._sms(num_sms, "dispatch" if data else "combine")
         self._end.rail(p, stream)
+        self._owed.pop(0)
         counts = tables.counts.send if data else tables.counts.recv
         sent = [count for node, count in enumerate(counts) if node != self.node]
         puts = sum(-(-n // p.rows_per_put) for n in sent)
@@ -280,21 +365,41 @@ class Rails:
         return addresses
 
     @contextmanager
-    def _operation(self, tables: Tables | None) -> Iterator[int]:
-        """Gives the stream; operations of all streams follow each other."""
+    def _operation(self, tables: Tables | None, *steps: str, also: ExpertTables | None = None) -> Iterator[int]:
+        """Gives the stream; operations of all streams follow each other.
+
+        `steps` are what other ranks wait for; each is taken from `_owed` once it is launched. If an exception comes first, the
+        ranks are told that the rest will not come.
+        """
         with self._lock, torch.cuda.device(self.device):
             stream = self._stream()
             self._comm.enter(stream)
             self._arena.begin_operation()
-            if tables is not None and tables.stream != stream:
+            self._owed = list(steps)
+            if tables is not None and tables.stream != stream and not torch.cuda.is_current_stream_capturing():
                 # A handle may die as soon as a call that uses it returns: its tables must not.
                 current = torch.cuda.current_stream(self.device)
-                for table in tables.tensors():
+                for table in [*tables.tensors(), *(() if also is None else also.tensors())]:
                     table.record_stream(current)
             try:
                 yield stream
+            except BaseException as error:
+                if text := self._comm.cuda_error(stream):  # nothing can be launched any more
+                    raise cuda_failed(text, self.peers.rank, self._processes) from error
+                for step in self._owed:
+                    if step == RAIL:
+                        self._end.refuse(False, stream)
+                    else:
+                        self._comm.refuse(step, error.num_bytes if isinstance(error, ArenaFull) else 0, stream)
+                if isinstance(error, ArenaFull):
+                    raise self._arena.too_small(self.peers.rank, error.num_bytes) from None
+                raise
             finally:
                 self._comm.leave(stream)
+
+    def keep(self, used: Any) -> None:
+        """A CUDA graph is being captured that uses this."""
+        self._arena.keep(used)
 
     def _stream(self) -> int:
         return torch._C._cuda_getCurrentRawStream(self.device.index)
@@ -314,24 +419,48 @@ class Rails:
     def stats(self) -> dict[str, int]:
         return self._arena.stats() | {"rail": 2 * self.nodes * self._segment, "network bytes put": self.network_bytes}
 
-    def check(self) -> None:
-        rank, timeout = self.peers.rank, self.peers.timeout
-        if (failure := self._end.failure()) is not None:
-            who = ", ".join(map(str, failure.ranks))
-            raise PeerTimeoutError(
-                f"exchange {failure.number} over the rail on rank {rank}: waited {timeout:g} s in vain for {failure.meeting}, "
-                f"of rank {who}{who_ended(self._processes)}; this buffer can no longer be used",
-                failure.ranks,
-                "rail",
-            )
-        if not self._comm.is_well():
-            found = self._comm.failure()
-            names = ("epoch", "operation", "meeting", "cause", "bytes", "rows", "bounds")
-            told = SimpleNamespace(**{name: getattr(found, name) for name in names})
-            told.ranks = [self.node * self.local + r for r in found.ranks]
-            raise device_error(told, rank, timeout, self._processes)
-        if text := self._comm.cuda_error(self._stream()):
-            raise cuda_failed(text, rank, self._processes)
+    def failure(self) -> DeepEPError | None:
+        """What has failed on the device or in CUDA, once it has; then the other ranks have been told that this one is gone."""
+        rail, node = self._end.failure(), None if self._comm.is_well() else self._comm.failure()
+        if rail is None and node is None:
+            text = self._comm.cuda_error(self._stream())
+            return cuda_failed(text, self.peers.rank, self._processes) if text else None
+        with suppress(RuntimeError), self._lock, torch.cuda.device(self.device):  # CUDA may be broken, too
+            stream = self._stream()
+            self._end.refuse(True, stream)
+            if node is None:
+                self._comm.refuse("dispatch", 0, stream)
+        told, awaited = self._told_by_the_rail(rail) if rail is not None else self._told_by_the_node(node)
+        if not awaited:
+            self.peers.say_here()
+            return told
+        # Those that this rank has waited for may have waited themselves: who does not answer now is whom all wait for.
+        if silent := self.peers.roll_call():
+            who = ", ".join(map(str, silent))
+            text = f"{told}; no sign of life from rank {who}{who_ended(self._processes)}"
+            return PeerTimeoutError(text, silent, "rail")
+        return told
+
+    def _told_by_the_rail(self, failure: Any) -> tuple[DeepEPError, bool]:
+        """The exception, and whether other ranks may be the cause of what these did."""
+        rank, timeout, who = self.peers.rank, self.peers.timeout, ", ".join(map(str, failure.ranks))
+        where, end = f"exchange {failure.number} between nodes on rank {rank}", "this buffer can no longer be used"
+        if failure.cause == "mismatched":
+            return DeepEPError(f"{where}: rank {who} is in another call, or its handle or shapes differ; {end}"), False
+        if failure.cause == "refused":
+            text = f"{where}: rank {who} refused to take part: see the exception raised there; results are NaN; {end}"
+            return DeepEPError(text), False
+        if failure.cause == "gave up":
+            return DeepEPError(f"{where}: rank {who} has failed: see the exception raised there; {end}"), True
+        text = f"{where}: waited {timeout:g} s in vain for {failure.cause}, of rank {who}; {end}"
+        return PeerTimeoutError(text, failure.ranks, "rail"), True
+
+    def _told_by_the_node(self, failure: Any) -> tuple[DeepEPError, bool]:
+        names = ("epoch", "operation", "meeting", "cause", "bytes", "rows", "bounds")
+        told = SimpleNamespace(**{name: getattr(failure, name) for name in names})
+        told.ranks = [self.node * self.local + r for r in failure.ranks]
+        awaited = failure.cause in ("missing", "blamed") or (failure.cause == "refused" and failure.bytes < 0)
+        return device_error(told, self.peers.rank, self.peers.timeout, self._processes), awaited
 
     def close(self) -> None:
         with self._lock:
@@ -346,6 +475,7 @@ class RailRoute(Route):
     Attributes:
         num_tokens, num_received: T and N.
         tables: of one element once they are learned, which is a collective call.
+        experts: of one element once they are made.
     """
 
     rails: Rails = field(kw_only=True)
@@ -353,22 +483,25 @@ class RailRoute(Route):
     is_token_in_rank: Tensor = field(kw_only=True)
     recv_counts: list[int] = field(kw_only=True)
     tables: list[Tables] = field(kw_only=True, default_factory=list)
+    experts: list[ExpertTables] = field(kw_only=True, default_factory=list)
 
     def learn(self, operation: str) -> None:
         made = self.rails.learn(self.forwarding, self.is_token_in_rank, self.recv_counts, operation)
         self.tables[:] = [made]
 
-    def send_together(self, parts: Sequence[Tensor], spare: int = 0) -> list[Tensor]:
-        return self.rails.dispatch(self.tables[0], parts, sum(self.recv_counts), spare)
+    def send_together(
+        self, parts: Sequence[Tensor], num_rows: int, experts: ExpertTables | None, signature: int
+    ) -> list[Tensor]:
+        return self.rails.dispatch(self.tables[0], parts, sum(self.recv_counts), num_rows, experts, signature)
 
     def send(self, rows: Tensor, spare: int = 0) -> Tensor:
-        return self.send_together([rows], spare)[0]
+        raise NotImplementedError("rows of this route go with a signature")
 
     def place(self, row: Tensor) -> Tensor:
         return row
 
-    def sum_back(self, rows: Tensor, bias: Sequence[Tensor] = ()) -> Tensor:
-        return self.rails.combine(self.tables[0], rows, self.is_token_in_rank.size(0), bias)
+    def add_back(self, rows: Tensor, experts: ExpertTables | None, bias: Sequence[Tensor], signature: int) -> Tensor:
+        return self.rails.combine(self.tables[0], rows, self.is_token_in_rank.size(0), experts, bias, signature)
 
 
 def _padded(row_bytes: int) -> int:

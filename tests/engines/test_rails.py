@@ -15,9 +15,9 @@ from harness import run_ranks
 from reference import Given, Picture, Row
 
 from deepep_train.engines.peers import Peers
-from deepep_train.engines.rail_tables import Tables, counts_of, leaving, mask_words, masks_of, slots
+from deepep_train.engines.rail_tables import Tables, counts_of, expert_tables, leaving, mask_words, masks_of, slots
 from deepep_train.engines.two_level import learn_forwarding
-from deepep_train.routing import rank_layout, tokens_per_node
+from deepep_train.routing import expert_rows, rank_layout, tokens_per_node
 
 MESHES = pytest.mark.parametrize("mesh", [(4, 2), (4, 1), (6, 3), (6, 2)], ids=str)
 STYLES = pytest.mark.parametrize("style", ["uniform", "mixed"])
@@ -85,6 +85,20 @@ def test_masks_survive_their_words(num_ranks: int) -> None:
     assert torch.equal(masks_of(mask_words(mask), 0, num_ranks), mask)
     if num_ranks % 4 == 0:
         assert torch.equal(masks_of(mask_words(mask), 3, num_ranks // 4), mask[:, 3 * num_ranks // 4 :])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_expert_tables_list_the_rows_of_every_token(seed: int) -> None:
+    """Rows behind the last token's are padding; some tokens have no expert here, and some name one twice."""
+    idx = torch.randint(-1, 3, ((0, 1, 9, 40)[seed], 4), generator=torch.Generator().manual_seed(seed))
+    experts = expert_rows(idx, 3, 4)
+    tables = expert_tables(experts, idx.size(0), 4, experts.num_rows + 5)
+    assert tables.received.tolist() == [idx.size(0)]
+    slot = tables.row_slot.tolist()
+    assert slot == [r if r < idx.size(0) else -1 for r in experts.source_row.tolist()] + [-1] * 5
+    for n, rows in enumerate(tables.rows_of.tolist()):
+        found = [m for m, source in enumerate(slot) if source == n]
+        assert rows == found + [-1] * (4 - len(found))
 
 
 def learn(rank: int, size: int, group: dist.ProcessGroup, given: list[Given], num_experts: int, local: int) -> Any:

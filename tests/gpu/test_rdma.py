@@ -25,7 +25,7 @@ import deepep_train as dt
 from deepep_train import engines
 
 _SURVEYED = next(engine for engine in engines.survey() if engine.name == "rdma")
-pytestmark = pytest.mark.skipif(not _SURVEYED.usable, reason=_SURVEYED.reason)
+pytestmark = USABLE = pytest.mark.skipif(not _SURVEYED.usable, reason=_SURVEYED.reason)
 
 MESHES = ((4, 2), (4, 1), (8, 4), (8, 2), (2, 1))  # ranks, of which so many are a node
 meshes = pytest.mark.parametrize("mesh", MESHES, ids=lambda m: f"{m[0] // m[1]}x{m[1]}")

@@ -28,7 +28,8 @@ byte goes[R * T];        /* ranks of each token, as bits */
 byte send[R * 2 * T];    /* of each rank: T slots for the rail, T for sums of its own tokens */
 byte recv[R * T];        /* of each rank: a slot for every row that may come */
 bool unread[R * T];      /* it has come and not been read */
-byte ready[R], arrived[R], leaving[R];
+byte ready[R * 2];       /* what the rail says of its exchange: two slots, in turns */
+byte arrived[R], leaving[R];
 byte met[R], finished[R];    /* by the node's other rank: the operation it is in, and has finished */
 byte opened[R];          /* whose tensor may be written to */
 byte place[R * R * T];   /* of each rank's tensor: what lies in the place of (source, token) */
@@ -62,7 +63,7 @@ end:
 inline say_ready()
 {
     number++;
-    ready[RAIL(r)] = number
+    ready[RAIL(r) * 2 + number % 2] = number
 }
 
 /* then, in a dispatch, */
@@ -88,7 +89,8 @@ inline pack()
 inline exchange(count, expected)
 {
 #ifndef NO_READY
-    (ready[r] >= number);
+    (ready[r * 2 + number % 2] >= number);
+    assert(ready[r * 2 + number % 2] == number); /* what it said of this exchange is gone before it was read */
 #endif
     slot = 0;
     do

@@ -1,0 +1,156 @@
+"""The rdma engine's cached calls, which exchange nothing over the process group: in CUDA graphs, and when ranks do not fit
+together, which the kernels find out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from harness import assert_same_bits
+from shared import buffer_of, run_ranks
+from test_nvlink_streams import LOCAL_EXPERTS, inputs
+from test_rdma import USABLE
+from torch import Tensor
+
+import deepep_train as dt
+
+pytestmark = USABLE
+TIMEOUT = 20.0  # which no test here may come near
+MESHES = pytest.mark.parametrize("mesh", [(4, 2), (8, 4), (2, 1)], ids=lambda m: f"{m[0] // m[1]}x{m[1]}")
+
+
+def made(buffer: dt.Buffer, rank: int, size: int, seed: int, **how: Any) -> tuple[Tensor, Tensor, Tensor, dt.Dispatched]:
+    x, idx, w = (t.cuda() for t in inputs(rank, size, seed))
+    return x, idx, w, dt.dispatch(x, idx, w, buffer=buffer, num_experts=size * LOCAL_EXPERTS, **how)
+
+
+def graphs(rank: int, size: int, group: dist.ProcessGroup, local: int, layout: str) -> None:
+    buffer = dt.Buffer(group, num_nvl_bytes=32 << 20, engine="rdma", num_local_ranks=local, timeout=TIMEOUT)
+    x, _, _, first = made(buffer, rank, size, 9, layout=layout, alignment=4)
+
+    def work() -> tuple[Tensor, Tensor]:
+        again = dt.dispatch(x, buffer=buffer, handle=first.handle)
+        return again.x, dt.combine(again.x, first.handle)
+
+    work()  # loads every kernel
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recv, z = work()
+    for seed in (10, 11, 12):
+        x.copy_(inputs(rank, size, seed)[0])
+        for _ in range(2):
+            graph.replay()
+        expected = work()
+        assert_same_bits(recv, expected[0])
+        assert_same_bits(z, expected[1])
+    with pytest.raises(dt.ArgumentError, match="capture needs a handle"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        made(buffer, rank, size, 9)
+    buffer.check()
+
+
+@pytest.mark.parametrize("layout", ["rank", "expert"])
+@MESHES
+def test_graphs_capture_and_replay_cached_calls(mesh: tuple[int, int], layout: str) -> None:
+    run_ranks(mesh[0], graphs, mesh[1], layout, timeout=90)
+
+
+def rebuilt(rank: int, size: int, group: dist.ProcessGroup, local: int) -> None:
+    """Plain tuples of what dispatch returned, and copies of it, do what the handle does."""
+    buffer = buffer_of(group, "rdma", local)
+    x, _, _, out = made(buffer, rank, size, 3)
+    z = dt.combine(out.x, out.handle)
+    for handle in (tuple(out.handle), tuple(t.clone() for t in out.handle)):
+        assert_same_bits(buffer.dispatch(x, handle=handle)[0], out.x)
+        assert_same_bits(buffer.combine(out.x, handle)[0], z)
+
+
+@MESHES
+def test_rebuilt_handles(mesh: tuple[int, int]) -> None:
+    run_ranks(mesh[0], rebuilt, mesh[1])
+
+
+# Ranks that do not fit together: in processes of their own, since NVSHMEM's memory is not given back ------------------------
+
+
+def ends_soon(work: Callable[[], Any], match: str = "") -> str:
+    """Calls until one raises, which must be long before the deadline."""
+    began = time.monotonic()
+    with pytest.raises(dt.DeepEPError, match=match) as caught:
+        while time.monotonic() - began < 2 * TIMEOUT:
+            work()
+            torch.cuda.synchronize()
+    assert time.monotonic() - began < TIMEOUT / 2, caught.value
+    return str(caught.value)
+
+
+def all_or_one(rank: int, size: int, group: dist.ProcessGroup, local: int, operation: str) -> None:
+    """If all ranks' arguments are wrong nothing has happened; if one's are, all hear of it."""
+    buffer = dt.Buffer(group, num_nvl_bytes=32 << 20, engine="rdma", num_local_ranks=local, timeout=TIMEOUT)
+    x, _, _, out = made(buffer, rank, size, 3)
+    z = dt.combine(out.x, out.handle)
+
+    def right() -> None:
+        if operation == "dispatch":
+            assert_same_bits(dt.dispatch(x, buffer=buffer, handle=out.handle).x, out.x)
+        else:
+            assert_same_bits(dt.combine(out.x, out.handle), z)
+
+    def wrong() -> None:
+        with pytest.raises(dt.ArgumentError, match="must be"):
+            if operation == "dispatch":
+                dt.dispatch(x[:, None], buffer=buffer, handle=out.handle)
+            else:
+                dt.combine(out.x[:, None], out.handle)
+
+    for _ in range(2):
+        wrong()
+        right()
+    buffer.check()
+
+    def go_on() -> None:
+        if operation == "dispatch":
+            dt.dispatch(x, buffer=buffer, handle=out.handle)
+        else:
+            dt.combine(out.x, out.handle)
+
+    if rank == 1:
+        wrong()
+    text = ends_soon(go_on)
+    assert "refused to take part" in text or "has failed" in text, text
+
+
+@pytest.mark.parametrize("operation", ["dispatch", "combine"])
+@pytest.mark.parametrize("mesh", [(4, 2), (4, 1)], ids=str)
+def test_wrong_arguments_of_cached_calls(mesh: tuple[int, int], operation: str) -> None:
+    run_ranks(mesh[0], all_or_one, mesh[1], operation, fresh=True, timeout=60)
+
+
+def astray(rank: int, size: int, group: dist.ProcessGroup, local: int, how: str) -> None:
+    """The last rank is in another call than the others."""
+    buffer = dt.Buffer(group, num_nvl_bytes=32 << 20, engine="rdma", num_local_ranks=local, timeout=TIMEOUT)
+    x, _, _, out = made(buffer, rank, size, 3)
+    _, _, _, other = made(buffer, rank, size, 4)
+    dt.combine(other.x, other.handle)
+    is_astray = rank == size - 1
+
+    def work() -> None:
+        if how == "handles":
+            dt.dispatch(x, buffer=buffer, handle=(other if is_astray else out).handle)
+        elif is_astray:
+            dt.combine(out.x, out.handle)
+        else:
+            dt.dispatch(x, buffer=buffer, handle=out.handle)
+
+    text = ends_soon(work)
+    assert "another call" in text or "has failed" in text or "refused to take part" in text, text
+
+
+@pytest.mark.parametrize("how", ["handles", "operations"])
+@pytest.mark.parametrize("mesh", [(4, 2), (4, 1)], ids=str)
+def test_ranks_in_different_calls(mesh: tuple[int, int], how: str) -> None:
+    run_ranks(mesh[0], astray, mesh[1], how, fresh=True, timeout=60)
