@@ -333,7 +333,6 @@ class Rails:
     def refuse(self, steps: Sequence[str], error: Exception) -> NoReturn:
         """Raise `error`, after having told the ranks that wait for this one's part in these `steps`; their results are NaN.
         If all ranks do so, nothing has happened."""
-        self.peers.say_here()
         with self._operation(None, *steps):
             raise error
 

@@ -48,8 +48,6 @@ def graphs(rank: int, size: int, group: dist.ProcessGroup, local: int, layout: s
         expected = work()
         assert_same_bits(recv, expected[0])
         assert_same_bits(z, expected[1])
-    with pytest.raises(dt.ArgumentError, match="capture needs a handle"), torch.cuda.graph(torch.cuda.CUDAGraph()):
-        made(buffer, rank, size, 9)
     buffer.check()
 
 
@@ -121,7 +119,8 @@ def all_or_one(rank: int, size: int, group: dist.ProcessGroup, local: int, opera
     if rank == 1:
         wrong()
     text = ends_soon(go_on)
-    assert "refused to take part" in text or "has failed" in text, text
+    expected = ("refused to take part", "has failed", *(["another call"] if rank == 1 else []))
+    assert any(part in text for part in expected), text
 
 
 @pytest.mark.parametrize("operation", ["dispatch", "combine"])
