@@ -15,7 +15,7 @@ from deepep_train.handle import Plan
 from deepep_train.routing import RankLayout
 from deepep_train.scale_blocks import ScaleBlocks
 
-MAX_TOP_K = 32  # of the kernels; csrc/nvlink/protocol.cuh's kMaxTopK
+MAX_EXPERTS, MAX_TOP_K = 4096, 32  # of the kernels' engines; csrc/nvlink/protocol.cuh's kMaxExperts and kMaxTopK
 MAX_NVLINK_RANKS = 64  # that reach each other's memory; csrc/nvlink/params.hpp's kMaxRanks
 
 

@@ -48,6 +48,16 @@ class CollectivePlan(Plan):
     experts: ExpertRows | None
 
 
+class CountsOfAll(NamedTuple):
+    """What every rank tells of a fresh dispatch: its `num_worst_tokens`; its rows for each rank, and for each expert, int64
+    [R, E], and for each node, int64 [R, nodes] (no columns if nothing is forwarded)."""
+
+    bounds: list[int]
+    counts_RR: list[list[int]]
+    counts_RE: Tensor
+    per_node_RN: Tensor
+
+
 class Opened(NamedTuple):
     """What a fresh dispatch has before its rows: their way, what this rank forwards if it does, and the words that came along
     for its N rows, int32 [N, words]."""
@@ -87,19 +97,12 @@ class CollectiveEngine(Engine):
 
     def dispatch(self, prepared: Prepared[DispatchRequest]) -> Received:
         peers, rank = self.peers, self.peers.rank
-        request, counts, numbers = prepared.request, None, [0] * (peers.size + 1)
-        if request is not None:
-            counts = self._counts(request.layout)
-            numbers = [request.num_worst_tokens, *counts[: peers.size].tolist()]
-        table = peers.agree("dispatch", prepared, numbers)
-        assert request is not None and counts is not None  # else `agree` has raised
+        bounds, counts_RR, counts_RE, per_node_RN = self._exchange_counts(prepared)
+        request = prepared.require()
         num_local_experts = request.num_experts // peers.size
-        counts_RR = [row[1:] for row in table]  # rows from each source to each destination
-        further = peers.all_gather(counts[peers.size :], "dispatch").cpu()
-        counts_RE, per_node_RN = further.tensor_split([request.num_experts], 1)
         rows_per_expert = counts_RE.sum(0).view(peers.size, num_local_experts)
         aligned = (rows_per_expert + request.alignment - 1) // request.alignment * request.alignment
-        self._check_bounds(request, [row[0] for row in table], counts_RR, aligned.sum(1).tolist())
+        self._check_bounds(request, bounds, counts_RR, aligned.sum(1).tolist())
 
         recv_counts = [row[rank] for row in counts_RR]
         opened = self._open(request, counts_RR, per_node_RN, recv_counts)
@@ -138,12 +141,24 @@ class CollectiveEngine(Engine):
         if weights is not None:
             weights = extend(weights if experts is None else weights_by_row(weights, experts), num_rows, 0.0)
         return Received(
-            payload=self._move(request.payload, plan, request.signature()),
+            payload=self._move(request, plan),
             topk_idx=None if experts is not None else plan.recv_topk_idx,
             topk_weights=weights,
             plan=plan,
             tensors=self._handle_tensors(counts_RR, request.layout, source, opened.forwarding),
         )
+
+    def _exchange_counts(self, prepared: Prepared[DispatchRequest]) -> CountsOfAll:
+        """Agree on a fresh dispatch; raises on every rank if there is anything wrong on any."""
+        peers, request, counts, numbers = self.peers, prepared.request, None, [0] * (self.peers.size + 1)
+        if request is not None:
+            counts = self._counts(request.layout)
+            numbers = [request.num_worst_tokens, *counts[: peers.size].tolist()]
+        table = peers.agree("dispatch", prepared, numbers)
+        assert request is not None and counts is not None  # else `agree` has raised
+        further = peers.all_gather(counts[peers.size :], "dispatch").cpu()
+        counts_RE, per_node_RN = further.tensor_split([request.num_experts], 1)
+        return CountsOfAll([row[0] for row in table], [row[1:] for row in table], counts_RE, per_node_RN)
 
     def _counts(self, layout: RankLayout) -> Tensor:
         """int64 [R + E + nodes], where headers travel from: this rank's tokens by rank, expert and, if it forwards, node."""
@@ -166,13 +181,14 @@ class CollectiveEngine(Engine):
     def redispatch(self, prepared: Prepared[RedispatchRequest]) -> Payload:
         self._agree_if_cheap("dispatch with a handle", prepared)
         request = prepared.require()
-        return self._move(request.payload, _mine(request.plan), request.signature())
+        return self._move(request, _mine(request.plan))
 
-    def _move(self, payload: Payload, plan: CollectivePlan, call: dict[str, object]) -> Payload:
+    def _move(self, request: DispatchRequest | RedispatchRequest, plan: CollectivePlan) -> Payload:
+        payload = request.payload
         parts = [payload.data] if payload.scales is None else [payload.data, payload.scales]
         # FP8: copied as bytes, which every backend and every index kernel knows.
         plain = [p.detach().view(torch.uint8) if p.dtype.itemsize == 1 else p.detach() for p in parts]
-        got = self._deliver(plain, plan, call)
+        got = self._deliver(plain, plan, request)
         data, *rest = [g.view(p.dtype) for g, p in zip(got, parts, strict=True)]
         scales = rest[0] if rest else None
         if scales is None or payload.blocks is None:
@@ -183,9 +199,10 @@ class CollectiveEngine(Engine):
             splits, is_padding = plan.tokens_per_expert.tolist(), plan.experts.source_row == plan.num_received
         return Payload(data, payload.blocks.put(scales, splits, is_padding), payload.blocks)
 
-    def _deliver(self, parts: Sequence[Tensor], plan: CollectivePlan, call: dict[str, object]) -> list[Tensor]:
-        """[num_tokens, n] each -> [num_rows, n], bit for bit; rows that stand for nothing are zero. `call`: what the ranks must
-        agree on, for engines that make sure of it while rows move."""
+    def _deliver(
+        self, parts: Sequence[Tensor], plan: CollectivePlan, request: DispatchRequest | RedispatchRequest
+    ) -> list[Tensor]:
+        """The request's [num_tokens, n] each -> [num_rows, n], bit for bit; rows that stand for nothing are zero."""
         if plan.row_from is None:
             return [plan.route.send(rows, plan.num_rows - plan.num_received) for rows in parts]
         return [plan.route.gather(rows).index_select(0, plan.row_from) for rows in parts]

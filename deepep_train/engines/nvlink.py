@@ -19,6 +19,7 @@ from deepep_train import _C  # type: ignore[attr-defined]
 from deepep_train.engines import processes
 from deepep_train.engines.arena import Arena, ArenaFull, Parts
 from deepep_train.engines.base import (
+    MAX_EXPERTS,
     MAX_NVLINK_RANKS,
     MAX_TOP_K,
     CombineRequest,
@@ -53,7 +54,6 @@ from deepep_train.handle import Plan
 from deepep_train.routing import RankLayout, count_picks
 from deepep_train.scale_blocks import ScaleBlocks
 
-MAX_EXPERTS = 4096
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _CHUNKS = 128  # params.hpp's kChunks
 _MAX_ALIGNMENT = 1 << 16  # with 4096 experts, row numbers still fit into 32 bits

@@ -157,9 +157,7 @@ class Peers:
         (gloo aborts the process when sizes differ). Raises the same on every rank otherwise, naming the ranks and what is
         wrong there.
         """
-        self._calls += 1
-        fields = {} if prepared.request is None else prepared.request.signature()
-        description = {"operation": operation, "buffer": self.number, "call number": self._calls} | fields
+        description = self.describe(operation, prepared)
         digest = hashlib.blake2b(json.dumps(description).encode(), digest_size=7).digest()
         mine = [int(prepared.error is not None), int.from_bytes(digest, "big"), *numbers]
         mine += [0] * (self.size + 3 - len(mine))
@@ -167,6 +165,12 @@ class Peers:
         if any(row[0] for row in table) or len({row[1] for row in table}) > 1:
             self.raise_disagreement(operation, description, prepared.error)
         return [row[2:] for row in table]
+
+    def describe(self, operation: str, prepared: Prepared[Any]) -> dict[str, object]:
+        """What the ranks must agree on in the next call, which is counted."""
+        self._calls += 1
+        fields = {} if prepared.request is None else prepared.request.signature()
+        return {"operation": operation, "buffer": self.number, "call number": self._calls} | fields
 
     def raise_disagreement(self, operation: str, description: Mapping[str, object], error: Exception | None) -> None:
         argument = getattr(error, "argument", "")

@@ -111,6 +111,15 @@ def expert_tables(experts: ExpertRows, num_received: int, top_k: int, num_rows: 
     return ExpertTables(rows_of.view(num_received, top_k), row_slot, received)
 
 
+def to_everyone(rank: int, local: int, nodes: int, device: torch.device, stream: int) -> Tables:
+    """Of one row that each rank has for all: where it stands at every rank is its source's number."""
+    at = torch.arange(nodes + 1, dtype=torch.int32, device=device)
+    slot = (at[:-1] * local + rank % local).unsqueeze(1).expand(nodes, local).contiguous()
+    none = torch.zeros(0, nodes, dtype=torch.int64)
+    counts = Counts([1] * nodes, [1] * nodes, none, none, 1)
+    return Tables(torch.zeros(nodes, dtype=torch.int32, device=device), at, at, slot, at[None, :-1], counts, stream)
+
+
 def leaving(counts: Counts, is_token_in_rank: Tensor, stream: int) -> Tables:
     """The tables as far as the sender knows them: no row that comes is forwarded to anybody."""
     (num_tokens, num_ranks), nodes, device = is_token_in_rank.shape, len(counts.send), is_token_in_rank.device

@@ -35,6 +35,7 @@ from deepep_train.engines.rail_tables import (
     node_counts,
     num_words,
     slots,
+    to_everyone,
 )
 from deepep_train.engines.sms import default_sms, most_sms
 from deepep_train.engines.two_level import Forwarding
@@ -95,6 +96,7 @@ class Rails:
             error = str(caught)
         raise_if_broken([{"error": text} for text in peers.gather_objects(error, "Buffer")])
         self._segment = segment
+        self._everyone = to_everyone(peers.rank, num_local_ranks, self.nodes, self.device, self._stream())
         # Python's eyes on the memory that the rail writes to.
         storage = torch._C._construct_storage_from_data_pointer(self._end.recv, self.device, self.nodes * segment)
         self._received = torch.empty(0, dtype=torch.uint8, device=self.device).set_(storage)
@@ -151,6 +153,15 @@ class Rails:
         counts = node_counts(peers.rank, self.local, send, recv, table[:, 1:].t(), int(table[:, 0].max()))
         tables = leaving(counts, is_token_in_rank, self._stream())
         return replace(tables, slot=slots(counts, tables.recv_at, forwarding.masks))
+
+    def gather(self, words: Tensor, signature: int) -> Tensor:
+        """int32 [n] of every rank, n the same on all -> [R, n] on the CPU, which waits for the GPU. What has failed on the
+        device has then made it meaningless."""
+        data = _as_rows(words.unsqueeze(0))
+        with self._operation(self._everyone, *DISPATCH) as stream:
+            addresses = self._exchange(self._everyone, [data], data.size(1), signature, 0, stream)
+            (got,) = self._forward(self._everyone, [data], addresses, self.peers.size, None, signature, 0, stream)
+            return got.cpu().view(torch.int32)[:, : words.numel()]
 
     def open(
         self, counts: Counts, is_token_in_rank: Tensor, words: Tensor, num_received: int, signature: int
@@ -489,9 +500,9 @@ class RailRoute(Route):
         self.tables[:] = [made]
 
     def send_together(
-        self, parts: Sequence[Tensor], num_rows: int, experts: ExpertTables | None, signature: int
+        self, parts: Sequence[Tensor], num_rows: int, experts: ExpertTables | None, signature: int, num_sms: int
     ) -> list[Tensor]:
-        return self.rails.dispatch(self.tables[0], parts, sum(self.recv_counts), num_rows, experts, signature)
+        return self.rails.dispatch(self.tables[0], parts, sum(self.recv_counts), num_rows, experts, signature, num_sms)
 
     def send(self, rows: Tensor, spare: int = 0) -> Tensor:
         raise NotImplementedError("rows of this route go with a signature")
@@ -499,8 +510,11 @@ class RailRoute(Route):
     def place(self, row: Tensor) -> Tensor:
         return row
 
-    def add_back(self, rows: Tensor, experts: ExpertTables | None, bias: Sequence[Tensor], signature: int) -> Tensor:
-        return self.rails.combine(self.tables[0], rows, self.is_token_in_rank.size(0), experts, bias, signature)
+    def add_back(
+        self, rows: Tensor, experts: ExpertTables | None, bias: Sequence[Tensor], signature: int, num_sms: int
+    ) -> Tensor:
+        num_tokens = self.is_token_in_rank.size(0)
+        return self.rails.combine(self.tables[0], rows, num_tokens, experts, bias, signature, num_sms)
 
 
 def _padded(row_bytes: int) -> int:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deepep_train.engines.base import (
+    MAX_EXPERTS,
     MAX_TOP_K,
     CombineRequest,
     DispatchRequest,
@@ -20,17 +21,21 @@ from deepep_train.engines.base import (
     RedispatchRequest,
     need_own_device,
     need_rows_of,
+    wrong_counts,
 )
-from deepep_train.engines.collective import CollectiveEngine, CollectivePlan, Opened, words_along
+from deepep_train.engines.collective import CollectiveEngine, CollectivePlan, CountsOfAll, Opened, words_along
 from deepep_train.engines.expert_layout import weights_by_pick
-from deepep_train.engines.hops import Hop, Route
+from deepep_train.engines.hops import Hop, Route, to_device
+from deepep_train.engines.nvlink_failures import layout_error
 from deepep_train.engines.nvlink_tables import remember, remembered
 from deepep_train.engines.rail_tables import ExpertTables, Tables, counts_of, expert_tables
 from deepep_train.engines.rails import COMBINE, DISPATCH, DTYPES, RailRoute, Rails
 from deepep_train.engines.signature import signature
 from deepep_train.engines.two_level import Forwarding, two_level
-from deepep_train.errors import ArgumentError
+from deepep_train.errors import ArgumentError, DeepEPError
+from deepep_train.routing import RankLayout, count_picks, tokens_per_node
 
+_HEAD, _HALF = 5, (1 << 31) - 1
 CachedT = TypeVar("CachedT", RedispatchRequest, CombineRequest)
 
 
@@ -46,6 +51,7 @@ class RdmaEngine(CollectiveEngine):
     """
 
     name = "rdma"
+    checks_layout = True
 
     def __init__(
         self,
@@ -62,6 +68,7 @@ class RdmaEngine(CollectiveEngine):
         self.rails = Rails(self.peers, num_local_ranks, arena_bytes, rail_bytes, num_qps, num_sms)
         self.device = self.rails.device
         self._token = object()  # of this engine, for what travels with tensors
+        self._zeros = torch.zeros(MAX_EXPERTS, dtype=torch.int32, device=self.device)
 
     def check_payload(self, payload: Payload, argument: str = "x") -> None:
         need_rows_of(payload, argument, self.device, DTYPES, "rdma")
@@ -77,7 +84,7 @@ class RdmaEngine(CollectiveEngine):
     def redispatch(self, prepared: Prepared[RedispatchRequest]) -> Payload:
         self.check()
         request, plan, _ = self._take("dispatch with a handle", DISPATCH, prepared)
-        return self._move(request.payload, plan, request.signature())
+        return self._move(request, plan)
 
     def combine(self, prepared: Prepared[CombineRequest]) -> tuple[Tensor, Tensor | None]:
         self.check()
@@ -85,12 +92,12 @@ class RdmaEngine(CollectiveEngine):
         call = self._signature("combine", plan, request.signature())
         weights, experts = request.weights, _experts_of(plan, route)
         rows = request.rows[: plan.num_received] if experts is None else request.rows
-        z = route.add_back(rows, experts, request.bias, call)
+        z = route.add_back(rows, experts, request.bias, call, request.num_sms)
         if weights is None:
             return z, None
         if plan.experts is not None:
             weights = weights_by_pick(weights, plan.experts, plan.num_received, plan.top_k)
-        return z, route.add_back(weights[: plan.num_received], None, (), call)
+        return z, route.add_back(weights[: plan.num_received], None, (), call, request.num_sms)
 
     def _take(
         self, operation: str, steps: Sequence[str], prepared: Prepared[CachedT]
@@ -114,6 +121,61 @@ class RdmaEngine(CollectiveEngine):
     def _signature(self, operation: str, plan: CollectivePlan, call: dict[str, object]) -> int:
         return signature(operation, {"buffer": self.peers.number, "number": plan.number} | call)
 
+    def layout(self, topk_idx: Tensor, num_experts: int) -> RankLayout:
+        if topk_idx.device != self.device:
+            raise ArgumentError(f"topk_idx must lie on {self.device}, this engine's device, got {topk_idx.device}", "topk_idx")
+        in_range = (topk_idx >= -1) & (topk_idx < num_experts)
+        layout = RailLayout(*super().layout(torch.where(in_range, topk_idx, -1), num_experts))
+        layout.of, layout.wrong = topk_idx, ~in_range.all()
+        return layout
+
+    def _exchange_counts(self, prepared: Prepared[DispatchRequest]) -> CountsOfAll:
+        """By the kernels that move rows, a row of counts from each rank to all. One width serves all calls, so that they meet
+        even where the ranks' arguments differ."""
+        peers, nodes = self.peers, self.num_nodes
+        described = peers.describe("dispatch", prepared)
+        try:
+            request = prepared.require()
+            words = self._words(request, nodes, signature("dispatch", described))
+        except Exception as error:  # noqa: BLE001 - whatever it is, the peers must hear of it
+            prepared.request, prepared.error = None, error
+            words = torch.zeros(_HEAD + peers.size + nodes + MAX_EXPERTS, dtype=torch.int32)
+            words[0] = 1
+            words = words.to(self.device)
+        table = self.rails.gather(words, signature("counts", {"buffer": peers.number, "number": peers.calls}))
+        self.check()
+        broken, low, high, bounds, wrong = table[:, :_HEAD].t()
+        if broken.any() or wrong.any() or (low != low[0]).any() or (high != high[0]).any():
+            if prepared.request is not None and wrong[peers.rank]:
+                prepared.error = _layout_error(prepared.request, nodes)
+            peers.raise_disagreement("dispatch", described, prepared.error)
+            raise DeepEPError("dispatch: the ranks disagree, but not on anything that can be told")
+        counts = table[:, _HEAD : _HEAD + peers.size + nodes + request.num_experts].to(torch.int64)
+        counts_RR, per_node_RN, counts_RE = counts.split_with_sizes([peers.size, nodes, request.num_experts], 1)
+        return CountsOfAll(bounds.tolist(), counts_RR.tolist(), counts_RE, per_node_RN)
+
+    def _words(self, request: DispatchRequest, nodes: int, agreed: int) -> Tensor:
+        """This rank's row of the exchange: `_HEAD` words (is it broken; a signature, in halves; num_worst_tokens; whether the
+        layout is wrong), then its counts by rank, node and expert."""
+        layout, num_experts = request.layout, request.num_experts
+        if num_experts > MAX_EXPERTS:
+            raise ArgumentError(
+                f"the rdma engine serves up to {MAX_EXPERTS} experts, got num_experts={num_experts}", "num_experts"
+            )
+        head = [0, agreed & _HALF, agreed >> 31 & _HALF, min(request.num_worst_tokens, _HALF)]
+        per_node = layout.num_tokens_per_rdma_rank
+        assert per_node is not None
+        return torch.cat(
+            [
+                to_device(torch.tensor(head, dtype=torch.int32), self.rails.device),
+                _is_wrong(request, nodes).to(torch.int32).view(1),
+                layout.num_tokens_per_rank,
+                per_node,
+                layout.num_tokens_per_expert,
+                self._zeros[: MAX_EXPERTS - num_experts],
+            ]
+        )
+
     def _open(
         self, request: DispatchRequest, counts_RR: list[list[int]], per_node_RN: Tensor, recv_counts: list[int]
     ) -> Opened:
@@ -133,10 +195,12 @@ class RdmaEngine(CollectiveEngine):
         hops = two_level(self.peers, is_token_in_rank, forwarding, recv_counts, self.num_local_ranks).hops
         return self._way(hops, is_token_in_rank, forwarding, recv_counts, [])
 
-    def _deliver(self, parts: Sequence[Tensor], plan: CollectivePlan, call: dict[str, object]) -> list[Tensor]:
+    def _deliver(
+        self, parts: Sequence[Tensor], plan: CollectivePlan, request: DispatchRequest | RedispatchRequest
+    ) -> list[Tensor]:
         assert isinstance(plan.route, RailRoute)
-        agreed = self._signature("rows", plan, call)
-        return plan.route.send_together(parts, plan.num_rows, _experts_of(plan, plan.route), agreed)
+        call = self._signature("rows", plan, request.signature())
+        return plan.route.send_together(parts, plan.num_rows, _experts_of(plan, plan.route), call, request.num_sms)
 
     def plan_of(self, tensors: tuple[Tensor, ...]) -> CollectivePlan:
         plan = remembered(tensors, self._token)
@@ -193,6 +257,37 @@ class RdmaEngine(CollectiveEngine):
     def destroy(self) -> None:
         self.rails.close()
         super().destroy()
+
+
+class RailLayout(RankLayout):
+    """What `RdmaEngine.layout` made of `of`; `wrong`: bool [], whether that is out of range, which nobody has looked at yet."""
+
+    of: Tensor
+    wrong: Tensor
+
+
+def _is_wrong(request: DispatchRequest, nodes: int) -> Tensor:
+    """bool []: whether the layout does not count what it should."""
+    layout, idx = request.layout, request.topk_idx
+    if isinstance(layout, RailLayout) and layout.of is idx:
+        return layout.wrong
+    in_rank = layout.is_token_in_rank
+    wrong = (in_rank.sum(0, dtype=torch.int32) != layout.num_tokens_per_rank).any()
+    assert layout.num_tokens_per_rdma_rank is not None
+    wrong = wrong | (tokens_per_node(in_rank, nodes) != layout.num_tokens_per_rdma_rank).any()
+    if idx is not None:
+        wrong = wrong | ((idx < -1) | (idx >= request.num_experts)).any()
+        wrong = wrong | (count_picks(idx, request.num_experts) != layout.num_tokens_per_expert).any()
+    return wrong
+
+
+def _layout_error(request: DispatchRequest, nodes: int) -> ArgumentError:
+    """What `_is_wrong` stands for."""
+    per_node, counted = request.layout.num_tokens_per_rdma_rank, tokens_per_node(request.layout.is_token_in_rank, nodes)
+    assert per_node is not None
+    if not torch.equal(per_node, counted):
+        return wrong_counts(per_node, counted, "num_tokens_per_rdma_rank")
+    return layout_error(request)
 
 
 def _experts_of(plan: CollectivePlan, route: RailRoute) -> ExpertTables | None:

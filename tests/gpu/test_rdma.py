@@ -161,7 +161,7 @@ def count_bytes(
 
 def test_a_row_crosses_the_network_once_for_each_node() -> None:
     """At most 2% more than the rows, at hidden 7168."""
-    case, local = Exchange((60, 33, 47, 25), 7168, 8, 8, "uniform", torch.bfloat16), 2
+    case, local = Exchange((600, 330, 470, 250), 7168, 8, 8, "uniform", torch.bfloat16), 2
     given = case.given()
     picture = Picture(given, case.num_experts)
     got = run_ranks(4, count_bytes, case, given, local)

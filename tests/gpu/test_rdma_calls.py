@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import assert_same_bits
-from shared import buffer_of, run_ranks
+from shared import buffer_of, layout_of, run_ranks
 from test_nvlink_streams import LOCAL_EXPERTS, inputs
 from test_rdma import USABLE
 from torch import Tensor
@@ -48,6 +48,8 @@ def graphs(rank: int, size: int, group: dist.ProcessGroup, local: int, layout: s
         expected = work()
         assert_same_bits(recv, expected[0])
         assert_same_bits(z, expected[1])
+    with pytest.raises(dt.ArgumentError, match="capture needs a handle"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        made(buffer, rank, size, 9)
     buffer.check()
 
 
@@ -70,6 +72,34 @@ def rebuilt(rank: int, size: int, group: dist.ProcessGroup, local: int) -> None:
 @MESHES
 def test_rebuilt_handles(mesh: tuple[int, int]) -> None:
     run_ranks(mesh[0], rebuilt, mesh[1])
+
+
+def misused(rank: int, size: int, group: dist.ProcessGroup, local: int) -> None:
+    """A fresh dispatch that is wrong on one rank raises the same on all of them, and the buffer goes on."""
+    buffer = buffer_of(group, "rdma", local)
+    x, idx, w, out = made(buffer, rank, size, 3)
+    num_experts, one = size * LOCAL_EXPERTS, rank == 1
+    how: dict[str, Any] = {"buffer": buffer, "num_experts": num_experts}
+
+    def told(match: str, *given: Any, **also: Any) -> None:
+        with pytest.raises(dt.ArgumentError, match=match):
+            dt.dispatch(*given, **how | also)
+
+    told("rank 1: topk_idx must lie in", x, idx + num_experts if one else idx, w)
+    told("rank 1: x must be", x[:, None] if one else x, idx, w)
+    told("disagree on num_experts", x, idx, w, num_experts=2 * num_experts if one else num_experts)
+    told("disagree on hidden", x[:, :64] if one else x, idx, w)
+    told("rank 1: num_worst_tokens=1 but", x, idx, w, num_worst_tokens=1 if one else 4096)
+    layout = layout_of(buffer, idx, num_experts)
+    for name, text in (("num_tokens_per_rdma_rank", "rdma_rank"), ("num_tokens_per_expert", "per_expert")):
+        with pytest.raises(dt.ArgumentError, match=f"rank 1: num_tokens_.*{text}"):
+            buffer.dispatch(x, **layout | {name: layout[name] + one}, topk_idx=idx, topk_weights=w)
+    assert_same_bits(dt.dispatch(x, idx, w, **how).x, out.x)
+
+
+@MESHES
+def test_a_fresh_dispatch_that_is_wrong_on_one_rank(mesh: tuple[int, int]) -> None:
+    run_ranks(mesh[0], misused, mesh[1])
 
 
 # Ranks that do not fit together: in processes of their own, since NVSHMEM's memory is not given back ------------------------
@@ -140,6 +170,8 @@ def astray(rank: int, size: int, group: dist.ProcessGroup, local: int, how: str)
     def work() -> None:
         if how == "handles":
             dt.dispatch(x, buffer=buffer, handle=(other if is_astray else out).handle)
+        elif how == "fresh" and is_astray:
+            made(buffer, rank, size, 5)
         elif is_astray:
             dt.combine(out.x, out.handle)
         else:
@@ -149,7 +181,7 @@ def astray(rank: int, size: int, group: dist.ProcessGroup, local: int, how: str)
     assert "another call" in text or "has failed" in text or "refused to take part" in text, text
 
 
-@pytest.mark.parametrize("how", ["handles", "operations"])
+@pytest.mark.parametrize("how", ["handles", "operations", "fresh"])
 @pytest.mark.parametrize("mesh", [(4, 2), (4, 1)], ids=str)
 def test_ranks_in_different_calls(mesh: tuple[int, int], how: str) -> None:
     run_ranks(mesh[0], astray, mesh[1], how, fresh=True, timeout=60)
