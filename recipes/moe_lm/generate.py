@@ -75,7 +75,9 @@ def _parse() -> argparse.Namespace:
         "--exchange", choices=EXCHANGES, default=EXCHANGES[0], help="both: also by the calls of training, and compare"
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--engine", choices=("auto", "nvlink", "collective"), default="auto", help="as in Buffer, on GPUs")
+    parser.add_argument(
+        "--engine", choices=("auto", "nvlink", "rdma", "collective"), default="auto", help="as in Buffer, on GPUs"
+    )
     given = parser.parse_args()
     if given.bytes < 1 or given.temperature < 0 or not given.prompt:
         raise BrokenInput("--bytes must be at least 1, --temperature at least 0, and --prompt not empty")
@@ -93,6 +95,7 @@ def _options_of_run(given: argparse.Namespace) -> argparse.Namespace:
     if arguments["experts"] % size:
         raise BrokenInput(f"the run's {arguments['experts']} experts cannot be spread evenly over {size} ranks")
     changed = {"device": given.device, "engine": given.engine, "expert_parallel": size, "out": given.run}
+    changed["num_local_ranks"] = None
     return argparse.Namespace(**arguments | changed)
 
 

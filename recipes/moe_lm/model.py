@@ -19,15 +19,22 @@ class Transformer(nn.Module):
     """[batch, sequence] bytes -> [batch, sequence, 256] logits of the next byte.
 
     A collective call of `group`, because the experts are spread over it; a rank with nothing to ask comes with batch 0.
-    The first weights depend on torch's seed alone, not on the number of ranks. `engine` is `deepep_train.Buffer`'s.
+    The first weights depend on torch's seed alone, not on the number of ranks. `engine` and `num_local_ranks`
+    are `deepep_train.Buffer`'s.
     """
 
     cosine: Tensor
     sine: Tensor
 
-    def __init__(self, options: argparse.Namespace, group: dist.ProcessGroup | None, engine: str = "auto") -> None:
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        group: dist.ProcessGroup | None,
+        engine: str = "auto",
+        num_local_ranks: int | None = None,
+    ) -> None:
         super().__init__()
-        buffer = dt.Buffer(group, engine=engine)
+        buffer = dt.Buffer(group, engine=engine, num_local_ranks=num_local_ranks)
         self.embedding = nn.Embedding(VOCABULARY, options.dim)
         self.blocks = nn.ModuleList(_Block(options, buffer) for _ in range(options.layers))
         self.norm = nn.RMSNorm(options.dim)

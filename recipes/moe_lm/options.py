@@ -60,6 +60,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
             options.experts % options.expert_parallel == 0,
             f"--experts {options.experts} cannot be spread evenly over {options.expert_parallel} expert-parallel ranks",
         ),
+        (
+            options.num_local_ranks is None or options.expert_parallel % options.num_local_ranks == 0,
+            f"--num-local-ranks {options.num_local_ranks} does not divide the {options.expert_parallel} expert-parallel ranks",
+        ),
     )
     for holds, otherwise in checks:
         if not holds:
@@ -122,8 +126,12 @@ def _parser() -> argparse.ArgumentParser:
     add(machine, "--expert-parallel", _count, None, "ranks that share one set of experts; without it all ranks of one node")
     machine.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes GPUs if there are any")
     machine.add_argument(
-        "--engine", choices=("auto", "nvlink", "collective"), default="auto", help="what tokens travel by on GPUs, as in Buffer"
+        "--engine",
+        choices=("auto", "nvlink", "rdma", "collective"),
+        default="auto",
+        help="what tokens travel by on GPUs, as in Buffer",
     )
+    add(machine, "--num-local-ranks", _count, None, "expert-parallel ranks of one node; without it as the host names say")
     machine.add_argument(
         "--check",
         action="store_true",

@@ -50,7 +50,9 @@ class Trainer:
         # Made on the CPU, so that the first weights are the same on every device.
         # The kernels serve GPUs only, and no float64.
         engine = "collective" if exact or world.device.type == "cpu" else options.engine
-        self.model = Transformer(options, world.experts, engine).to(world.device, torch.float64 if exact else torch.float32)
+        local = options.num_local_ranks if world.experts.size() > 1 else None
+        model = Transformer(options, world.experts, engine, local)
+        self.model = model.to(world.device, torch.float64 if exact else torch.float32)
         self.layers = [m for m in self.model.modules() if isinstance(m, moe.MoELayer)]
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=options.lr, betas=(0.9, 0.95), weight_decay=0.01)
 
