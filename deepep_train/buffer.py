@@ -135,16 +135,17 @@ class Buffer(LowLatencyCalls):
         local = num_local_ranks or engines.num_local_ranks([other["host"] for other in everyone])
         self.num_nodes = self.group_size // local
         if engine == "auto":
-            choice = self._agree_on_engine(choice, everyone, timeout)
+            choice = self._agree_on_engine(choice, everyone, timeout, local, two_level)
             if choice.name == "nvlink" and low_latency_mode:
                 choice = engines.Choice("low_latency", choice.reasons)
         how = (group, timeout, local, two_level, num_nvl_bytes, num_rdma_bytes, Buffer._chosen_sms, everyone[0]["made"])
         try:
             self._engine = engines.create(choice.name, *how)
-        except engines.NoPeerAccess as obstacle:
-            if engine != "auto":
+        except DeepEPError as obstacle:
+            if engine != "auto" or not (choice.name == "rdma" or isinstance(obstacle, engines.NoPeerAccess)):
                 raise
-            choice = engines.Choice("collective", [f"nvlink: {obstacle}"])
+            tried = "rdma" if choice.name == "rdma" else "nvlink"
+            choice = engines.Choice("collective", [f"{tried}: {obstacle}"])
             self._engine = engines.create(choice.name, *how)
         self.engine = choice.name
         self.two_level = self._engine.forwards
@@ -153,13 +154,21 @@ class Buffer(LowLatencyCalls):
         self._local_bytes: dict[bool, Tensor] = {}
         self._destroyed = False
 
-    def _agree_on_engine(self, choice: engines.Choice, everyone: list[dict], timeout: float) -> engines.Choice:
-        """nvlink if no rank knows of an obstacle."""
-        if any(other["gpu"] for other in everyone):
-            found = Peers(self.group, timeout).gather_objects(engines.obstacle(everyone), "Buffer")
-            known = [f"nvlink on rank {r}: {text}" for r, text in enumerate(found) if text]
-            return engines.Choice("collective" if known else "nvlink", known or choice.reasons)
-        return choice
+    def _agree_on_engine(
+        self, choice: engines.Choice, everyone: list[dict], timeout: float, local_ranks: int, two_level: bool | None
+    ) -> engines.Choice:
+        """nvlink if no rank knows of an obstacle; else the same of rdma between nodes."""
+        if not any(other["gpu"] for other in everyone):
+            return choice
+        mine = [engines.obstacle(everyone), engines.obstacle_across(everyone, self.rank, local_ranks, two_level)]
+        found = Peers(self.group, timeout).gather_objects(mine, "Buffer")
+        nvlink, rdma = (
+            [f"{name} on rank {r}: {texts[i]}" for r, texts in enumerate(found) if texts[i]]
+            for i, name in enumerate(("nvlink", "rdma"))
+        )
+        if not nvlink:
+            return engines.Choice("nvlink", choice.reasons)
+        return engines.Choice("collective", nvlink + rdma) if rdma else engines.Choice("rdma", nvlink)
 
     def __repr__(self) -> str:
         state = ", destroyed" if self._destroyed else ""

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from harness import run_ranks
 
 from deepep_train import Buffer, DeepEPError, buffer, engines
 from deepep_train.cli import doctor
@@ -54,3 +55,55 @@ def test_v1s_default_configuration_leaves_the_sms_to_the_engine(monkeypatch: pyt
     monkeypatch.setattr(Buffer, "num_sms", Buffer.num_sms)
     Buffer.set_num_sms(6)
     assert buffer._sms_of(Buffer.get_dispatch_config(8)) == 6
+
+
+# Between hosts --------------------------------------------------------------------------------------------------------------
+
+
+def here(host: int, across: str = "") -> dict[str, str]:
+    return {"host": f"node{host}", "gpu": "GPU-0", "obstacle": "", "across": across}
+
+
+def test_rdma_needs_nodes_whose_gpus_may_put(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "obstacle", lambda node, first: f"{len(node)} from {first}")
+    everyone = [here(r // 2) for r in range(4)]
+    assert engines.obstacle_across(everyone, 3, 2, None) == "2 from 2"
+    assert engines.obstacle_across(everyone, 0, 2, True) == "2 from 0"
+    assert "two_level=False" in engines.obstacle_across(everyone, 0, 2, False)
+    assert "not nodes of equally many" in engines.obstacle_across(everyone, 0, 4, None)
+    everyone[2]["across"] = "no card"
+    assert engines.obstacle_across(everyone, 0, 2, None) == "rank 2: no card"
+
+
+def between_hosts(rank: int, size: int, group: Any, across: str, fails: bool) -> tuple[str, list[str]]:
+    """A Buffer whose ranks seem to be on machines of their own; `across`: what rank 1 lacks for rdma."""
+    create, tried = engines.create, []
+
+    def made(name: str, *how: Any) -> Any:
+        tried.append(name)
+        if name == "rdma" and fails:
+            raise DeepEPError("Buffer: rank 0: no bytes left")
+        return create("collective", *how)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engines, "choose", lambda name: engines.Choice("nvlink", []))
+        patch.setattr(engines, "whereabouts", lambda: here(rank, across if rank == 1 else ""))
+        patch.setattr(engines, "obstacle", lambda node, first=0: "" if len(node) == 1 else "the ranks are on several hosts")
+        patch.setattr(engines, "create", made)
+        found = Buffer(group, timeout=20)
+    assert found.engine == tried[-1]
+    return found.engine, found.engine_reasons
+
+
+@pytest.mark.parametrize(
+    ("across", "fails", "name", "reason"),
+    [
+        ("", False, "rdma", "nvlink on rank 0: the ranks are on several hosts"),
+        ("no card", False, "collective", "rdma on rank 0: rank 1: no card"),
+        ("", True, "collective", "rdma: Buffer: rank 0: no bytes left"),
+    ],
+)
+def test_auto_between_hosts(across: str, fails: bool, name: str, reason: str) -> None:
+    for engine, reasons in run_ranks(2, between_hosts, across, fails):
+        assert engine == name
+        assert reason in reasons

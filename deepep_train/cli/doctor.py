@@ -75,6 +75,7 @@ def examine() -> dict[str, Any]:
         "network": doctor_network.examine(),
         "engines": [engine._asdict() for engine in engines.survey()],
         "auto": {"engine": choice.name, "reasons": choice.reasons},
+        "auto between hosts": _between_hosts(),
     }
 
 
@@ -100,7 +101,16 @@ def as_text(report: dict[str, Any]) -> str:
         lines.append(f"{engine['name']:13s} {'usable ' if engine['usable'] else 'no     '} {engine['reason']}")
     lines.append(f"\nBuffer(engine='auto') would take: {report['auto']['engine']}")
     lines.extend(f"  {reason}" for reason in report["auto"]["reasons"] if report["auto"]["engine"] == "collective")
+    between = report["auto between hosts"]
+    lines.append(f"Between hosts it would take: {between['engine']}")
+    lines.extend(f"  {reason}" for reason in between["reasons"])
     return "\n".join(lines)
+
+
+def _between_hosts() -> dict[str, Any]:
+    """What auto takes among several machines like this one."""
+    why = engines.whereabouts()["across"]
+    return {"engine": "collective", "reasons": [f"rdma: {why}"]} if why else {"engine": "rdma", "reasons": []}
 
 
 def _backends() -> list[str]:

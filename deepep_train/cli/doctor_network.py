@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from deepep_train.engines import fabric
 from deepep_train.engines import nvshmem_present as nvshmem
 
 _SYSTEM = Path("/")
@@ -17,8 +18,9 @@ def examine(root: Path = _SYSTEM) -> dict[str, Any]:
     return {
         "found": str(found) if found else None,
         "obstacle": nvshmem.obstacle(found),
-        "devices": _devices(root / "sys/class/infiniband"),
-        "driver": _driver(root),
+        "devices": fabric.devices(root),
+        "driver": fabric.driver(root),
+        "puts by GPUs": fabric.obstacle(root),
         "variables": {name: value for name, value in sorted(os.environ.items()) if name.startswith("NVSHMEM_")},
     }
 
@@ -31,33 +33,6 @@ def as_lines(report: dict[str, Any]) -> list[str]:
     if not report["devices"]:
         lines.append("RDMA cards    none under /sys/class/infiniband")
     lines.append(f"for IBGDA     {', '.join(f'{name} {value}' for name, value in report['driver'].items())}")
+    lines.append(f"              {report['puts by GPUs'] or 'GPUs may put over the network themselves'}")
     lines += [f"              {name}={value}" for name, value in report["variables"].items()]
     return lines
-
-
-def _devices(folder: Path) -> list[dict[str, Any]]:
-    if not folder.is_dir():
-        return []
-    found = []
-    for device in sorted(folder.iterdir()):
-        ports = [
-            {"port": port.name} | {name: _read(port / name) for name in ("state", "rate", "link_layer")}
-            for port in sorted(device.glob("ports/*"))
-        ]
-        found.append({"name": device.name, "ports": ports})
-    return found
-
-
-def _driver(root: Path) -> dict[str, str]:
-    """What lets a GPU ring a card's doorbell, and a card reach a GPU's memory."""
-    parameters = _read(root / "proc/driver/nvidia/params")
-    modules = ("gdrdrv", "nvidia_peermem")
-    loaded = {name: "loaded" if (root / "sys/module" / name).is_dir() else "not loaded" for name in modules}
-    return {"PeerMappingOverride": "set" if "PeerMappingOverride=1" in parameters else "not set"} | loaded
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return "?"

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from deepep_train.engines import nvshmem_present
+from deepep_train.engines import fabric, nvshmem_present
 from deepep_train.engines.base import MAX_NVLINK_RANKS, Engine
 from deepep_train.engines.base import NoPeerAccess as NoPeerAccess
 from deepep_train.engines.collective import CollectiveEngine
@@ -122,30 +122,51 @@ def choose(requested: str) -> Choice:
 
 
 def whereabouts() -> dict[str, str]:
-    """What other ranks must know of this one to choose an engine: its host, its GPU, and why it cannot use nvlink, if so."""
+    """What other ranks must know of this one to choose an engine: its host, its GPU, and why it cannot use nvlink, or rdma
+    between nodes, if so."""
     nvlink = _survey_nvlink()
+    rdma = _survey_rdma(nvlink)
     gpu = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid) if nvlink.usable else ""
-    return {"host": host_name(), "gpu": gpu, "obstacle": "" if nvlink.usable else nvlink.reason}
+    return {
+        "host": host_name(),
+        "gpu": gpu,
+        "obstacle": "" if nvlink.usable else nvlink.reason,
+        "across": fabric.obstacle() if rdma.usable else rdma.reason,
+    }
 
 
-def obstacle(everyone: list[dict[str, str]]) -> str:
-    """Why, as far as this rank can tell, the ranks with these `whereabouts` cannot use nvlink together; "" if they can."""
+def obstacle(everyone: list[dict[str, str]], first: int = 0) -> str:
+    """Why, as far as this rank can tell, the ranks with these `whereabouts`, from rank `first` on, cannot use nvlink together;
+    "" if they can."""
     if len(everyone) > MAX_NVLINK_RANKS:
         return f"{len(everyone)} ranks, above the limit of {MAX_NVLINK_RANKS}"
-    for rank, other in enumerate(everyone):
+    for rank, other in enumerate(everyone, first):
         if other["obstacle"]:
             return f"rank {rank}: {other['obstacle']}"
     if len({other["host"] for other in everyone}) > 1:
         return "the ranks are on several hosts"
     here = torch.cuda.current_device()
     visible = {str(torch.cuda.get_device_properties(i).uuid): i for i in range(torch.cuda.device_count())}
-    for rank, other in enumerate(everyone):
+    for rank, other in enumerate(everyone, first):
         there = visible.get(other["gpu"])
         if there is None:
             return f"the GPU of rank {rank} is hidden from this process (CUDA_VISIBLE_DEVICES)"
         if there != here and not torch.cuda.can_device_access_peer(here, there):
             return f"GPU {here} has no peer access to GPU {there} of rank {rank}"
     return ""
+
+
+def obstacle_across(everyone: list[dict[str, str]], rank: int, local_ranks: int, two_level: bool | None) -> str:
+    """The same of `rank` and rdma, which auto takes between hosts only where GPUs can put over the network themselves."""
+    if len(everyone) // local_ranks < 2:
+        return "the ranks are not nodes of equally many, consecutive ranks"
+    if two_level is False:
+        return "two_level=False asks for rows that nobody forwards"
+    for other, there in enumerate(everyone):
+        if there["across"]:
+            return f"rank {other}: {there['across']}"
+    first = rank // local_ranks * local_ranks
+    return obstacle(everyone[first : first + local_ranks], first)
 
 
 def missing_peer_access() -> list[tuple[int, int]]:
