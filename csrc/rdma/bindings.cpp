@@ -33,6 +33,7 @@ PYBIND11_MODULE(_rdma, m) {
         .def(py::init<int, int, int, int, int64_t, int, double, uint64_t>(), py::arg("device"), py::arg("rank"),
              py::arg("num_ranks"), py::arg("num_local_ranks"), py::arg("segment_bytes"), py::arg("num_qps"),
              py::arg("timeout_seconds"), py::arg("node_failed"), no_gil)
+        .def("resize", &Endpoint::resize, no_gil)
         .def_property_readonly("send", &Endpoint::send)
         .def_property_readonly("recv", &Endpoint::recv)
         .def_property_readonly("segment_bytes", &Endpoint::segment_bytes)

@@ -21,9 +21,7 @@ Endpoint::Endpoint(int device, int rank, int num_ranks, int num_local_ranks, int
     end_.num_local_ranks = num_local_ranks;
     end_.rail = rank % num_local_ranks;
     end_.timeout_ns = static_cast<uint64_t>(std::max(timeout_seconds, 1e-6) * 1e9);
-    end_.segment_bytes = segment_bytes;
-    end_.send = static_cast<char*>(allocate(segment_bytes * nodes));
-    end_.recv = static_cast<char*>(allocate(segment_bytes * nodes));
+    resize(segment_bytes);
     const size_t words = sizeof(uint64_t) * kMaxNodes;
     end_.ready = static_cast<uint64_t*>(allocate(3 * words));
     end_.arrived = end_.ready + 2 * kMaxNodes;
@@ -53,6 +51,14 @@ Endpoint::Endpoint(int device, int rank, int num_ranks, int num_local_ranks, int
 void Endpoint::rail(const RailParams& p, uint64_t stream) const {
     DT_CUDA(cudaSetDevice(device_));
     launch_rail(end_, p, reinterpret_cast<cudaStream_t>(stream));
+}
+
+void Endpoint::resize(int64_t segment_bytes) {
+    DT_CUDA(cudaSetDevice(device_));
+    auto* both = static_cast<char*>(allocate(2 * segment_bytes * end_.num_nodes));
+    end_.segment_bytes = segment_bytes;
+    end_.send = both;
+    end_.recv = both + segment_bytes * end_.num_nodes;
 }
 
 void Endpoint::refuse(bool for_good, uint64_t stream) const {

@@ -33,6 +33,8 @@ public:
     Endpoint(int device, int rank, int num_ranks, int num_local_ranks, int64_t segment_bytes, int num_qps,
              double timeout_seconds, uint64_t node_failed);
 
+    // Collective, and nothing may be under way. What was there stays: CUDA graphs may use it.
+    void resize(int64_t segment_bytes);
     uint64_t send() const { return reinterpret_cast<uint64_t>(end_.send); }
     uint64_t recv() const { return reinterpret_cast<uint64_t>(end_.recv); }
     int64_t segment_bytes() const { return end_.segment_bytes; }

@@ -19,7 +19,7 @@ from deepep_train.engines.peers import Peers
 from deepep_train.errors import ArgumentError, DeepEPError
 
 DEFAULT_ARENA_BYTES = 2 << 30
-DEFAULT_RAIL_BYTES = 512 << 20  # of NVSHMEM's memory
+DEFAULT_RAIL_BYTES = 32 << 20  # of NVSHMEM's memory; dispatches ask for more
 NUM_QUEUE_PAIRS = 8
 ENGINES = ("auto", "collective", "nvlink", "rdma", "low_latency")
 

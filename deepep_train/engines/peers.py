@@ -246,11 +246,11 @@ def _as_bytes(t: Tensor) -> Tensor:
     return (flat if flat.stride(0) == 1 else flat.clone(memory_format=torch.contiguous_format)).view(torch.uint8)
 
 
-def raise_if_broken(everyone: Sequence[Mapping[str, Any]]) -> None:
-    """Raise, while a buffer is made, what any rank has said of its "error"."""
+def raise_if_broken(everyone: Sequence[Mapping[str, Any]], operation: str = "Buffer") -> None:
+    """Raise what any rank has said of its "error"."""
     broken = [f"rank {r}: {other['error']}" for r, other in enumerate(everyone) if other["error"]]
     if broken:
-        raise DeepEPError("Buffer: " + "; ".join(broken))
+        raise DeepEPError(f"{operation}: " + "; ".join(broken))
 
 
 def raise_if_different(operation: str, descriptions: Sequence[Mapping[str, object]]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import secrets
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
@@ -46,6 +46,7 @@ DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # that are sum
 _STEP = 16  # bytes: rows are padded to a multiple
 _PUT_BYTES = 32 << 10  # of one put, about: a quarter of it made FP8 dispatch 26% slower
 _SIGNAL_BYTES = 8
+_SEGMENT_STEP = 128  # bytes
 _SIGNATURES = (1 << 24) - 1  # on the rail, the last one apart: rail.cu's kSignatureBits and kRefuses
 _PROCESS = secrets.token_hex(8)  # containers may share host names and process numbers
 
@@ -79,7 +80,7 @@ class Rails:
         kernels = nvshmem.start(peers, self.device)
         self._params = kernels.RailParams, kernels.SumParams
         self._open_node(arena_bytes)
-        segment = max(1, rail_bytes // 2 // self.nodes // 128) * 128
+        segment = max(1, rail_bytes // 2 // self.nodes // _SEGMENT_STEP) * _SEGMENT_STEP
         error = ""
         try:
             self._end = kernels.Endpoint(
@@ -95,10 +96,14 @@ class Rails:
         except RuntimeError as caught:
             error = str(caught)
         raise_if_broken([{"error": text} for text in peers.gather_objects(error, "Buffer")])
-        self._segment = segment
         self._everyone = to_everyone(peers.rank, num_local_ranks, self.nodes, self.device, self._stream())
-        # Python's eyes on the memory that the rail writes to.
-        storage = torch._C._construct_storage_from_data_pointer(self._end.recv, self.device, self.nodes * segment)
+        self._look_at_memory()
+
+    def _look_at_memory(self) -> None:
+        """Python's eyes on the memory that the rail writes to."""
+        self._segment = self._end.segment_bytes
+        size = self.nodes * self._segment
+        storage = torch._C._construct_storage_from_data_pointer(self._end.recv, self.device, size)
         self._received = torch.empty(0, dtype=torch.uint8, device=self.device).set_(storage)
 
     def _open_node(self, arena_bytes: int) -> None:
@@ -194,13 +199,53 @@ class Rails:
                 parts.append(self._received[n * self._segment :][: rows * row_bytes].view(rows, row_bytes))
         return torch.cat(parts)
 
+    def make_room(self, counts: Counts, row_bytes: int) -> None:
+        """Memory for rows of this width between any two nodes; a collective call, which all ranks make alike."""
+        need = -(-counts.most * row_bytes // _SEGMENT_STEP) * _SEGMENT_STEP
+        if need <= self._segment:
+            return
+        error = ""
+        try:
+            # A quarter more than before, so that slowly growing batches do not leave many outgrown segments behind.
+            self._before_deadline(lambda: self._end.resize(max(need, self._segment * 5 // 4 // _SEGMENT_STEP * _SEGMENT_STEP)))
+        except RuntimeError as caught:
+            error = f"rows of {row_bytes} bytes need {2 * self.nodes * need} bytes between {self.nodes} nodes: {caught}"
+        raise_if_broken([{"error": text} for text in self.peers.gather_objects(error, "dispatch")], "dispatch")
+        self._look_at_memory()
+
+    def _before_deadline(self, call: Callable[[], None]) -> None:
+        """NVSHMEM's collective calls wait for ever for a rank that is gone; this does not."""
+        caught: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                call()
+            except BaseException as error:  # noqa: BLE001 - raised below
+                caught.append(error)
+
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        thread.join(self.peers.timeout)
+        if thread.is_alive():
+            silent = self.peers.roll_call()
+            who = f"rank {', '.join(map(str, silent))} did" if silent else "some rank did"
+            self.peers.failure = PeerTimeoutError(
+                f"NVSHMEM on rank {self.peers.rank}: {who} not come to a collective call within {self.peers.timeout:g} s; this "
+                "buffer can no longer be used",
+                silent,
+                "NVSHMEM",
+            )
+            raise self.peers.failure
+        if caught:
+            raise caught[0]
+
     def _need_room(self, counts: Counts, row_bytes: int) -> None:
-        """Raise, on every rank alike, if the streams have no room for rows of this width."""
+        """Raise, on every rank alike, if there is no room for rows of this width."""
         if counts.most * row_bytes > self._segment:
-            need = 2 * self.nodes * (counts.most * row_bytes + 127)
+            need = 2 * self.nodes * (counts.most * row_bytes + _SEGMENT_STEP)
             raise ArgumentError(
-                f"{counts.most} rows of {row_bytes} bytes between two nodes do not fit into the {self._segment} bytes "
-                f"for one node; pass num_rdma_bytes={need} or more to Buffer",
+                f"{counts.most} rows of {row_bytes} bytes between two nodes do not fit into the {self._segment} bytes for one "
+                f"node, which were made for the rows of dispatches; pass num_rdma_bytes={need} or more to Buffer",
                 "num_rdma_bytes",
             )
 
@@ -517,7 +562,8 @@ class RailRoute(Route):
         return self.rails.combine(self.tables[0], rows, num_tokens, experts, bias, signature, num_sms)
 
 
-def _padded(row_bytes: int) -> int:
+def padded(row_bytes: int) -> int:
+    """As rows travel."""
     return -(-row_bytes // _STEP) * _STEP
 
 
@@ -528,7 +574,7 @@ def _as_rows(t: Tensor) -> Tensor:
         t = t.clone(memory_format=torch.contiguous_format)
     width = t.size(1) * t.element_size()
     rows = t.view(torch.uint8).view(t.size(0), width)
-    if padding := _padded(width) - width:
+    if padding := padded(width) - width:
         rows = F.pad(rows, (0, padding))
     return rows if rows.data_ptr() % _STEP == 0 else rows.clone()
 

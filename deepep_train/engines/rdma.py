@@ -28,8 +28,8 @@ from deepep_train.engines.expert_layout import weights_by_pick
 from deepep_train.engines.hops import Hop, Route, to_device
 from deepep_train.engines.nvlink_failures import layout_error
 from deepep_train.engines.nvlink_tables import remember, remembered
-from deepep_train.engines.rail_tables import ExpertTables, Tables, counts_of, expert_tables
-from deepep_train.engines.rails import COMBINE, DISPATCH, DTYPES, RailRoute, Rails
+from deepep_train.engines.rail_tables import ExpertTables, Tables, counts_of, expert_tables, num_words
+from deepep_train.engines.rails import COMBINE, DISPATCH, DTYPES, RailRoute, Rails, padded
 from deepep_train.engines.signature import signature
 from deepep_train.engines.two_level import Forwarding, two_level
 from deepep_train.errors import ArgumentError, DeepEPError
@@ -184,8 +184,10 @@ class RdmaEngine(CollectiveEngine):
             raise ArgumentError(text, "topk_idx")  # on every rank: they agree on it
         in_rank = request.layout.is_token_in_rank
         counts = counts_of(self.rank, self.num_local_ranks, torch.tensor(counts_RR), per_node_RN)
+        along = words_along(request)
+        self.rails.make_room(counts, _widest(request, along.size(1)))
         call = signature("words", {"buffer": self.peers.number, "number": self.peers.calls})
-        tables, words = self.rails.open(counts, in_rank, words_along(request), sum(recv_counts), call)
+        tables, words = self.rails.open(counts, in_rank, along, sum(recv_counts), call)
         forwarding = Forwarding(counts.recv, tables.slot >= 0)
         return Opened(self._way((), in_rank, forwarding, recv_counts, [tables]), forwarding, words)
 
@@ -257,6 +259,17 @@ class RdmaEngine(CollectiveEngine):
     def destroy(self) -> None:
         self.rails.close()
         super().destroy()
+
+
+def _widest(request: DispatchRequest, along: int) -> int:
+    """Bytes of the widest rows that this dispatch, its cached repetitions and its combines will send: of the payload with its
+    scales, and of sums in its dtype, or in one of 16 bits if it has 8; or of what travels beside."""
+    data, scales, _ = request.payload
+    row = padded(data.size(1) * data.element_size())
+    if scales is not None:
+        row += padded(scales.size(1) * scales.element_size())
+    sums = padded(data.size(1) * max(2, data.element_size()))
+    return max(row, sums, padded(4 * (along + num_words(request.layout.is_token_in_rank.size(1)))))
 
 
 class RailLayout(RankLayout):

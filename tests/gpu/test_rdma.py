@@ -174,17 +174,32 @@ def test_a_row_crosses_the_network_once_for_each_node() -> None:
         assert back * 14336 <= combined <= 1.02 * back * 14336
 
 
-def too_much(rank: int, size: int, group: dist.ProcessGroup) -> str:
-    buffer = buffer_of(group, "rdma", 2)
-    x = torch.zeros(2000 if rank == 1 else 3, 8192, dtype=torch.bfloat16, device="cuda")
-    idx = torch.arange(x.size(0), device="cuda").remainder(4)[:, None]
-    with pytest.raises(dt.ArgumentError, match="num_rdma_bytes") as caught:
-        dt.dispatch(x, idx, buffer=buffer, num_experts=4)
-    return str(caught.value)
+def more_and_more(rank: int, size: int, group: dist.ProcessGroup) -> None:
+    """Memory comes with the rows that need it; what is captured, or was received, before stays whole."""
+    buffer = dt.Buffer(group, engine="rdma", num_local_ranks=2, timeout=30, num_nvl_bytes=512 << 20, num_rdma_bytes=1 << 20)
+    outs: list[tuple[Any, Any, Any]] = []
+    for tokens in (3, 700, 300, 1500):
+        x = row_numbers(rank, tokens if rank == 1 else 3, 8192)
+        idx = torch.arange(x.size(0), device="cuda").remainder(4)[:, None]
+        out = dt.dispatch(x, idx, buffer=buffer, num_experts=4)
+        outs.append((x, out, dt.combine(out.x, out.handle)))
+    for x, out, z in outs:
+        assert_same_bits(z, x)  # every token went to one rank
+        assert_same_bits(dt.dispatch(x, buffer=buffer, handle=out.handle).x, out.x)
+        assert_same_bits(dt.combine(out.x, out.handle), x)
+    held = buffer.memory_stats()["rail"]
+    assert held >= 2 * 2 * 750 * 16384
+    with pytest.raises(dt.ArgumentError, match="num_rdma_bytes"):
+        dt.combine(torch.zeros(outs[-1][1].x.size(0), 4 * 8192, device="cuda"), outs[-1][1].handle)
 
 
-def test_too_little_memory_is_told_on_every_rank() -> None:
-    assert len(set(run_ranks(4, too_much))) == 1
+def row_numbers(rank: int, tokens: int, hidden: int) -> torch.Tensor:
+    number = torch.arange(1, tokens + 1, device="cuda", dtype=torch.float32) + 4096 * rank
+    return number[:, None].expand(-1, hidden).to(torch.bfloat16)
+
+
+def test_memory_grows_with_the_rows() -> None:
+    run_ranks(4, more_and_more)
 
 
 def test_combine_of_other_rows() -> None:
