@@ -10,8 +10,11 @@ namespace deepep_train::nvlink {
 
 namespace {
 
+// `kTail`: scales are whole rows of 16-byte pieces, and travel as a part of their rows.
+template <bool kTail>
 struct Send {
     static constexpr int kRounds = kRankRounds;
+    static constexpr bool kHasTail = kTail;
     const Domain& d;
     const DispatchParams& p;
     const int64_t* offsets;  // [num_ranks][kOffsets]
@@ -26,8 +29,12 @@ struct Send {
     DT_DEVICE char* at(int rank, int what) const { return d.peers[rank] + offsets[rank * kOffsets + what]; }
     DT_DEVICE char* to(int rank, int32_t row) const { return at(rank, 0) + row * p.row_bytes; }
 
+    DT_DEVICE uint32_t tail_bytes() const { return static_cast<uint32_t>(p.scale_words) * 4; }
+    DT_DEVICE const char* tail_from(int64_t t) const { return reinterpret_cast<const char* const*>(p.scales_from)[t]; }
+    DT_DEVICE char* tail_to(int rank, int32_t row) const { return at(rank, 1) + row * static_cast<int64_t>(tail_bytes()); }
+
     DT_DEVICE void beside(int64_t t, const int32_t (&rows)[kRounds]) const {
-        if (p.scale_words == 0 && p.send_sources == 0) return;
+        if ((kTail || p.scale_words == 0) && p.send_sources == 0) return;
         const int lane = threadIdx.x % 32;
 #pragma unroll
         for (int r = 0; r < kRounds; ++r) {
@@ -40,15 +47,14 @@ struct Send {
             for (unsigned to = __ballot_sync(0xffffffffu, rows[r] != -1); to != 0; to &= to - 1) {
                 const int l = __ffs(to) - 1;
                 const int64_t slot = __shfl_sync(0xffffffffu, slot_here, l);
-                send_scales(t, r * 32 + l, slot);
+                if (!kTail) send_scales(t, r * 32 + l, slot);
                 send_picks(t, r * 32 + l, slot);
             }
         }
     }
 
     DT_DEVICE void send_scales(int64_t t, int rank, int64_t slot) const {
-        const auto* words = p.scales_from != 0 ? reinterpret_cast<const uint32_t* const*>(p.scales_from)[t]
-                                               : reinterpret_cast<const uint32_t*>(p.scales) + t * p.scale_row_stride;
+        const auto* words = reinterpret_cast<const uint32_t*>(p.scales) + t * p.scale_row_stride;
         auto* there = reinterpret_cast<uint32_t*>(at(rank, 1)) + slot * p.scale_words;
         for (int i = threadIdx.x % 32; i < p.scale_words; i += 32) there[i] = words[i * p.scale_word_stride];
     }
@@ -71,6 +77,7 @@ struct Send {
     }
 };
 
+template <bool kTail>
 __global__ void __launch_bounds__(ScatterShape::kMaxWarps * 32, 1)
     dispatch_kernel(const __grid_constant__ Domain d, const __grid_constant__ DispatchParams p,
                     const __grid_constant__ ScatterShape shape) {
@@ -78,7 +85,7 @@ __global__ void __launch_bounds__(ScatterShape::kMaxWarps * 32, 1)
     __shared__ int64_t offsets[kMaxRanks * kOffsets];
     const uint32_t epoch = d.control(d.rank)->epoch + 1;
     const bool go = begin_operation(d, kDispatch, p.signature, p.offsets, epoch, offsets, p.rail_failed);
-    if (go) scatter_rows(Send{d, p, offsets}, p.num_tokens, p.row_bytes, shape, shared);
+    if (go) scatter_rows(Send<kTail>{d, p, offsets}, p.num_tokens, p.row_bytes, shape, shared);
     Outputs outputs;
     for (int i = 0; i < kOffsets; ++i) {
         outputs.address[i] = d.peers[d.rank] + p.offsets[i];
@@ -106,16 +113,18 @@ __global__ void __launch_bounds__(32, 1)
 
 CodeHere code_here() {
     cudaFuncAttributes attributes;
-    DT_CUDA(cudaFuncGetAttributes(&attributes, dispatch_kernel));
+    DT_CUDA(cudaFuncGetAttributes(&attributes, dispatch_kernel<false>));
     const bool has_bulk_copies = attributes.ptxVersion >= 90;
     return {has_bulk_copies, static_cast<int>(attributes.sharedSizeBytes) + (has_bulk_copies ? ScatterShape::kSharedBytes : 0)};
 }
 
 void launch_dispatch(const Domain& d, const DispatchParams& p, cudaStream_t stream) {
-    const ScatterShape shape(p.row_bytes);
+    const bool has_tail = p.scales_from != 0;
+    const ScatterShape shape(p.row_bytes, has_tail ? p.scale_words * 4 : 0);
     const int shared_bytes = d.has_bulk_copies ? shape.shared_bytes : 0;
-    allow_shared_bytes(dispatch_kernel, d, ScatterShape::kSharedBytes);
-    dispatch_kernel<<<p.num_sms, shape.warps * 32, shared_bytes, stream>>>(d, p, shape);
+    const auto kernel = has_tail ? dispatch_kernel<true> : dispatch_kernel<false>;
+    allow_shared_bytes(kernel, d, ScatterShape::kSharedBytes);
+    kernel<<<p.num_sms, shape.warps * 32, shared_bytes, stream>>>(d, p, shape);
     DT_CUDA(cudaGetLastError());
 }
 

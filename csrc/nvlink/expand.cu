@@ -44,6 +44,7 @@ __global__ void __launch_bounds__(kThreads)
 // A token's first row to its others, or, from elsewhere, to all; `row` numbers the tokens that have several.
 struct Copy {
     static constexpr int kRounds = 1;
+    static constexpr bool kHasTail = false;
     const ExpandParams& p;
 
     DT_DEVICE int64_t token(int64_t row) const {

@@ -77,10 +77,12 @@ struct Outputs {
 };
 
 struct DispatchParams {
-    uint64_t x = 0;             // [T, row_bytes]
-    uint64_t row_from = 0;      // uint64 [T]: where each row lies, if not in x; 0: in x
-    uint64_t scales = 0;        // [T, scale_words], 32-bit words, any strides; 0: none
-    uint64_t scales_from = 0;   // uint64 [T]: where each row's scales lie, if not there
+    uint64_t x = 0;         // [T, row_bytes]
+    uint64_t row_from = 0;  // uint64 [T]: where each row lies, if not in x; 0: in x
+    uint64_t scales = 0;    // [T, scale_words], 32-bit words, any strides; 0: none
+    // uint64 [T]: where each row's scales lie, if not there; then they are whole 16-byte pieces, send_slot is send_row, and
+    // only rows and scales travel.
+    uint64_t scales_from = 0;
     uint64_t topk_idx = 0;      // int64 [T, K]; 0: no indices travel
     uint64_t topk_weights = 0;  // float32 [T, K]; 0: none
     uint64_t send_slot = 0;

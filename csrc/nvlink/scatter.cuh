@@ -23,10 +23,11 @@ struct ScatterShape {
     int stage_bytes = 0;
     int shared_bytes = 0;
 
-    explicit ScatterShape(int64_t row_bytes) {
+    // `tail_bytes`: what travels with a row's first piece, a multiple of 16.
+    explicit ScatterShape(int64_t row_bytes, int64_t tail_bytes = 0) {
         pieces_per_row = static_cast<int>((row_bytes + kMaxPiece - 1) / kMaxPiece);
         piece_bytes = static_cast<int>((row_bytes / 16 + pieces_per_row - 1) / pieces_per_row * 16);
-        stage_bytes = (piece_bytes + 127) / 128 * 128;
+        stage_bytes = static_cast<int>((piece_bytes + tail_bytes + 127) / 128 * 128);
         warps = kSharedBytes / (kStages * (stage_bytes + 8));
         warps = warps > kMaxWarps ? kMaxWarps : warps;
         shared_bytes = warps * kStages * (stage_bytes + 8);
@@ -39,6 +40,8 @@ struct ScatterShape {
 //   char* to(int place, int32_t word)     and its address
 //   const char* from(int64_t row)
 //   void beside(int64_t row, const int32_t (&words)[kRounds])   called once a row by the whole warp, with each lane's words
+//   kHasTail                              whether further bytes of a row go the same way, from and to places of their own:
+//   uint32_t tail_bytes(), const char* tail_from(int64_t row), char* tail_to(int place, int32_t word)
 template <typename Work>
 DT_DEVICE void scatter_rows(const Work& work, int64_t num_rows, int64_t row_bytes, const ScatterShape& shape, char* shared) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -69,8 +72,13 @@ DT_DEVICE void scatter_rows(const Work& work, int64_t num_rows, int64_t row_byte
 #pragma unroll
         for (int r = 0; r < Work::kRounds; ++r) words[s][r] = work.look(row, r * 32 + lane);
         if (lane == 0) {
-            barrier_expect(full + s, size_of(next));
+            uint32_t tail = 0;
+            if constexpr (Work::kHasTail) tail = start_of(next) == 0 ? work.tail_bytes() : 0;
+            barrier_expect(full + s, size_of(next) + tail);
             bulk_load(stages + s * shape.stage_bytes, work.from(row) + start_of(next), size_of(next), full + s);
+            if constexpr (Work::kHasTail)
+                if (tail != 0)
+                    bulk_load(stages + s * shape.stage_bytes + shape.piece_bytes, work.tail_from(row), tail, full + s);
         }
         next += stride;
     };
@@ -93,9 +101,14 @@ DT_DEVICE void scatter_rows(const Work& work, int64_t num_rows, int64_t row_byte
             const int64_t unit = unit_in[s], start = start_of(unit);
             barrier_wait(full + s, parity);
 #pragma unroll
-            for (int r = 0; r < Work::kRounds; ++r)
-                if (words[s][r] != -1)
-                    bulk_store(work.to(r * 32 + lane, words[s][r]) + start, stages + s * shape.stage_bytes, size_of(unit));
+            for (int r = 0; r < Work::kRounds; ++r) {
+                if (words[s][r] == -1) continue;
+                const char* stage = stages + s * shape.stage_bytes;
+                bulk_store(work.to(r * 32 + lane, words[s][r]) + start, stage, size_of(unit));
+                if constexpr (Work::kHasTail)
+                    if (start == 0)
+                        bulk_store(work.tail_to(r * 32 + lane, words[s][r]), stage + shape.piece_bytes, work.tail_bytes());
+            }
             bulk_commit();
             if (start == 0) work.beside(unit / shape.pieces_per_row, words[s]);
         }
@@ -114,6 +127,11 @@ DT_DEVICE void scatter_rows(const Work& work, int64_t num_rows, int64_t row_byte
                 const int l = __ffs(left) - 1;
                 char* to = work.to(r * 32 + l, __shfl_sync(0xffffffffu, words[r], l));
                 for (int64_t i = lane * 16; i < row_bytes; i += 512) store_row(to + i, load_row(work.from(row) + i));
+                if constexpr (Work::kHasTail) {
+                    char* tail = work.tail_to(r * 32 + l, __shfl_sync(0xffffffffu, words[r], l));
+                    for (int64_t i = lane * 16; i < work.tail_bytes(); i += 512)
+                        store_row(tail + i, load_row(work.tail_from(row) + i));
+                }
             }
         }
         work.beside(row, words);

@@ -307,7 +307,7 @@ class Rails:
         d.row_bytes, d.num_tokens = rows.size(1), tables.forwarded
         if beside:
             d.scales_from = addresses[1].data_ptr()
-            d.scale_words, d.scale_word_stride = beside[0].size(1) // 4, 1
+            d.scale_words = beside[0].size(1) // 4
         d.send_slot = d.send_row = tables.slot.data_ptr()
         d.offsets, d.sizes = offsets, sizes
         d.signature, d.rail_failed, d.num_sms = signature, self._end.failed_flag, self._sms(num_sms, "dispatch")

@@ -36,6 +36,7 @@ from deepep_train.errors import ArgumentError, DeepEPError
 from deepep_train.routing import RankLayout, count_picks, tokens_per_node
 
 _HEAD, _HALF = 5, (1 << 31) - 1
+_MOST_SCALES = 8192  # bytes a row, which with a piece of the row must fit several times into a block's shared memory
 CachedT = TypeVar("CachedT", RedispatchRequest, CombineRequest)
 
 
@@ -72,6 +73,12 @@ class RdmaEngine(CollectiveEngine):
 
     def check_payload(self, payload: Payload, argument: str = "x") -> None:
         need_rows_of(payload, argument, self.device, DTYPES, "rdma")
+        scales = payload.scales
+        if scales is not None and scales.size(1) * scales.element_size() > _MOST_SCALES:
+            text = (
+                f"{argument}[1] must have rows of at most {_MOST_SCALES} bytes on the rdma engine, got {list(scales.shape)} of"
+            )
+            raise ArgumentError(f"{text} {scales.dtype}", f"{argument}[1]")
 
     def dispatch(self, prepared: Prepared[DispatchRequest]) -> Received:
         self.check()
