@@ -1,4 +1,4 @@
-"""What the nvlink engine says when an operation has failed: the kernels' codes as exceptions."""
+"""What the kernels' engines say when an operation has failed: codes as exceptions."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from deepep_train.errors import ArgumentError, DeepEPError, PeerTimeoutError
 from deepep_train.routing import count_picks
 
 _END = "this buffer can no longer be used"
+AWAITED = ("their readiness", "their rows", "gave up")  # causes on the rail of which another rank may be the cause
 
 
 def device_error(failure: Any, rank: int, timeout: float, peers: Sequence[Sequence[str]]) -> DeepEPError:
@@ -46,6 +47,20 @@ def device_error(failure: Any, rank: int, timeout: float, peers: Sequence[Sequen
     return ArgumentError(
         f"{where}: the arguments of rank {who} are wrong or differ from this rank's; {_END}", "", failure.ranks
     )
+
+
+def rail_error(failure: Any, rank: int, timeout: float) -> DeepEPError:
+    """The same for an exchange between nodes; `failure`: `_rdma.Failure`."""
+    where, who = f"exchange {failure.number} between nodes on rank {rank}", ", ".join(map(str, failure.ranks))
+    if failure.cause == "mismatched":
+        return DeepEPError(f"{where}: rank {who} is in another call, or its handle or shapes differ; {_END}")
+    if failure.cause == "refused":
+        text = f"{where}: rank {who} refused to take part: see the exception raised there; results are NaN; {_END}"
+        return DeepEPError(text)
+    if failure.cause == "gave up":
+        return DeepEPError(f"{where}: rank {who} has failed: see the exception raised there; {_END}")
+    text = f"{where}: waited {timeout:g} s in vain for {failure.cause} of rank {who}; {_END}"
+    return PeerTimeoutError(text, failure.ranks, "rail")
 
 
 def cuda_failed(text: str, rank: int, peers: Sequence[Sequence[str]]) -> DeepEPError:

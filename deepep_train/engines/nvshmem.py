@@ -3,15 +3,18 @@ that a process on its way out must not wait for."""
 
 from __future__ import annotations
 
-from typing import Any
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from deepep_train.engines import nvshmem_present
 from deepep_train.engines.peers import Peers, raise_if_broken
-from deepep_train.errors import ArgumentError
+from deepep_train.errors import ArgumentError, PeerTimeoutError
 
+T = TypeVar("T")
 _started: list[int] = []  # the ranks, as the job numbers them
 
 
@@ -21,6 +24,35 @@ def extension() -> Any:
     from deepep_train import _rdma  # type: ignore[attr-defined]
 
     return _rdma
+
+
+def before_deadline(peers: Peers, call: Callable[[], T]) -> T:
+    """The result of one of NVSHMEM's collective calls, which wait for ever for a rank that is gone; this does not."""
+    done: list[Any] = []
+
+    def run() -> None:
+        try:
+            done.append((call(), None))
+        except Exception as error:  # noqa: BLE001 - raised below
+            done.append((None, error))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(peers.timeout)
+    if not done:
+        silent = peers.roll_call()
+        who = f"rank {', '.join(map(str, silent))}" if silent else "some rank"
+        peers.failure = PeerTimeoutError(
+            f"NVSHMEM on rank {peers.rank}: {who} did not come to a collective call within {peers.timeout:g} s; "
+            "this buffer can no longer be used",
+            silent,
+            "NVSHMEM",
+        )
+        raise peers.failure
+    result, error = done[0]
+    if error is not None:
+        raise error
+    return result
 
 
 def start(peers: Peers, device: torch.device) -> Any:

@@ -9,22 +9,21 @@ from __future__ import annotations
 import os
 import secrets
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from deepep_train import _C  # type: ignore[attr-defined]
 from deepep_train.engines import nvshmem, processes
 from deepep_train.engines.arena import Arena, ArenaFull, Landing
-from deepep_train.engines.hops import Route
-from deepep_train.engines.nvlink_failures import cuda_failed, device_error, who_ended
+from deepep_train.engines.nvlink_failures import AWAITED, cuda_failed, device_error, rail_error, who_ended
 from deepep_train.engines.peers import Peers, raise_if_broken
+from deepep_train.engines.rail_rows import as_elements, as_rows
 from deepep_train.engines.rail_tables import (
     Counts,
     ExpertTables,
@@ -43,7 +42,6 @@ from deepep_train.errors import ArgumentError, DeepEPError, PeerTimeoutError
 from deepep_train.routing import tokens_per_node
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # that are summed
-_STEP = 16  # bytes: rows are padded to a multiple
 _PUT_BYTES = 32 << 10  # of one put, about: a quarter of it made FP8 dispatch 26% slower
 _SIGNAL_BYTES = 8
 _SEGMENT_STEP = 128  # bytes
@@ -162,7 +160,7 @@ class Rails:
     def gather(self, words: Tensor, signature: int) -> Tensor:
         """int32 [n] of every rank, n the same on all -> [R, n] on the CPU, which waits for the GPU. What has failed on the
         device has then made it meaningless."""
-        data = _as_rows(words.unsqueeze(0))
+        data = as_rows(words.unsqueeze(0))
         with self._operation(self._everyone, *DISPATCH) as stream:
             addresses = self._exchange(self._everyone, [data], data.size(1), signature, 0, stream)
             (got,) = self._forward(self._everyone, [data], addresses, self.peers.size, None, signature, 0, stream)
@@ -176,7 +174,7 @@ class Rails:
         A token's masks go with its words; forwarders make their tables from what came over the rail and then forward it.
         """
         width = words.size(1)
-        data = _as_rows(torch.cat([words, mask_words(is_token_in_rank)], 1))
+        data = as_rows(torch.cat([words, mask_words(is_token_in_rank)], 1))
         self._need_room(counts, data.size(1))
         with self._operation(None, *DISPATCH) as stream:
             tables = leaving(counts, is_token_in_rank, stream)
@@ -207,37 +205,12 @@ class Rails:
         error = ""
         try:
             # A quarter more than before, so that slowly growing batches do not leave many outgrown segments behind.
-            self._before_deadline(lambda: self._end.resize(max(need, self._segment * 5 // 4 // _SEGMENT_STEP * _SEGMENT_STEP)))
+            size = max(need, self._segment * 5 // 4 // _SEGMENT_STEP * _SEGMENT_STEP)
+            nvshmem.before_deadline(self.peers, lambda: self._end.resize(size))
         except RuntimeError as caught:
             error = f"rows of {row_bytes} bytes need {2 * self.nodes * need} bytes between {self.nodes} nodes: {caught}"
         raise_if_broken([{"error": text} for text in self.peers.gather_objects(error, "dispatch")], "dispatch")
         self._look_at_memory()
-
-    def _before_deadline(self, call: Callable[[], None]) -> None:
-        """NVSHMEM's collective calls wait for ever for a rank that is gone; this does not."""
-        caught: list[BaseException] = []
-
-        def run() -> None:
-            try:
-                call()
-            except BaseException as error:  # noqa: BLE001 - raised below
-                caught.append(error)
-
-        thread = threading.Thread(target=run, daemon=True)
-        thread.start()
-        thread.join(self.peers.timeout)
-        if thread.is_alive():
-            silent = self.peers.roll_call()
-            who = f"rank {', '.join(map(str, silent))} did" if silent else "some rank did"
-            self.peers.failure = PeerTimeoutError(
-                f"NVSHMEM on rank {self.peers.rank}: {who} not come to a collective call within {self.peers.timeout:g} s; this "
-                "buffer can no longer be used",
-                silent,
-                "NVSHMEM",
-            )
-            raise self.peers.failure
-        if caught:
-            raise caught[0]
 
     def _need_room(self, counts: Counts, row_bytes: int) -> None:
         """Raise, on every rank alike, if there is no room for rows of this width."""
@@ -265,7 +238,7 @@ class Rails:
             experts: how they are arranged; None: by (source rank, token), zeros at the end.
             signature: of what all ranks must agree on, which the kernels compare.
         """
-        data = [_as_rows(part) for part in parts]
+        data = [as_rows(part) for part in parts]
         wire_bytes = sum(d.size(1) for d in data)
         self._need_room(tables.counts, wire_bytes)
         with self._operation(tables, *DISPATCH, also=experts) as stream:
@@ -276,7 +249,7 @@ class Rails:
             else:
                 came = self._forward(tables, data, addresses, num_received, None, *how)
                 got = [self._expand(rows, experts, num_sms, stream) for rows in came]
-            return [_as_elements(rows, part) for rows, part in zip(got, parts, strict=True)]
+            return [as_elements(rows, part) for rows, part in zip(got, parts, strict=True)]
 
     def _forward(
         self,
@@ -357,7 +330,7 @@ class Rails:
     ) -> Tensor:
         """[num_rows, n] -> [num_tokens, n]: with `experts` a token's rows here by ascending row, then each node's by ascending
         rank, then the biases and the nodes' sums by ascending node; each in float32, rounded once. `signature` as above."""
-        data, biases = _as_rows(rows), [_as_rows(b) for b in bias]
+        data, biases = as_rows(rows), [as_rows(b) for b in bias]
         row_bytes = data.size(1)
         self._need_room(tables.counts, row_bytes)
         with self._operation(tables, *COMBINE, also=experts) as stream:
@@ -382,7 +355,7 @@ class Rails:
             s.place, s.recv_at = tables.place.data_ptr(), tables.recv_at.data_ptr()
             s.num_sms = c.num_sms
             self._end.sum(s, stream)
-            return _as_elements(out, rows)
+            return as_elements(out, rows)
 
     # Inside ------------------------------------------------------------------------------------------------------------
 
@@ -485,7 +458,10 @@ class Rails:
             self._end.refuse(True, stream)
             if node is None:
                 self._comm.refuse("dispatch", 0, stream)
-        told, awaited = self._told_by_the_rail(rail) if rail is not None else self._told_by_the_node(node)
+        if rail is not None:
+            told, awaited = rail_error(rail, self.peers.rank, self.peers.timeout), rail.cause in AWAITED
+        else:
+            told, awaited = self._told_by_the_node(node)
         if not awaited:
             self.peers.say_here()
             return told
@@ -495,20 +471,6 @@ class Rails:
             text = f"{told}; no sign of life from rank {who}{who_ended(self._processes)}"
             return PeerTimeoutError(text, silent, "rail")
         return told
-
-    def _told_by_the_rail(self, failure: Any) -> tuple[DeepEPError, bool]:
-        """The exception, and whether other ranks may be the cause of what these did."""
-        rank, timeout, who = self.peers.rank, self.peers.timeout, ", ".join(map(str, failure.ranks))
-        where, end = f"exchange {failure.number} between nodes on rank {rank}", "this buffer can no longer be used"
-        if failure.cause == "mismatched":
-            return DeepEPError(f"{where}: rank {who} is in another call, or its handle or shapes differ; {end}"), False
-        if failure.cause == "refused":
-            text = f"{where}: rank {who} refused to take part: see the exception raised there; results are NaN; {end}"
-            return DeepEPError(text), False
-        if failure.cause == "gave up":
-            return DeepEPError(f"{where}: rank {who} has failed: see the exception raised there; {end}"), True
-        text = f"{where}: waited {timeout:g} s in vain for {failure.cause}, of rank {who}; {end}"
-        return PeerTimeoutError(text, failure.ranks, "rail"), True
 
     def _told_by_the_node(self, failure: Any) -> tuple[DeepEPError, bool]:
         names = ("epoch", "operation", "meeting", "cause", "bytes", "rows", "bounds")
@@ -521,65 +483,3 @@ class Rails:
         with self._lock:
             self._comm.close(self._arena.was_captured)
             del self._arena
-
-
-@dataclass(frozen=True)
-class RailRoute(Route):
-    """The way of one dispatch's rows through `Rails`, and back; `hops` say how many rows each rank sends and gets.
-
-    Attributes:
-        num_tokens, num_received: T and N.
-        tables: of one element once they are learned, which is a collective call.
-        experts: of one element once they are made.
-    """
-
-    rails: Rails = field(kw_only=True)
-    forwarding: Forwarding = field(kw_only=True)
-    is_token_in_rank: Tensor = field(kw_only=True)
-    recv_counts: list[int] = field(kw_only=True)
-    tables: list[Tables] = field(kw_only=True, default_factory=list)
-    experts: list[ExpertTables] = field(kw_only=True, default_factory=list)
-
-    def learn(self, operation: str) -> None:
-        made = self.rails.learn(self.forwarding, self.is_token_in_rank, self.recv_counts, operation)
-        self.tables[:] = [made]
-
-    def send_together(
-        self, parts: Sequence[Tensor], num_rows: int, experts: ExpertTables | None, signature: int, num_sms: int
-    ) -> list[Tensor]:
-        return self.rails.dispatch(self.tables[0], parts, sum(self.recv_counts), num_rows, experts, signature, num_sms)
-
-    def send(self, rows: Tensor, spare: int = 0) -> Tensor:
-        raise NotImplementedError("rows of this route go with a signature")
-
-    def place(self, row: Tensor) -> Tensor:
-        return row
-
-    def add_back(
-        self, rows: Tensor, experts: ExpertTables | None, bias: Sequence[Tensor], signature: int, num_sms: int
-    ) -> Tensor:
-        num_tokens = self.is_token_in_rank.size(0)
-        return self.rails.combine(self.tables[0], rows, num_tokens, experts, bias, signature, num_sms)
-
-
-def padded(row_bytes: int) -> int:
-    """As rows travel."""
-    return -(-row_bytes // _STEP) * _STEP
-
-
-def _as_rows(t: Tensor) -> Tensor:
-    """[rows, n] of any dtype -> uint8 [rows, padded bytes], aligned; the same memory where it can be."""
-    t = t.detach()
-    if not t.is_contiguous() or t.stride(-1) != 1:  # what has no rows counts as contiguous whatever its strides are
-        t = t.clone(memory_format=torch.contiguous_format)
-    width = t.size(1) * t.element_size()
-    rows = t.view(torch.uint8).view(t.size(0), width)
-    if padding := padded(width) - width:
-        rows = F.pad(rows, (0, padding))
-    return rows if rows.data_ptr() % _STEP == 0 else rows.clone()
-
-
-def _as_elements(rows: Tensor, like: Tensor) -> Tensor:
-    """The reverse, in `like`'s dtype and width."""
-    width = like.size(1) * like.element_size()
-    return rows[:, :width].contiguous().view(like.dtype).view(rows.size(0), like.size(1))

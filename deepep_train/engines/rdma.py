@@ -28,8 +28,10 @@ from deepep_train.engines.expert_layout import weights_by_pick
 from deepep_train.engines.hops import Hop, Route, to_device
 from deepep_train.engines.nvlink_failures import layout_error
 from deepep_train.engines.nvlink_tables import remember, remembered
+from deepep_train.engines.rail_route import RailRoute
+from deepep_train.engines.rail_rows import padded
 from deepep_train.engines.rail_tables import ExpertTables, Tables, counts_of, expert_tables, num_words
-from deepep_train.engines.rails import COMBINE, DISPATCH, DTYPES, RailRoute, Rails, padded
+from deepep_train.engines.rails import COMBINE, DISPATCH, DTYPES, Rails
 from deepep_train.engines.signature import signature
 from deepep_train.engines.two_level import Forwarding, two_level
 from deepep_train.errors import ArgumentError, DeepEPError

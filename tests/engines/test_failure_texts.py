@@ -11,7 +11,7 @@ import torch
 from deepep_train import ArgumentError, DeepEPError, PeerTimeoutError
 from deepep_train.engines import processes
 from deepep_train.engines.base import DispatchRequest, Payload
-from deepep_train.engines.nvlink_failures import cuda_failed, device_error, layout_error, who_ended
+from deepep_train.engines.nvlink_failures import cuda_failed, device_error, layout_error, rail_error, who_ended
 from deepep_train.routing import rank_layout
 
 HERE = processes.identity()
@@ -43,8 +43,29 @@ def test_every_cause_has_its_text(cause: str, kind: type, text: str) -> None:
     assert getattr(error, "ranks", [2]) in ([2], (2,))
 
 
-def test_a_refusal_for_want_of_memory_says_how_much() -> None:
+def test_a_refusal_says_why() -> None:
+    assert "exchange with other nodes" in str(device_error(failure("refused", bytes=-1), 0, 5.0, []))
     assert "no room for 4096 bytes" in str(device_error(failure("refused", bytes=4096), 0, 5.0, []))
+
+
+@pytest.mark.parametrize(
+    ("cause", "kind", "text"),
+    [
+        (
+            "their readiness",
+            PeerTimeoutError,
+            "exchange 7 between nodes on rank 0: waited 5 s in vain for their readiness of rank 2",
+        ),
+        ("their rows", PeerTimeoutError, "in vain for their rows of rank 2; this buffer can no longer be used"),
+        ("mismatched", DeepEPError, "rank 2 is in another call, or its handle or shapes differ"),
+        ("refused", DeepEPError, "rank 2 refused to take part: see the exception raised there; results are NaN"),
+        ("gave up", DeepEPError, "rank 2 has failed: see the exception raised there"),
+    ],
+)
+def test_every_cause_between_nodes_has_its_text(cause: str, kind: type, text: str) -> None:
+    error = rail_error(SimpleNamespace(number=7, cause=cause, ranks=[2]), 0, 5.0)
+    assert type(error) is kind
+    assert text in str(error)
 
 
 @needs_proc
