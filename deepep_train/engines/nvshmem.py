@@ -77,7 +77,8 @@ def start(peers: Peers, device: torch.device) -> Any:
             "group",
         )
     try:
-        kernels.start(device.index, peers.rank, peers.size, bytes.fromhex(everyone[0]["id"]))
+        unique = bytes.fromhex(everyone[0]["id"])
+        before_deadline(peers, lambda: kernels.start(device.index, peers.rank, peers.size, unique))
         _started[:] = ranks
     except RuntimeError as caught:
         error = str(caught)

@@ -81,16 +81,8 @@ class Rails:
         segment = max(1, rail_bytes // 2 // self.nodes // _SEGMENT_STEP) * _SEGMENT_STEP
         error = ""
         try:
-            self._end = kernels.Endpoint(
-                self.device.index,
-                peers.rank,
-                peers.size,
-                num_local_ranks,
-                segment,
-                num_qps,
-                float(peers.timeout),
-                self._comm.failed_flag,
-            )
+            how = (self.device.index, peers.rank, peers.size, num_local_ranks, segment, num_qps, float(peers.timeout))
+            self._end = nvshmem.before_deadline(peers, lambda: kernels.Endpoint(*how, self._comm.failed_flag))
         except RuntimeError as caught:
             error = str(caught)
         raise_if_broken([{"error": text} for text in peers.gather_objects(error, "Buffer")])
