@@ -138,7 +138,7 @@ def _cases(buffer: Buffer, plan: Plan, sms: list[int], peer: bench_peer.Peer | N
     shape, most = plan.shape, sms[0]
     groups: list[Callable[[], list[Case]]] = [
         lambda: rank_cases(buffer, shape, sms, peer),
-        lambda: _expert_cases(buffer, shape, most),
+        lambda: expert_cases(buffer, shape, most),
         lambda: _layout_cases(buffer, shape, peer, most),
     ]
     small = Shape(shape.num_tokens, SMALL.hidden, SMALL.num_experts, shape.num_topk)
@@ -259,9 +259,10 @@ def rank_cases(
     return cases
 
 
-def _expert_cases(buffer: Buffer, shape: Shape, most: int) -> list[Case]:
+def expert_cases(buffer: Buffer, shape: Shape, most: int, rows: dict[str, Tensor] | None = None) -> list[Case]:
+    """Expert layout's lines; `rows` as above."""
     x, idx, weights, t = inputs(shape)
-    row, rows = 2 * shape.hidden, rows_moved(t)
+    row, rows = 2 * shape.hidden, rows_moved(t) if rows is None else rows
     Buffer.set_num_sms(most)
 
     def fresh() -> Any:

@@ -137,6 +137,10 @@ def rows_moved_across(t: Traffic, to_node: Tensor, local: int) -> dict[str, Tens
         "dispatch": 3 * leave + came + (came + own) + t.received,
         "combine": back,
         "combine any": back + 2 * t.received,
+        # Each row that came is copied to its experts' rows; and these are summed to one, wherever they lie.
+        "expert dispatch": 3 * leave + came + (came + own) + 2 * t.received + t.expert_rows,
+        "expert combine": back + t.expert_rows + t.received,
+        "expert combine any": back + t.expert_rows + t.received,
     }
 
 

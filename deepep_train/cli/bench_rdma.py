@@ -16,6 +16,7 @@ from deepep_train.buffer import Buffer
 from deepep_train.cli import bench_gpu
 from deepep_train.cli.bench_gpu import Case
 from deepep_train.cli.bench_model import (
+    ALIGNMENT,
     GRAPH_CALLS,
     Shape,
     resident_sms,
@@ -51,7 +52,8 @@ def measure(plan: Plan) -> None:
         print(f"{title(machine, shape)}{mesh}\n{about(machine)}\n{HEADER}", flush=True)
     t = traffic_of(shape, size)
     to_node = tokens_to_nodes([routing(shape, rank)[0] for rank in range(size)], shape.num_experts, local)
-    sizes = _num_bytes(int(t.received.max()), int(to_node.max()), size // local, 2 * shape.hidden)
+    padded = int(t.expert_rows.max()) + ALIGNMENT * (shape.num_experts // size)
+    sizes = _num_bytes(int(t.received.max()), padded, int(to_node.max()), size // local, 2 * shape.hidden)
     buffer = Buffer(dist.group.WORLD, *sizes, engine="rdma", num_local_ranks=local, timeout=bench_gpu.TIMEOUT_SECONDS)
     sms = resident_sms(plan.sms, machine.sms, -(-size // machine.num_devices))
     rounds, rows = bench_gpu.QUICK_ROUNDS if plan.quick else bench_gpu.ROUNDS, []
@@ -73,9 +75,9 @@ def measure(plan: Plan) -> None:
     buffer.destroy()
 
 
-def _num_bytes(received: int, to_node: int, nodes: int, row_bytes: int) -> tuple[int, int]:
+def _num_bytes(received: int, padded: int, to_node: int, nodes: int, row_bytes: int) -> tuple[int, int]:
     """num_nvl_bytes and num_rdma_bytes: room for every result, and for the most rows between two nodes."""
-    heap = (5 + len(GRAPHS) * GRAPH_CALLS) * received * row_bytes + (256 << 20)
+    heap = ((5 + len(GRAPHS) * GRAPH_CALLS) * received + padded) * row_bytes + (256 << 20)
     return heap * 4 // 3, 2 * nodes * (to_node * row_bytes + 128)
 
 
@@ -83,5 +85,9 @@ def _cases(buffer: Buffer, shape: Shape, sms: list[int], moved: dict[str, Tensor
     def cases(counts: list[int]) -> list[Case]:
         return bench_gpu.rank_cases(buffer, shape, counts, rows=moved)
 
-    groups = [lambda: cases(sms), lambda: bench_gpu.graph_cases(cases(sms[:1]), GRAPHS)]
+    groups = [
+        lambda: cases(sms),
+        lambda: bench_gpu.expert_cases(buffer, shape, sms[0], moved),
+        lambda: bench_gpu.graph_cases(cases(sms[:1]), GRAPHS),
+    ]
     return bench_gpu.by_group(groups, is_first)

@@ -48,6 +48,9 @@ def test_between_nodes_rows_pass_through_a_cards_memory() -> None:
         "dispatch": [3 * 2 + 1 + 3 + 3, 3 * 1 + 2 + 3 + 3],
         "combine": back,
         "combine any": [back[0] + 2 * 3, back[1] + 2 * 3],
+        "expert dispatch": [13 + 3 + 4, 11 + 3 + 4],
+        "expert combine": [back[0] + 4 + 3, back[1] + 4 + 3],
+        "expert combine any": [back[0] + 4 + 3, back[1] + 4 + 3],
     }
 
 

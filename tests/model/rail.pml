@@ -5,8 +5,8 @@
    r / 2; its rail leads to r ^ 2, its node's other rank is r ^ 1. A rank is a sequence of kernels on one stream; the network is a
    process for every queue pair, and reads what it puts when it delivers it. docs/rdma.md says what is not modelled.
 
-   ANY=n: the first n tokens of rank 0 go to any ranks; the others' routing is fixed. Broken on purpose: NO_READY, EARLY_SIGNAL,
-   NO_QUIET, NO_ARRIVED, NO_MEETING, NO_FINISH, NO_RELEASE. */
+   ANY=n: the first n tokens of rank 0 go to any ranks, so that it may send nothing; the others' routing is fixed. Broken on purpose: NO_READY, ONE_SLOT,
+   EARLY_SIGNAL, NO_QUIET, NO_ARRIVED, NO_MEETING, NO_FINISH, NO_RELEASE. */
 #ifndef T
 #define T 2
 #endif
@@ -21,6 +21,11 @@
 #define RAIL(r) ((r) ^ 2)
 #define MATE(r) ((r) ^ 1)
 #define OF_NODE(mask, r) (((mask) >> ((r) & 2)) & 3) /* which ranks of r's node, as bits */
+#ifdef ONE_SLOT
+#define SLOT(r) ((r) * 2)
+#else
+#define SLOT(r) ((r) * 2 + number % 2)
+#endif
 #define VALUE(source, t, round) (1 + (source) * T + (t) + R * T * ((round) - 1))
 #define SUM 128 /* added to the value of a row that comes back */
 
@@ -63,7 +68,7 @@ end:
 inline say_ready()
 {
     number++;
-    ready[RAIL(r) * 2 + number % 2] = number
+    ready[SLOT(RAIL(r))] = number
 }
 
 /* then, in a dispatch, */
@@ -89,8 +94,8 @@ inline pack()
 inline exchange(count, expected)
 {
 #ifndef NO_READY
-    (ready[r * 2 + number % 2] >= number);
-    assert(ready[r * 2 + number % 2] == number); /* what it said of this exchange is gone before it was read */
+    (ready[SLOT(r)] >= number);
+    assert(ready[SLOT(r)] == number); /* what it said of this exchange is gone before it was read */
 #endif
     slot = 0;
     do
@@ -262,7 +267,7 @@ init
     :: t < R * T ->
         if
         :: t < ANY -> select(any : 0 .. 15); goes[t] = any
-        :: else -> goes[t] = (t % 4 == 0 -> 15 : (t % 4 == 1 -> 9 : (t % 4 == 2 -> 4 : 6)))
+        :: else -> goes[t] = (t == 1 -> 3 : (t % 4 == 0 -> 15 : (t % 4 == 1 -> 9 : (t % 4 == 2 -> 4 : 6))))
         fi;
         t++
     :: else -> break

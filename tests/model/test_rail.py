@@ -49,6 +49,7 @@ def test_a_third_round_is_like_the_second(tmp_path: Path) -> None:
     ("broken", "violated"),
     [
         ("NO_READY", r"unread"),  # a slot is overwritten before it was read
+        ("ONE_SLOT", r"ready"),  # what was said of an exchange is overwritten before it is read
         ("EARLY_SIGNAL", r"recv"),  # a row is read before it came
         ("NO_ARRIVED", r"recv"),
         ("NO_QUIET", r"recv"),  # what a put reads is overwritten before it has left
