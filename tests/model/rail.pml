@@ -5,8 +5,8 @@
    r / 2; its rail leads to r ^ 2, its node's other rank is r ^ 1. A rank is a sequence of kernels on one stream; the network is a
    process for every queue pair, and reads what it puts when it delivers it. docs/rdma.md says what is not modelled.
 
-   ANY=n: the first n tokens of rank 0 go to any ranks, so that it may send nothing; the others' routing is fixed. Broken on purpose: NO_READY, ONE_SLOT,
-   EARLY_SIGNAL, NO_QUIET, NO_ARRIVED, NO_MEETING, NO_FINISH, NO_RELEASE. */
+   ANY=n: the first n tokens of rank 0 go to any ranks, so that it may send nothing; the others' routing is fixed. Broken on
+   purpose: NO_READY, ONE_SLOT, EARLY_SIGNAL, NO_QUIET, NO_ARRIVED, NO_MEETING, NO_FINISH, NO_RELEASE. */
 #ifndef T
 #define T 2
 #endif
