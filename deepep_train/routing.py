@@ -6,6 +6,7 @@ Expert `e` lives on rank `e // L` as local expert `e % L`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -100,16 +101,28 @@ class ExpertRows(NamedTuple):
     offsets: Tensor
 
 
-def expert_rows(local_topk_idx_NK: Tensor, num_local_experts: int, alignment: int) -> ExpertRows:
-    """Arrange received rows by local expert. `local_topk_idx_NK`: int64 [N, K] in [-1, L)."""
+def expert_rows(
+    local_topk_idx_NK: Tensor, num_local_experts: int, alignment: int, counts: Sequence[int] | None = None
+) -> ExpertRows:
+    """Arrange received rows by local expert.
+
+    Args:
+        local_topk_idx_NK: int64 [N, K] in [-1, L).
+        counts: picks of each local expert, L of them, if they are known: then nothing waits for a GPU, at the price of sorting
+            the picks that go nowhere, too.
+    """
     num_received, top_k = local_topk_idx_NK.shape
     device = local_topk_idx_NK.device
     flat = local_topk_idx_NK.reshape(-1)
-    pick = (flat >= 0).nonzero().squeeze(1)
-    expert, by_expert = flat[pick].sort(stable=True)
-    pick = pick[by_expert]  # every pick, by (expert, received row, k)
-
-    counts = torch.bincount(expert, minlength=num_local_experts).tolist()
+    # Every pick, by (expert, received row, k).
+    if counts is None:
+        pick = (flat >= 0).nonzero().squeeze(1)
+        expert, by_expert = flat[pick].sort(stable=True)
+        pick = pick[by_expert]
+        counts = torch.bincount(expert, minlength=num_local_experts).tolist()
+    else:
+        expert, pick = torch.where(flat >= 0, flat, num_local_experts).sort(stable=True)
+        expert, pick = expert[: sum(counts)], pick[: sum(counts)]
     padded = [round_up(c, alignment) for c in counts]
     num_rows = sum(padded)
     # A pick's row is its position plus the padding of the groups before its own.
@@ -117,7 +130,10 @@ def expert_rows(local_topk_idx_NK: Tensor, num_local_experts: int, alignment: in
     for count, size in zip(counts, padded, strict=True):
         shifts.append(shift)
         shift += size - count
-    row = torch.arange(pick.numel(), device=device) + torch.tensor(shifts, dtype=torch.int64, device=device)[expert]
+    row = (
+        torch.arange(pick.numel(), device=device)
+        + torch.tensor(shifts, dtype=torch.int64).to(device, non_blocking=True)[expert]
+    )
 
     source_pick = torch.full((num_rows,), num_received * top_k, dtype=torch.int64, device=device)
     source_pick[row] = pick

@@ -113,6 +113,10 @@ def test_expert_rows_group_pad_and_sum_in_order(drawn: tuple[torch.Tensor, int, 
             picks.append(received * top_k)
         counts.append(len(rows) - first)
 
+    known = torch.bincount(local_idx[local_idx >= 0], minlength=num_experts).tolist()
+    told = routing.expert_rows(local_idx, num_experts, alignment, known)
+    for one, other in zip(arrangement, told, strict=True):
+        assert torch.equal(torch.as_tensor(one), torch.as_tensor(other))
     assert list(arrangement.tokens_per_expert) == counts
     assert arrangement.num_rows == len(rows)
     assert arrangement.source_row.tolist() == rows
