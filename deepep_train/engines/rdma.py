@@ -68,6 +68,8 @@ class RdmaEngine(CollectiveEngine):
         num_sms: Callable[[], int],
     ) -> None:
         super().__init__(group, timeout, num_local_ranks, True, number)
+        self._row_words = _HEAD + self.peers.size + self.num_nodes + MAX_EXPERTS  # of an exchange of counts
+        rail_bytes = max(rail_bytes, 2 * self.num_nodes * 8 * self._row_words)
         self.rails = Rails(self.peers, num_local_ranks, arena_bytes, rail_bytes, num_qps, num_sms)
         self.device = self.rails.device
         self._token = object()  # of this engine, for what travels with tensors
@@ -148,7 +150,7 @@ class RdmaEngine(CollectiveEngine):
             words = self._words(request, nodes, signature("dispatch", described))
         except Exception as error:  # noqa: BLE001 - whatever it is, the peers must hear of it
             prepared.request, prepared.error = None, error
-            words = torch.zeros(_HEAD + peers.size + nodes + MAX_EXPERTS, dtype=torch.int32)
+            words = torch.zeros(self._row_words, dtype=torch.int32)
             words[0] = 1
             words = words.to(self.device)
         table = self.rails.gather(words, signature("counts", {"buffer": peers.number, "number": peers.calls}))
