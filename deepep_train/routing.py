@@ -62,6 +62,14 @@ def tokens_per_node(is_token_in_rank_TR: Tensor, num_nodes: int) -> Tensor:
     return by_node.any(2).sum(0, dtype=torch.int32)
 
 
+def counted_down(chosen: Tensor) -> Tensor:
+    """bool [rows, n] -> int32 of the same shape: how many entries of the column are chosen, this one and those above.
+
+    By way of the transpose: on a GPU torch scans along rows, but goes down columns one entry after another, up to 0.14 µs each.
+    """
+    return chosen.t().contiguous().cumsum(1, dtype=torch.int32).t().contiguous()
+
+
 def send_order(is_token_in_rank_TR: Tensor) -> tuple[Tensor, Tensor]:
     """(destination [S], token [S]), int64: every (token, destination) pair, by destination and then by token."""
     destination, token = is_token_in_rank_TR.t().nonzero(as_tuple=True)

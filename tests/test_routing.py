@@ -132,3 +132,11 @@ def test_no_tokens(num_ranks: int) -> None:
     assert layout.num_tokens_per_rank.tolist() == [0] * num_ranks
     assert layout.is_token_in_rank.shape == (0, num_ranks)
     assert routing.expert_rows(torch.empty(0, 3, dtype=torch.int64), 2, 16).num_rows == 0
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (1, 1), (9, 4)], ids=str)
+def test_counted_down_counts_columns(shape: tuple[int, int]) -> None:
+    chosen = torch.rand(shape, generator=torch.Generator().manual_seed(1)) < 0.5
+    counted = routing.counted_down(chosen)
+    assert counted.is_contiguous() and counted.dtype == torch.int32
+    assert counted.tolist() == [chosen[: t + 1].sum(0).tolist() for t in range(shape[0])]

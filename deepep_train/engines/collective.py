@@ -31,7 +31,7 @@ from deepep_train.engines.two_level import Forwarding, forwarding_of, learn_forw
 from deepep_train.engines.v1_handle import checked_prefix
 from deepep_train.errors import ArgumentError
 from deepep_train.handle import Plan
-from deepep_train.routing import ExpertRows, RankLayout, expert_rows, local_topk_idx, rank_layout, tokens_per_node
+from deepep_train.routing import ExpertRows, RankLayout, counted_down, expert_rows, local_topk_idx, rank_layout, tokens_per_node
 
 
 @dataclass(frozen=True)
@@ -390,4 +390,4 @@ def _row_from(route: Route, experts: ExpertRows | None, num_received: int, num_r
 
 def _positions(chosen: Tensor) -> Tensor:
     """int32 of the same shape: how many of the column's entries above are chosen, -1 where it is not."""
-    return (chosen.cumsum(0, dtype=torch.int32) - 1).masked_fill_(~chosen, -1)
+    return (counted_down(chosen) - 1).masked_fill_(~chosen, -1)

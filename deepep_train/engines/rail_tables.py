@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deepep_train.engines.hops import to_device
-from deepep_train.routing import ExpertRows
+from deepep_train.routing import ExpertRows, counted_down
 
 _BITS = 32  # of a word
 
@@ -126,7 +126,7 @@ def leaving(counts: Counts, is_token_in_rank: Tensor, stream: int) -> Tables:
     ends = torch.tensor([[0, *counts.send], [0, *counts.recv]], dtype=torch.int32).cumsum(1, dtype=torch.int32)
     send_at, recv_at = to_device(ends, device).unbind()
     token_in_node = is_token_in_rank.view(num_tokens, nodes, num_ranks // nodes).any(2)
-    place = (token_in_node.cumsum(0, dtype=torch.int32) - 1).masked_fill_(~token_in_node, -1)
+    place = (counted_down(token_in_node) - 1).masked_fill_(~token_in_node, -1)
     num_rows = sum(counts.send)
     token = torch.empty(num_rows + 1, dtype=torch.int32, device=device)  # the spare one takes what does not leave
     where = torch.where(token_in_node, place + send_at[:-1], num_rows)
@@ -143,7 +143,7 @@ def slots(counts: Counts, recv_at: Tensor, masks: Tensor) -> Tensor:
     brings masks full of ones.
     """
     device, num_rows = masks.device, masks.size(0)
-    upto = F.pad(masks.cumsum(0, dtype=torch.int32), (0, 0, 1, 0))
+    upto = F.pad(counted_down(masks), (0, 0, 1, 0))
     both = to_device(torch.stack([counts.theirs, counts.begin]).to(torch.int32), device)
     source = torch.searchsorted(recv_at[1:], torch.arange(num_rows, dtype=torch.int32, device=device), right=True)
     within = upto[:-1] - upto[recv_at[:-1].long()][source]

@@ -30,7 +30,7 @@ def made(buffer: dt.Buffer, rank: int, size: int, seed: int, **how: Any) -> tupl
 
 def graphs(rank: int, size: int, group: dist.ProcessGroup, local: int, layout: str) -> None:
     buffer = dt.Buffer(group, num_nvl_bytes=32 << 20, engine="rdma", num_local_ranks=local, timeout=TIMEOUT)
-    x, _, _, first = made(buffer, rank, size, 9, layout=layout, alignment=4)
+    x, idx, w, first = made(buffer, rank, size, 9, layout=layout, alignment=4)
 
     def work() -> tuple[Tensor, Tensor]:
         again = dt.dispatch(x, buffer=buffer, handle=first.handle)
@@ -49,7 +49,7 @@ def graphs(rank: int, size: int, group: dist.ProcessGroup, local: int, layout: s
         assert_same_bits(recv, expected[0])
         assert_same_bits(z, expected[1])
     with pytest.raises(dt.ArgumentError, match="capture needs a handle"), torch.cuda.graph(torch.cuda.CUDAGraph()):
-        made(buffer, rank, size, 9)
+        dt.dispatch(x, idx, w, buffer=buffer, num_experts=size * LOCAL_EXPERTS)
     buffer.check()
 
 
