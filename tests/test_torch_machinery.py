@@ -13,7 +13,7 @@ import torch.distributed as dist
 from draws import Exchange
 from harness import run_ranks, same_bits
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, set_checkpoint_early_stop
 
 import deepep_train as dt
 
@@ -89,6 +89,14 @@ def _checkpointed(block: Block, **how: object) -> Block:
     return lambda *args: checkpoint(block, *args, **how)
 
 
+def _without_early_stop(block: Block) -> Block:
+    def run(*args: Tensor) -> Tensor:
+        with set_checkpoint_early_stop(False):
+            return checkpoint(block, *args, use_reentrant=False)
+
+    return run
+
+
 def _nested(block: Block) -> Block:
     return _checkpointed(_checkpointed(block, use_reentrant=False), use_reentrant=False)
 
@@ -96,7 +104,7 @@ def _nested(block: Block) -> Block:
 WRAPS: dict[str, Callable[[Block], Block]] = {
     "reentrant checkpoint": partial(_checkpointed, use_reentrant=True),
     "checkpoint": partial(_checkpointed, use_reentrant=False),
-    "checkpoint without early stop": partial(_checkpointed, use_reentrant=False, early_stop=False),
+    "checkpoint without early stop": _without_early_stop,
     "selective checkpoint": partial(_checkpointed, use_reentrant=False, context_fn=_selective),
     "nested checkpoints": _nested,
 }

@@ -15,7 +15,7 @@ from deepep_train.handle import Plan
 from deepep_train.routing import RankLayout
 from deepep_train.scale_blocks import ScaleBlocks
 
-MAX_NVLINK_RANKS = 64  # that reach each other's memory; csrc/nvlink/params.hpp's kMaxRanks
+MAX_NVLINK_RANKS = 64  # that reach each other's memory; csrc/nvlink/protocol.cuh's kMaxRanks
 
 
 class Payload(NamedTuple):
