@@ -36,8 +36,8 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def build(given: argparse.Namespace) -> tuple[Any, Any, Any]:
-    """The model, its optimizer and its configuration."""
+def build(given: argparse.Namespace) -> tuple[Any, Any]:
+    """The model and its optimizer."""
     torch.manual_seed(given.seed)
     tensor_parallel.model_parallel_cuda_manual_seed(given.seed)
     in_bf16 = given.precision == "bf16"
@@ -70,4 +70,4 @@ def build(given: argparse.Namespace) -> tuple[Any, Any, Any]:
     model = DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)
     model.broadcast_params()
     how = OptimizerConfig(optimizer="adam", lr=given.lr, clip_grad=1.0, bf16=in_bf16, params_dtype=config.params_dtype)
-    return model, get_megatron_optimizer(how, [model]), config
+    return model, get_megatron_optimizer(how, [model])

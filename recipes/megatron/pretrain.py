@@ -52,11 +52,16 @@ def options() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/megatron"), help="for checkpoints, log.json and loss_curve.png")
-    parser.add_argument("--save-every", type=int, default=200, help="steps")
+    parser.add_argument("--save-every", type=int, default=200, help="steps; one is saved at the end besides; 0: none at all")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     found = parser.parse_args()
     for name, value in vars(found).items():
-        if isinstance(value, int) and not isinstance(value, bool) and name != "seed" and value < 1:
+        if (
+            isinstance(value, int)
+            and not isinstance(value, bool)
+            and value < 1
+            and not (name == "seed" or (name == "save_every" and value == 0))
+        ):
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if found.experts % size or found.top_k > found.experts:
@@ -80,7 +85,7 @@ def mean_loss(losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
 def train(given: argparse.Namespace) -> None:
     rank, size = dist.get_rank(), dist.get_world_size()
     text = Text(given.data, given.sequence, given.seed)
-    model, optimizer, config = build(given)
+    model, optimizer = build(given)
     history: list[dict[str, float]] = load(given.out, model, optimizer) if given.resume else []
     run = get_forward_backward_func()
     progress = tqdm(
@@ -105,13 +110,13 @@ def train(given: argparse.Namespace) -> None:
         entry = {"step": step, "loss": float(loss) / size, "grad_norm": float(norm), "seconds": time.perf_counter() - began}
         history.append(entry)
         progress.set_postfix(loss=f"{entry['loss']:.3f}")
-        if (step + 1) % given.save_every == 0 or step + 1 == given.steps:
+        if given.save_every and ((step + 1) % given.save_every == 0 or step + 1 == given.steps):
             save(given.out, model, optimizer, history)
     if rank == 0 and history:
-        report(given, config, history)
+        report(given, history)
 
 
-def report(given: argparse.Namespace, config: Any, history: list[dict[str, float]]) -> None:
+def report(given: argparse.Namespace, history: list[dict[str, float]]) -> None:
     """log.json and loss_curve.png."""
     import matplotlib as mpl
 
@@ -121,6 +126,7 @@ def report(given: argparse.Namespace, config: Any, history: list[dict[str, float
     tokens = given.micro_batches * given.micro_batch * given.sequence * dist.get_world_size()
     speed = tokens / statistics.median(e["seconds"] for e in history)
     layers = "Transformer Engine" if WITH_TE else "local"
+    given.out.mkdir(parents=True, exist_ok=True)
     log = {"dispatcher": given.dispatcher, "precision": given.precision, "layers": layers, "tokens_per_second": speed}
     log |= {"options": {name: str(value) for name, value in vars(given).items()}, "steps": history}
     (given.out / "log.json").write_text(json.dumps(log, indent=1) + "\n")
