@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from draws import Exchange
-from harness import run_ranks, same_bits
+from harness import run_ranks, same_bits, torch_release
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, set_checkpoint_early_stop
 
@@ -177,7 +177,9 @@ def compiled_steps(rank: int, size: int, group: dist.ProcessGroup, layout: str, 
     for seed in range(3):
         problem = Problem(rank, group, layout, seed)
         ok &= agree(problem.step(), problem.step(partial(torch.compile, backend=backend)))
-    return ok and torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2  # the experts and the sum after combine
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    # The experts and the sum after combine; aot_eager of torch 2.9 and before leaves code with .tolist() to Python.
+    return ok and (graphs >= 2 or (backend == "aot_eager" and torch_release() < (2, 11)))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
