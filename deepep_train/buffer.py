@@ -476,7 +476,7 @@ class Buffer(LowLatencyCalls):
             self._check_topk_weights(idx, topk_weights)
             return DispatchRequest(
                 payload,
-                self._engine.layout(idx, total),
+                None if self._engine.checks_layout else self._engine.layout(idx, total),
                 idx,
                 topk_weights,
                 total,

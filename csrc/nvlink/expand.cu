@@ -86,6 +86,8 @@ __global__ void __launch_bounds__(ScatterShape::kMaxWarps * 32, 1)
 }  // namespace
 
 void launch_arrange(const Domain& d, const ArrangeParams& p, cudaStream_t stream) {
+    if (p.num_rows == 0) return;
+    DT_CUDA(cudaMemsetAsync(reinterpret_cast<void*>(p.row_slot), 0xff, sizeof(int32_t) * p.num_rows, stream));  // -1
     arrange_kernel<<<p.num_sms * 4, kThreads, 0, stream>>>(d, p);
     DT_CUDA(cudaGetLastError());
 }

@@ -1,4 +1,4 @@
-"""What the nvlink engine remembers between calls: plans, layouts, counts under way.
+"""What the nvlink engine remembers between calls: plans and layouts.
 
 The tables' meanings stand in csrc/nvlink/params.hpp.
 """
@@ -6,7 +6,7 @@ The tables' meanings stand in csrc/nvlink/params.hpp.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -16,43 +16,20 @@ from deepep_train.routing import RankLayout
 
 
 @dataclass(frozen=True)
-class ExpertPlan:
-    """The expert layout's part of a plan; see csrc/nvlink/params.hpp for what the tables mean. `group_rows`: int64 [L], the
-    padded counts, on the GPU."""
-
-    send_row: Tensor
-    pull_row: Tensor
-    pick_row: Tensor
-    pick_rank: Tensor
-    rows_of: Tensor
-    row_slot: Tensor
-    several: Tensor
-    num_several: Tensor
-    summed: Tensor
-    num_summed: Tensor
-    group_rows: Tensor
-
-
-@dataclass(frozen=True)
 class NvlinkPlan(Plan):
     """`num_received` is the bound with `num_worst_tokens`; the true number stays on the GPU.
 
     Attributes:
-        send_slot: int32 [T, R], see csrc/nvlink/params.hpp.
-        received: int32 [1], the number of rows that arrived.
-        experts: None in rank layout.
+        tables: where they lie, `_C.Tables`; csrc/nvlink/params.hpp says what they mean.
+        kept: the memory in which they lie.
         has_tail: whether the received tensor may have more rows than arrived.
         stream: the id of the stream that its tables were made on; None: unknown.
     """
 
-    send_slot: Tensor
-    received: Tensor
-    experts: ExpertPlan | None
+    tables: Any
+    kept: tuple[Tensor, ...]
     has_tail: bool
     stream: int | None
-
-    def tables(self) -> list[Tensor]:
-        return [self.send_slot, self.received, *(vars(self.experts).values() if self.experts is not None else ())]
 
 
 Seen = tuple[tuple[int, int] | None, ...] | None
@@ -102,15 +79,6 @@ def remembered(handle: tuple[Tensor, ...], maker: object) -> NvlinkPlan | None:
     return plan
 
 
-@dataclass
-class Counting:
-    """An exchange of counts under way: a checked layout, and what the exchange fills in (csrc/nvlink/params.hpp)."""
-
-    layout: NvlinkLayout
-    prefix_RR: Tensor
-    send_base: Tensor
-    received: Tensor
-    expert_base: Tensor | None
-    tokens_per_expert: Tensor
-    signature: int
-    ticket: int
+def words_at(block: Tensor, address: int, rows: int, width: int) -> Tensor:
+    """The table [rows, width] at `address` within `block`, one-dimensional, of words of the table's dtype."""
+    return block.as_strided((rows, width), (width, 1), (address - block.data_ptr()) // block.element_size())
