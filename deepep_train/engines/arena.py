@@ -8,7 +8,7 @@ import math
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -67,11 +67,37 @@ class Parts:
         return [at if size else 0 for at, size in zip(ends, self.sizes, strict=False)]
 
     def split(self, whole: Tensor) -> list[Tensor | None]:
+        parts: list[Tensor | None] = []
         rooms = whole.split_with_sizes(self._rooms)
-        return [
-            None if one is None else room[:size].view(one[1]).view(tuple(one[0]))
-            for one, room, size in zip(self._wanted, rooms, self.sizes, strict=True)
-        ]
+        for one, part, room, size in zip(self._wanted, rooms, self._rooms, self.sizes, strict=True):
+            if one is None:
+                parts.append(None)
+                continue
+            shape, dtype = one
+            t = (part if size == room else part[:size]).view(dtype)
+            parts.append(t if len(shape) == 1 else t.view(shape))
+        return parts
+
+
+class _InPool:
+    """This thread's allocations come out of the arena. A class: a context made of a generator costs 2 us, in every call."""
+
+    def __init__(self, arena: Arena) -> None:
+        self._comm, self._torchs = arena._comm, torch.cuda.use_mem_pool(arena._pool, arena._device)
+
+    def __enter__(self) -> None:
+        self._comm.enter_pool()
+        try:
+            self._torchs.__enter__()
+        except BaseException:
+            self._comm.leave_pool()
+            raise
+
+    def __exit__(self, *error: Any) -> None:
+        try:
+            self._torchs.__exit__(*error)
+        finally:
+            self._comm.leave_pool()
 
 
 @functools.lru_cache(maxsize=1)
@@ -149,21 +175,16 @@ class Arena:
                 self.num_staged += 1
         return landings
 
-    @contextmanager
-    def ahead(self) -> Iterator[Callable[[Wanted], list[Landing | None] | None]]:
-        """Enters the pool before it is known how large the tensors will be: a CPU that waits for that has the time.
+    def ahead(self) -> AbstractContextManager[None]:
+        """Enters the pool before it is known how large the tensors will be: a CPU that waits for that has the time."""
+        return self._allocating()
 
-        Gives a quick `land`, for use within the context, that returns None where it would take more than the heap's room.
-        """
-
-        def land(wanted: Wanted) -> list[Landing | None] | None:
-            try:
-                return self._land(wanted, False)
-            except ArenaFull:
-                return None
-
-        with self._allocating():
-            yield land
+    def land_quickly(self, wanted: Wanted) -> list[Landing | None] | None:
+        """`land`, within `ahead`; None where it would take more than the heap's room."""
+        try:
+            return self._land(wanted, False)
+        except ArenaFull:
+            return None
 
     def watch(self, landings: Sequence[Landing | None]) -> None:
         """To be called after `land`, when there is time."""
@@ -236,26 +257,16 @@ class Arena:
             self._full = (full.num_bytes, self._deaths)
             raise
 
-    @contextmanager
-    def _allocating(self) -> Iterator[None]:
+    def _allocating(self) -> AbstractContextManager[None]:
         self._capturing = torch.cuda.is_current_stream_capturing()
-        if self._capturing:
-            # A capture takes every allocation on its streams into its own pool, so memory for it is asked for aside.
-            self._aside = self._aside or torch.cuda.Stream(self._device)
-            with torch.cuda.stream(self._aside), self._in_pool():
-                yield
-        else:
-            with self._in_pool():
-                yield
+        return self._allocating_aside() if self._capturing else _InPool(self)
 
     @contextmanager
-    def _in_pool(self) -> Iterator[None]:
-        self._comm.enter_pool()
-        try:
-            with torch.cuda.use_mem_pool(self._pool, self._device):
-                yield
-        finally:
-            self._comm.leave_pool()
+    def _allocating_aside(self) -> Iterator[None]:
+        """A capture takes every allocation on its streams into its own pool, so memory for it is asked for on another."""
+        self._aside = self._aside or torch.cuda.Stream(self._device)
+        with torch.cuda.stream(self._aside), _InPool(self):
+            yield
 
     def _from_heap(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         size = torch.Size(shape).numel() * dtype.itemsize
@@ -284,7 +295,7 @@ class Arena:
 
         def elsewhere() -> None:
             try:
-                with torch.cuda.stream(stream), self._in_pool():
+                with torch.cuda.stream(stream), _InPool(self):
                     made.append(torch.empty(tuple(shape), dtype=dtype, device=self._device))
             except Exception as error:  # noqa: BLE001 - raised below
                 made.append(error)

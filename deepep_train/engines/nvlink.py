@@ -219,12 +219,12 @@ class NvlinkEngine(NvlinkDomain):
         counts, quickly = None, None
         num_received = num_rows = request.num_worst_tokens
         if not request.num_worst_tokens:
-            with self._arena.ahead() as land:
+            with self._arena.ahead():
                 counts = self._wait_counts(ticket, num_local, stream)
                 if counts is not None and not counts.bad:
                     num_received, num_rows = counts.num_received, counts.num_rows
                     parts = parts_of(num_received, num_rows)
-                    quickly = land([((num_rows, hidden), data.dtype), parts.whole])
+                    quickly = self._arena.land_quickly([((num_rows, hidden), data.dtype), parts.whole])
             if counts is None or counts.bad:
                 self._owed = ""  # nobody waits for them
                 self.check()
