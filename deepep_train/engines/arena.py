@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
-import math
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -44,38 +42,46 @@ class Landing(NamedTuple):
 
 
 class Parts:
-    """Several tensors out of one allocation, since each costs a CPU several microseconds; None stands for none.
+    """Several tensors of 32- or 64-bit elements out of one allocation of int32, since each costs a CPU several microseconds.
 
     They share a storage, so none of it is free before all of them are.
+
+    Args:
+        kinds: of each the dtype and the width of its rows, 0 for a one-dimensional one; None stands for none.
     """
 
-    _STEP = 16  # bytes: what every dtype and vector access is aligned to
+    _STEP = 4  # words: what every dtype and vector access is aligned to
 
-    def __init__(self, wanted: Wanted) -> None:
-        self._wanted = wanted
-        self.sizes = [0 if one is None else math.prod(one[0]) * one[1].itemsize for one in wanted]
-        self._rooms = [-(-size // self._STEP) * self._STEP for size in self.sizes]
+    def __init__(self, kinds: Sequence[tuple[torch.dtype, int] | None]) -> None:
+        self._kinds = kinds
+        self._widths = [0 if kind is None else kind[0].itemsize // 4 * (kind[1] or 1) for kind in kinds]
 
-    @property
-    def whole(self) -> tuple[Sequence[int], torch.dtype]:
-        """What to allocate."""
-        return (sum(self._rooms),), torch.uint8
+    def measure(self, *rows: int) -> int:
+        """Fixes how many rows each has. Returns the words to allocate."""
+        self._rows = rows
+        self._words = [n * width for n, width in zip(rows, self._widths, strict=True)]
+        self._rooms = [-(-words // self._STEP) * self._STEP for words in self._words]
+        return sum(self._rooms)
 
-    def offsets(self, start: int) -> list[int]:
-        """Of the parts' first bytes, if the allocation's is at `start`; 0 for what is empty."""
-        ends = itertools.accumulate(self._rooms, initial=start)
-        return [at if size else 0 for at, size in zip(ends, self.sizes, strict=False)]
+    def places(self, start: int) -> tuple[list[int], list[int]]:
+        """Of the parts, their first bytes, if the allocation's is at `start` (0 for what is empty), and their bytes."""
+        firsts = []
+        for words, room in zip(self._words, self._rooms, strict=True):
+            firsts.append(start if words else 0)
+            start += 4 * room
+        return firsts, [4 * words for words in self._words]
 
     def split(self, whole: Tensor) -> list[Tensor | None]:
         parts: list[Tensor | None] = []
-        rooms = whole.split_with_sizes(self._rooms)
-        for one, part, room, size in zip(self._wanted, rooms, self._rooms, self.sizes, strict=True):
-            if one is None:
+        pieces = whole.split_with_sizes(self._rooms)
+        for kind, part, rows, words, room in zip(self._kinds, pieces, self._rows, self._words, self._rooms, strict=True):
+            if kind is None:
                 parts.append(None)
                 continue
-            shape, dtype = one
-            t = (part if size == room else part[:size]).view(dtype)
-            parts.append(t if len(shape) == 1 else t.view(shape))
+            dtype, width = kind
+            t = part if words == room else part[:words]
+            t = t if dtype is torch.int32 else t.view(dtype)
+            parts.append(t.view(rows, width) if width else t)
         return parts
 
 
@@ -98,6 +104,10 @@ class _InPool:
             self._torchs.__exit__(*error)
         finally:
             self._comm.leave_pool()
+
+
+def _bytes(shape: Sequence[int], dtype: torch.dtype) -> int:
+    return torch.Size(shape).numel() * dtype.itemsize
 
 
 @functools.lru_cache(maxsize=1)
@@ -269,15 +279,14 @@ class Arena:
             yield
 
     def _from_heap(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        size = torch.Size(shape).numel() * dtype.itemsize
-        if self._full is not None and self._full[1] == self._deaths and size >= self._full[0]:
+        if self._full is not None and self._full[1] == self._deaths and _bytes(shape, dtype) >= self._full[0]:
             self._known_full += 1
             if self._known_full % _ASK_AGAIN:  # asking torch makes it flush its caches
-                raise ArenaFull(size, is_known=True)
+                raise ArenaFull(_bytes(shape, dtype), is_known=True)
         try:
             t = self._allocate(shape, dtype)
         except torch.OutOfMemoryError:
-            raise ArenaFull(size) from None
+            raise ArenaFull(_bytes(shape, dtype)) from None
         if self._capturing:
             self._captured.append(t)
         if _C.is_debug:
@@ -335,7 +344,7 @@ class Arena:
             self._has_orphans = True
 
     def _from_staging(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
-        size = torch.Size(shape).numel() * dtype.itemsize
+        size = _bytes(shape, dtype)
         if self._staged + size > self._staging.numel():
             return None
         part = self._staging[self._staged : self._staged + size].view(dtype).view(tuple(shape))

@@ -56,7 +56,7 @@ class Request(ABC):
         return {name: value if isinstance(value, (int, str)) else str(value) for name, value in given.items()}
 
 
-@dataclass(frozen=True)
+@dataclass
 class DispatchRequest(Request):
     """A checked dispatch with fresh routing. Shapes as in `deepep_train.dispatch`; `layout`: None where an engine that
     `checks_layout` is to count itself; `arrangement` and the rest as in `Plan`; `num_sms`: SMs to occupy, 0 for the buffer's
@@ -101,7 +101,7 @@ def wrong_counts(
     return ArgumentError(f"{argument}={given.tolist()} does not count {of}, which has {counted.tolist()}", argument)
 
 
-@dataclass(frozen=True)
+@dataclass
 class RedispatchRequest(Request):
     """A checked dispatch along the routing of an earlier one."""
 
@@ -115,7 +115,7 @@ class RedispatchRequest(Request):
         return self.recipe, *self.payload.agreement(), self.plan.layout, self.plan.alignment
 
 
-@dataclass(frozen=True)
+@dataclass
 class CombineRequest(Request):
     """A checked combine.
 

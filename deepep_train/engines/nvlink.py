@@ -206,15 +206,18 @@ class NvlinkEngine(NvlinkDomain):
         d.topk_idx, d.topk_weights, d.pick_row = _address(idx), _address(weights), tables.pick_row
         hidden, scales_in_place = data.shape[1], scales if is_in_place else None
 
-        def parts_of(num_received: int, num_rows: int) -> Parts:
-            return Parts(
-                [
-                    None if scales_in_place is None else ((num_received, scales_in_place.shape[1]), scales_in_place.dtype),
-                    None if idx is None else ((num_received, top_k), torch.int32 if is_expert else torch.int64),
-                    None if weights is None else ((num_rows,) if is_expert else (num_rows, top_k), torch.float32),
-                    ((num_received,), torch.int32),
-                ]
-            )
+        parts = Parts(
+            [
+                None if scales_in_place is None else (scales_in_place.dtype, scales_in_place.shape[1]),
+                None if idx is None else (torch.int32 if is_expert else torch.int64, top_k),
+                None if weights is None else (torch.float32, 0 if is_expert else top_k),
+                (torch.int32, 0),
+            ]
+        )
+
+        def wanted(num_received: int, num_rows: int) -> list[Any]:
+            words = parts.measure(num_received, num_received, num_rows, num_received)
+            return [((num_rows, hidden), data.dtype), ((words,), torch.int32)]
 
         counts, quickly = None, None
         num_received = num_rows = request.num_worst_tokens
@@ -223,26 +226,22 @@ class NvlinkEngine(NvlinkDomain):
                 counts = self._wait_counts(ticket, num_local, stream)
                 if counts is not None and not counts.bad:
                     num_received, num_rows = counts.num_received, counts.num_rows
-                    parts = parts_of(num_received, num_rows)
-                    quickly = self._arena.land_quickly([((num_rows, hidden), data.dtype), parts.whole])
+                    quickly = self._arena.land_quickly(wanted(num_received, num_rows))
             if counts is None or counts.bad:
                 self._owed = ""  # nobody waits for them
                 self.check()
                 self._explain(prepared, counting)
-        else:
-            parts = parts_of(num_received, num_rows)
-        landings = quickly or self._arena.land([((num_rows, hidden), data.dtype), parts.whole])
+        landings = quickly or self._arena.land(wanted(num_received, num_rows))
         rows, along = landings
         assert rows is not None and along is not None
         slot_scales = None
         if scales is not None and not is_in_place:
             slot_scales = self._arena.temporary((num_received, scales.shape[1]), scales.dtype)
         offset = self._arena.offset
-        offsets = [offset(rows.visible), *parts.offsets(offset(along.visible))]
-        sizes = [rows.visible.nbytes, *parts.sizes]
+        places, sizes = parts.places(offset(along.visible))
         if slot_scales is not None:
-            offsets[1], sizes[1] = offset(slot_scales), slot_scales.nbytes
-        d.offsets, d.sizes = offsets, sizes
+            places[0], sizes[0] = offset(slot_scales), slot_scales.nbytes
+        d.offsets, d.sizes = [offset(rows.visible), *places], [rows.visible.nbytes, *sizes]
         self._comm.dispatch(d, stream)
         self._owed = ""
 

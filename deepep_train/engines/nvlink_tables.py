@@ -38,9 +38,15 @@ Seen = tuple[tuple[int, int] | None, ...] | None
 def seen(*tensors: Tensor | None) -> Seen:
     """Where the tensors lie and how often they were written to, as far as torch counts that (a write through `.data` it does
     not); None: it does not count writes to `inference_mode`'s tensors."""
-    if any(t is not None and t.is_inference() for t in tensors):
-        return None
-    return tuple(None if t is None else (t.data_ptr(), t._version) for t in tensors)
+    marks: list[tuple[int, int] | None] = []
+    for t in tensors:
+        if t is None:
+            marks.append(None)
+        elif t.is_inference():
+            return None
+        else:
+            marks.append((t.data_ptr(), t._version))
+    return tuple(marks)
 
 
 class NvlinkLayout(RankLayout):
