@@ -148,25 +148,30 @@ def v1_handle(tensors: Sequence[Any], num_ranks: int, num_nodes: int) -> None:
 def payload(x: Any, argument: str = "x", num_tokens: int | None = None) -> Payload:
     """`x`: a floating tensor [tokens, hidden], or an FP8 pair (data [tokens, hidden], scales [tokens, n]), or a
     `Payload` with `blocks`."""
-    first = x[0] if isinstance(x, (tuple, list)) and x else x
-    if isinstance(first, Tensor):
-        need(first.device.type in ("cpu", "cuda"), argument, "on the CPU or a CUDA device", first)
-    if isinstance(x, (tuple, list)):
-        blocks = x.blocks if isinstance(x, Payload) else None
-        need(len(x) == 2 or isinstance(x, Payload), argument, "a tensor or a pair (data, scales)", x)
-        data = tensor(x[0], f"{argument}[0]", [num_tokens, None], FP8_DTYPES, None)
-        scales = tensor(x[1], f"{argument}[1]", [data.size(0), None], SCALE_DTYPES, data.device)
-        need(data.size(1) >= 1, f"{argument}[0]", "at least one element wide", data)
-        need(scales.size(1) >= 1, f"{argument}[1]", "at least one scale wide", scales)
-        if blocks is not None:
-            _scale_blocks(blocks, f"{argument}: blocks")
-            need(scales.element_size() == 4, f"{argument}[1]", "32-bit scales, to be put into blocks", scales)
-        return Payload(data, scales, blocks)
-    if isinstance(x, Tensor) and x.dtype in FP8_DTYPES:
-        raise ArgumentError(f"{argument} in FP8 must come as a pair (data, scales), got {shown(x)}", argument)
-    data = tensor(x, argument, [num_tokens, None], PAYLOAD_DTYPES, None)
-    need(data.size(1) >= 1, argument, "at least one element wide", data)
-    return Payload(data)
+    if not isinstance(x, (tuple, list)):
+        if isinstance(x, Tensor):
+            _need_device(x, argument)
+            if x.dtype in FP8_DTYPES:
+                raise ArgumentError(f"{argument} in FP8 must come as a pair (data, scales), got {shown(x)}", argument)
+        data = tensor(x, argument, [num_tokens, None], PAYLOAD_DTYPES, None)
+        need(data.shape[1] >= 1, argument, "at least one element wide", data)
+        return Payload(data)
+    if x and isinstance(x[0], Tensor):
+        _need_device(x[0], argument)
+    blocks = x.blocks if isinstance(x, Payload) else None
+    need(len(x) == 2 or isinstance(x, Payload), argument, "a tensor or a pair (data, scales)", x)
+    data = tensor(x[0], f"{argument}[0]", [num_tokens, None], FP8_DTYPES, None)
+    scales = tensor(x[1], f"{argument}[1]", [data.size(0), None], SCALE_DTYPES, data.device)
+    need(data.size(1) >= 1, f"{argument}[0]", "at least one element wide", data)
+    need(scales.size(1) >= 1, f"{argument}[1]", "at least one scale wide", scales)
+    if blocks is not None:
+        _scale_blocks(blocks, f"{argument}: blocks")
+        need(scales.element_size() == 4, f"{argument}[1]", "32-bit scales, to be put into blocks", scales)
+    return Payload(data, scales, blocks)
+
+
+def _need_device(value: Tensor, argument: str) -> None:
+    need(value.device.type in ("cpu", "cuda"), argument, "on the CPU or a CUDA device", value)
 
 
 def _scale_blocks(value: Any, argument: str) -> None:

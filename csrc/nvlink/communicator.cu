@@ -23,7 +23,8 @@ struct Communicator::State {
     cudaStream_t captured_stream = nullptr;
     bool any_eager = false;
     unsigned long long capture = 0;
-    bool kept = false;  // a captured graph may still launch kernels
+    unsigned long long current_stream = 0, current_capture = 0;  // of the operation between `enter` and `leave`
+    bool kept = false;                                           // a captured graph may still launch kernels
 };
 
 namespace {
@@ -99,6 +100,11 @@ Communicator::Communicator(int device, int rank, int num_ranks, int64_t arena_by
     domain.has_bulk_copies = has_bulk_copies;
     domain.peers = state_->peers;
     domain.host = static_cast<HostPage*>(device_page);
+    if (has_bulk_copies) {
+        allow_memory_for_dispatch();
+        allow_memory_for_expand();
+        allow_memory_for_combine();
+    }
     DT_CUDA(cudaEventCreateWithFlags(&state_->eager, cudaEventDisableTiming));
     DT_CUDA(cudaEventCreateWithFlags(&state_->captured, cudaEventDisableTiming));
 }
@@ -189,28 +195,28 @@ void Communicator::leave_pool() { set_current_arena(nullptr); }
 bool Communicator::enter(uint64_t stream) {
     const OnDevice on(device_);
     State& s = *state_;
-    const unsigned long long capture = capture_of(as_stream(stream));
-    if (capture != 0) {
+    s.current_capture = capture_of(as_stream(stream));
+    if (s.current_capture != 0) {
         s.kept = true;
-        if (s.capture == capture && s.captured_stream != as_stream(stream))
+        if (s.capture == s.current_capture && s.captured_stream != as_stream(stream))
             DT_CUDA(cudaStreamWaitEvent(as_stream(stream), s.captured, 0));
-    } else if (s.any_eager && s.eager_stream != id_of(as_stream(stream))) {
-        DT_CUDA(cudaStreamWaitEvent(as_stream(stream), s.eager, 0));
+        return true;
     }
-    return capture != 0;
+    s.current_stream = id_of(as_stream(stream));
+    if (s.any_eager && s.eager_stream != s.current_stream) DT_CUDA(cudaStreamWaitEvent(as_stream(stream), s.eager, 0));
+    return false;
 }
 
 void Communicator::leave(uint64_t stream) {
     const OnDevice on(device_);
     State& s = *state_;
-    const unsigned long long capture = capture_of(as_stream(stream));
-    DT_CUDA(cudaEventRecord(capture != 0 ? s.captured : s.eager, as_stream(stream)));
-    if (capture != 0) {
-        s.capture = capture;
+    DT_CUDA(cudaEventRecord(s.current_capture != 0 ? s.captured : s.eager, as_stream(stream)));
+    if (s.current_capture != 0) {
+        s.capture = s.current_capture;
         s.captured_stream = as_stream(stream);
     } else {
         s.any_eager = true;
-        s.eager_stream = id_of(as_stream(stream));
+        s.eager_stream = s.current_stream;
     }
 }
 

@@ -85,6 +85,8 @@ __global__ void __launch_bounds__(ScatterShape::kMaxWarps * 32, 1)
 
 }  // namespace
 
+void allow_memory_for_expand() { allow_shared_bytes(expand_kernel, ScatterShape::kSharedBytes); }
+
 void launch_arrange(const Domain& d, const ArrangeParams& p, cudaStream_t stream) {
     if (p.num_rows == 0) return;
     DT_CUDA(cudaMemsetAsync(reinterpret_cast<void*>(p.row_slot), 0xff, sizeof(int32_t) * p.num_rows, stream));  // -1
@@ -95,7 +97,6 @@ void launch_arrange(const Domain& d, const ArrangeParams& p, cudaStream_t stream
 void launch_expand(const Domain& d, const ExpandParams& p, cudaStream_t stream) {
     const ScatterShape shape(p.row_bytes);
     const int shared_bytes = d.has_bulk_copies ? shape.shared_bytes : 0;
-    allow_shared_bytes(expand_kernel, d, ScatterShape::kSharedBytes);
     expand_kernel<<<p.num_sms, shape.warps * 32, shared_bytes, stream>>>(d, p, shape);
     DT_CUDA(cudaGetLastError());
 }

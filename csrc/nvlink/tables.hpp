@@ -1,5 +1,5 @@
-// Where the tables of one dispatch lie; params.hpp says what they mean. The first of them come out of one block of memory, since
-// every tensor costs Python several microseconds. Python owns that block, and reads here where its tensors begin.
+// Where the tables of one dispatch lie; params.hpp says what they mean. The first of them come out of one block of memory,
+// since every tensor costs Python several microseconds. Python owns that block, and reads here where its tensors begin.
 #pragma once
 
 #include <cstdint>

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from deepep_train.engines.nvlink_tables import Known, NvlinkLayout, remember, remembered, seen
+from deepep_train.engines.nvlink_tables import Known, NvlinkLayout, remember, remembered, seen, words_at
 from deepep_train.errors import ArgumentError
 from deepep_train.routing import RankLayout, rank_layout
 
 nvlink = pytest.importorskip("deepep_train.engines.nvlink", reason="built without nvcc", exc_type=ImportError)
+Parts = nvlink.Parts
 
 
 def marks(layout: RankLayout, topk_idx: torch.Tensor | None = None) -> tuple[tuple[int, int] | None, ...] | None:
@@ -67,3 +68,50 @@ def test_a_recount_looks_at_the_indices_too(wrong: int) -> None:
         layout = given()
         assert known(layout, torch.tensor([[0], [1], [-1]])).checked[0].item() == 0
         assert known(layout, torch.tensor([[0], [1], [wrong]])).checked[0].item() == 1
+
+
+@pytest.mark.parametrize("counts_tokens", [False, True])
+@pytest.mark.parametrize("expert_layout", [False, True])
+def test_a_dispatchs_tables_lie_side_by_side(expert_layout: bool, counts_tokens: bool) -> None:
+    """Every table has its own words of the block, in which nothing is left over but what a bool's byte rounds up."""
+    tokens, top_k, experts, ranks, chunks = 5, 3, 6, 2, 128
+    tables = nvlink._C.Tables(tokens, top_k, experts, ranks, expert_layout, counts_tokens)
+    block = torch.zeros(tables.words, dtype=torch.int32)
+    assert tables.lay_out(block.data_ptr()) == tables.words
+    words = {"tokens_per_expert": 2 * experts // ranks, "rank_prefix_matrix": ranks * ranks, "num_received": 1}
+    words |= {"num_several": 1, "num_summed": 1, "send_slot": tokens * ranks}
+    unseen = ranks + experts  # send_base and expert_base, which only kernels read
+    if counts_tokens:
+        words |= {"num_tokens_per_rank": ranks, "num_tokens_per_expert": experts, "checked": 1 + tokens * ranks}
+        words |= {"is_token_in_rank": -(-tokens * ranks // 4)}
+    if expert_layout:
+        words |= {
+            "send_row": tokens * ranks,
+            "pull_row": tokens * ranks,
+            "pick_row": tokens * top_k,
+            "pick_rank": tokens * top_k,
+        }
+        unseen += chunks * experts
+    for name, count in words.items():
+        words_at(block, getattr(tables, name), 1, count).add_(1)
+    assert block.max() == 1
+    assert block.sum() == sum(words.values()) == tables.words - unseen
+    if not expert_layout:
+        assert tables.send_slot == tables.send_row == tables.pull_row
+
+
+def test_parts_share_an_allocation() -> None:
+    parts = Parts([(torch.float32, 3), None, (torch.int64, 2), (torch.int32, 0)])
+    whole = torch.zeros(parts.measure(5, 5, 7, 2), dtype=torch.int32)
+    made = parts.split(whole)
+    assert [None if t is None else (t.dtype, tuple(t.shape)) for t in made] == [
+        (torch.float32, (5, 3)),
+        None,
+        (torch.int64, (7, 2)),
+        (torch.int32, (2,)),
+    ]
+    firsts, sizes = parts.places(whole.data_ptr())
+    for t, first, size in zip(made, firsts, sizes, strict=True):
+        assert size == (0 if t is None else t.nbytes)
+        assert t is None or t.data_ptr() == first
+        assert first % 16 == whole.data_ptr() % 16 or t is None
