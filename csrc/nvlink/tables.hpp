@@ -43,7 +43,7 @@ struct Tables {
     Tables(int tokens, int k, int experts, int ranks, bool expert, bool counts)
         : num_tokens(tokens), top_k(k), num_experts(experts), num_ranks(ranks), expert_layout(expert), counts_tokens(counts) {}
 
-    // int32 words of the block.
+    // int32 words of the block, an even number.
     int64_t words() const { return Tables(*this).lay_out(0); }
 
     // The block begins at `address`, a multiple of 8. Returns its words.
@@ -76,7 +76,8 @@ struct Tables {
             pick_rank = take(picks);
             chunk_counts = take(int64_t{kChunks} * num_experts);
         }
-        return static_cast<int64_t>((address - start) / sizeof(int32_t));
+        const auto words = static_cast<int64_t>((address - start) / sizeof(int32_t));
+        return words + words % 2;  // Python looks at it as int64, too
     }
 
     // Of the results.

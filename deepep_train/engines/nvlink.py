@@ -52,8 +52,8 @@ _COLUMNS = ScaleBlocks(True, 4, 0)
 _SIGNATURES = (1 << 63) - 1
 
 
-class _Counting(NamedTuple):
-    """An exchange of counts under way.
+class _Fresh(NamedTuple):
+    """A dispatch with fresh routing, once its exchange of counts is under way.
 
     Attributes:
         block: int32, where `tables` lie.
@@ -61,6 +61,7 @@ class _Counting(NamedTuple):
         topk_idx: the request's, contiguous.
     """
 
+    request: DispatchRequest
     block: Tensor
     tables: Any
     layout: NvlinkLayout | None
@@ -155,7 +156,7 @@ class NvlinkEngine(NvlinkDomain):
         with self._operation() as stream:
             return self._dispatch(prepared, stream)
 
-    def _open_counts(self, prepared: Prepared[DispatchRequest], stream: int) -> _Counting:
+    def _open_counts(self, prepared: Prepared[DispatchRequest], stream: int) -> _Fresh:
         """Give this rank's counts to the peers, or, whatever goes wrong before, word that it has none."""
         try:
             request = prepared.require()
@@ -182,7 +183,7 @@ class NvlinkEngine(NvlinkDomain):
                 raise
             self._explain(prepared, None)
         self._owed = "dispatch"
-        return _Counting(block, tables, layout, idx, signature, ticket)
+        return _Fresh(request, block, tables, layout, idx, signature, ticket)
 
     def _wait_counts(self, ticket: int, num_local_experts: int, stream: int) -> Any:
         try:
@@ -192,23 +193,20 @@ class NvlinkEngine(NvlinkDomain):
             raise DeepEPError(f"dispatch on rank {self.rank}: {error}") from error
 
     def _dispatch(self, prepared: Prepared[DispatchRequest], stream: int) -> Received:
-        counting = self._open_counts(prepared, stream)
+        fresh = self._open_counts(prepared, stream)
         # The GPU is at work. While the CPU would wait anyway: everything about the rows but where they go.
-        request, (block, tables, _, idx, signature, ticket) = prepared.require(), counting
-        is_expert, num_experts, num_sms = request.arrangement == "expert", request.num_experts, request.num_sms
+        request, _, tables, _, idx, signature, ticket = fresh
+        is_expert, num_local = request.arrangement == "expert", request.num_experts // self.peers.size
         data, scales, blocks = _aligned(request.payload.data), request.payload.scales, _blocks_of(request.payload, is_expert)
         weights = None if request.topk_weights is None else request.topk_weights.contiguous()
-        num_local, top_k = num_experts // self.peers.size, 0 if idx is None else idx.shape[1]
-        is_in_place = blocks is None
-        d = self._rows(data, scales, tables, num_sms)
+        hidden, top_k = data.shape[1], 0 if idx is None else idx.shape[1]
+        d = self._rows(data, scales, tables, request.num_sms)
         d.signature = _numbered(signature, ticket)
         d.send_sources, d.num_local_experts, d.top_k = 1, num_local, top_k
         d.topk_idx, d.topk_weights, d.pick_row = _address(idx), _address(weights), tables.pick_row
-        hidden, scales_in_place = data.shape[1], scales if is_in_place else None
-
         parts = Parts(
             [
-                None if scales_in_place is None else (scales_in_place.dtype, scales_in_place.shape[1]),
+                None if scales is None or blocks is not None else (scales.dtype, scales.shape[1]),
                 None if idx is None else (torch.int32 if is_expert else torch.int64, top_k),
                 None if weights is None else (torch.float32, 0 if is_expert else top_k),
                 (torch.int32, 0),
@@ -219,33 +217,57 @@ class NvlinkEngine(NvlinkDomain):
             words = parts.measure(num_received, num_received, num_rows, num_received)
             return [((num_rows, hidden), data.dtype), ((words,), torch.int32)]
 
-        counts, quickly = None, None
+        def launch(landings: list[Landing | None], slot_scales: Tensor | None = None) -> None:
+            rows, along = landings
+            assert rows is not None and along is not None
+            offset = self._arena.offset
+            places, sizes = parts.places(offset(along.visible))
+            if slot_scales is not None:
+                places[0], sizes[0] = offset(slot_scales), slot_scales.nbytes
+            d.offsets, d.sizes = [offset(rows.visible), *places], [rows.visible.nbytes, *sizes]
+            self._comm.dispatch(d, stream)
+            self._owed = ""
+
+        counts, landings, slot_scales = None, None, None
         num_received = num_rows = request.num_worst_tokens
         if not request.num_worst_tokens:
             with self._arena.ahead():
                 counts = self._wait_counts(ticket, num_local, stream)
                 if counts is not None and not counts.bad:
                     num_received, num_rows = counts.num_received, counts.num_rows
-                    quickly = self._arena.land_quickly(wanted(num_received, num_rows))
+                    landings = self._arena.land_quickly(wanted(num_received, num_rows))
+                    if landings is not None and blocks is None:
+                        launch(landings)
             if counts is None or counts.bad:
                 self._owed = ""  # nobody waits for them
                 self.check()
-                self._explain(prepared, counting)
-        landings = quickly or self._arena.land(wanted(num_received, num_rows))
-        rows, along = landings
-        assert rows is not None and along is not None
-        slot_scales = None
-        if scales is not None and not is_in_place:
-            slot_scales = self._arena.temporary((num_received, scales.shape[1]), scales.dtype)
-        offset = self._arena.offset
-        places, sizes = parts.places(offset(along.visible))
-        if slot_scales is not None:
-            places[0], sizes[0] = offset(slot_scales), slot_scales.nbytes
-        d.offsets, d.sizes = [offset(rows.visible), *places], [rows.visible.nbytes, *sizes]
-        self._comm.dispatch(d, stream)
-        self._owed = ""
-
+                self._explain(prepared, fresh)
+        if landings is None or blocks is not None:
+            landings = landings or self._arena.land(wanted(num_received, num_rows))
+            if scales is not None and blocks is not None:
+                slot_scales = self._arena.temporary((num_received, scales.shape[1]), scales.dtype)
+            launch(landings, slot_scales)
         # The rows are on their way; the rest is this rank's own business.
+        assert landings is not None
+        return self._receive(fresh, counts, num_received, landings, parts, slot_scales, stream)
+
+    def _receive(
+        self,
+        fresh: _Fresh,
+        counts: Any,
+        num_received: int,
+        landings: list[Landing | None],
+        parts: Parts,
+        slot_scales: Tensor | None,
+        stream: int,
+    ) -> Received:
+        """What a dispatch gives whose rows are coming. `counts`: None with `num_worst_tokens`; `slot_scales`: where scales come
+        that are then put into blocks, or columns."""
+        request, block, tables, _, idx, _, ticket = fresh
+        is_expert, num_experts, num_sms = request.arrangement == "expert", request.num_experts, request.num_sms
+        (rows, along), top_k, has_tail = landings, 0 if idx is None else idx.shape[1], counts is None
+        assert rows is not None and along is not None
+        num_rows = rows.visible.shape[0]
         visible = [rows.visible, *parts.split(along.visible)]
         if slot_scales is not None:
             visible[1] = slot_scales
@@ -257,14 +279,17 @@ class NvlinkEngine(NvlinkDomain):
             tables.summed = tables.several + 4 * num_received
             kept = block, lists, along.tensor
             self._comm.arrange(tables, num_rows, self._sms(num_sms), stream)
-        has_tail = counts is None
         if is_expert or has_tail:
             self._expand(visible, tables, is_expert, top_k, num_sms, stream)
         if counts is None:
+            num_local = num_experts // self.peers.size
             tokens_per_expert = words_at(block.view(torch.int64), tables.tokens_per_expert, 1, num_local)[0]
         else:
             tokens_per_expert = torch.frombuffer(counts.per_expert, dtype=torch.int64)
-        if slot_scales is not None and blocks is not None:
+        scales = None
+        if slot_scales is not None:
+            blocks = _blocks_of(request.payload, is_expert)
+            assert blocks is not None
             splits = tokens_per_expert.tolist() if is_expert and counts is not None else [num_rows]
             scales = self._place_scales(slot_scales, blocks, splits, tables, is_expert, num_sms, stream)
         self._arrive(landings)
@@ -272,9 +297,10 @@ class NvlinkEngine(NvlinkDomain):
             visible[1:] = parts.split(along.tensor)
             tables.rows_of = _address(visible[2])
         _, row_scales, picks, row_weights, source = visible
+        assert source is not None
         plan = NvlinkPlan(
             number=(self.peers.number << 40) + ticket,
-            num_tokens=data.shape[0],
+            num_tokens=request.payload.data.shape[0],
             num_received=num_received,
             num_rows=num_rows,
             num_experts=num_experts,
@@ -288,16 +314,10 @@ class NvlinkEngine(NvlinkDomain):
             has_tail=has_tail,
             stream=stream,
         )
-        assert source is not None
-        tensors = self._handle_tensors(counting, request, source)
+        tensors = self._handle_tensors(fresh, source)
         remember(tensors, plan, self._token)  # V1's callers may hand these back as a plain tuple
-        return Received(
-            payload=Payload(rows.tensor, row_scales if is_in_place else scales, request.payload.blocks),
-            topk_idx=plan.recv_topk_idx,
-            topk_weights=row_weights,
-            plan=plan,
-            tensors=tensors,
-        )
+        payload = Payload(rows.tensor, row_scales if scales is None else scales, request.payload.blocks)
+        return Received(payload, plan.recv_topk_idx, row_weights, plan, tensors)
 
     def _rows(self, data: Tensor, scales: Tensor | None, tables: Any, num_sms: int) -> _C.DispatchParams:
         """What a dispatch of these rows is, but where they go."""
@@ -467,9 +487,9 @@ class NvlinkEngine(NvlinkDomain):
                 memory.record_stream(current)
         return plan
 
-    def _handle_tensors(self, counting: _Counting, request: DispatchRequest, source: Tensor) -> tuple[Tensor, ...]:
+    def _handle_tensors(self, fresh: _Fresh, source: Tensor) -> tuple[Tensor, ...]:
         """DeepEP V1's six tensors; V1's channels are one here."""
-        block, tables, layout = counting.block, counting.tables, counting.layout
+        request, block, tables, layout, *_ = fresh
         size, num_tokens = self.peers.size, request.payload.data.shape[0]
         prefix_RR = words_at(block, tables.rank_prefix_matrix, size, size)
         send_slot = words_at(block, tables.send_slot, num_tokens, size)
@@ -515,15 +535,15 @@ class NvlinkEngine(NvlinkDomain):
             stream=None,
         )
 
-    def _explain(self, prepared: Prepared[DispatchRequest], counting: _Counting | None) -> NoReturn:
+    def _explain(self, prepared: Prepared[DispatchRequest], fresh: _Fresh | None) -> NoReturn:
         """Some rank's arguments are wrong or differ: exchange texts, raise the same everywhere."""
         request = prepared.request
         fields: dict[str, object] = {}
-        if request is not None and counting is not None:
-            if counting.layout is None:
-                out_of_range = words_at(counting.block, counting.tables.checked, 1, 1)
+        if request is not None and fresh is not None:
+            if fresh.layout is None:
+                out_of_range = words_at(fresh.block, fresh.tables.checked, 1, 1)
             else:
-                out_of_range = counting.layout.checked[0]
+                out_of_range = fresh.layout.checked[0]
             if out_of_range.item():
                 prepared.error = layout_error(request)
             fields = {"buffer": self.peers.number, "num_worst_tokens given": bool(request.num_worst_tokens)}
