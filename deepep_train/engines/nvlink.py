@@ -30,8 +30,8 @@ from deepep_train.engines.nvlink_domain import NvlinkDomain
 from deepep_train.engines.nvlink_failures import layout_error
 from deepep_train.engines.nvlink_tables import (
     Known,
-    NvlinkLayout,
     NvlinkPlan,
+    checked_of,
     remember,
     remembered,
     seen,
@@ -41,7 +41,7 @@ from deepep_train.engines.peers import Peers
 from deepep_train.engines.v1_handle import checked_prefix
 from deepep_train.errors import ArgumentError, DeepEPError
 from deepep_train.handle import Plan
-from deepep_train.routing import RankLayout, count_picks
+from deepep_train.routing import RankLayout
 from deepep_train.scale_blocks import ScaleBlocks
 
 MAX_EXPERTS, MAX_TOP_K = 4096, 32
@@ -57,14 +57,15 @@ class _Fresh(NamedTuple):
 
     Attributes:
         block: int32, where `tables` lie.
-        layout: the request's, checked; None if the tables hold it.
+        layout, checked: the request's, see `Known`; None if the tables hold them.
         topk_idx: the request's, contiguous.
     """
 
     request: DispatchRequest
     block: Tensor
     tables: Any
-    layout: NvlinkLayout | None
+    layout: RankLayout | None
+    checked: Tensor | None
     topk_idx: Tensor | None
     signature: int
     ticket: int
@@ -110,34 +111,9 @@ class NvlinkEngine(NvlinkDomain):
         if places % 4:
             in_rank = in_rank[:places]
         in_rank = in_rank.view(num_tokens, size)
-        layout = NvlinkLayout(per_rank, None, per_expert, in_rank)
-        layout.checked, layout.seen = checked, seen(per_rank, per_expert, in_rank, topk_idx)
-        layout.kept = per_rank, per_expert, topk_idx
-        in_rank.deepep_train_layout = Known(checked, layout.seen, layout.kept)  # type: ignore[attr-defined]
-        return layout
-
-    def _known(self, layout: RankLayout, topk_idx: Tensor | None, num_experts: int) -> NvlinkLayout:
-        """The layout with what its tensors alone do not say. Indices out of range, and counts that are not those of
-        `is_token_in_rank` and `topk_idx`, are flagged for the exchange of counts to find: with these rows would land outside
-        their tensors."""
-        per_rank, per_expert, in_rank = layout.num_tokens_per_rank, layout.num_tokens_per_expert, layout.is_token_in_rank
-        now = seen(per_rank, per_expert, in_rank, topk_idx)
-        if isinstance(layout, NvlinkLayout) and layout.seen is not None and layout.seen == now:
-            return layout
-        earlier: Known | None = getattr(in_rank, "deepep_train_layout", None)
-        known = NvlinkLayout(per_rank.contiguous(), layout.num_tokens_per_rdma_rank, per_expert.contiguous(), in_rank)
-        if earlier is not None and earlier.seen is not None and earlier.seen == now:
-            known.checked = earlier.checked
-        else:
-            position = in_rank.cumsum(0, dtype=torch.int32) - 1
-            wrong = (in_rank.sum(0, dtype=torch.int32) != per_rank).any()
-            if topk_idx is not None:
-                wrong = wrong | ((topk_idx < -1) | (topk_idx >= num_experts)).any()
-                wrong = wrong | (count_picks(topk_idx, num_experts) != per_expert).any()
-            send_index = torch.where(in_rank, position, -1).to(torch.int32)
-            known.checked = torch.cat([wrong.to(torch.int32).view(1), send_index.view(-1)])
-        known.seen, known.kept = now, (per_rank, per_expert, topk_idx)
-        return known
+        marks = seen(per_rank, per_expert, in_rank, topk_idx)
+        in_rank.deepep_train_layout = Known(checked, marks, (per_rank, per_expert, topk_idx))  # type: ignore[attr-defined]
+        return RankLayout(per_rank, None, per_expert, in_rank)
 
     def _ints(self, count: int) -> Tensor:
         return torch.empty(count, dtype=torch.int32, device=self.device)
@@ -162,17 +138,23 @@ class NvlinkEngine(NvlinkDomain):
             request = prepared.require()
             idx, num_experts = request.topk_idx, request.num_experts
             _need_routing(num_experts, idx, request.alignment)
-            layout = None if request.layout is None else self._known(request.layout, idx, num_experts)
+            layout, checked = request.layout, None
+            if layout is not None:
+                checked = checked_of(layout, idx, num_experts)
+                layout = layout._replace(
+                    num_tokens_per_rank=layout.num_tokens_per_rank.contiguous(),
+                    num_tokens_per_expert=layout.num_tokens_per_expert.contiguous(),
+                )
             idx = None if idx is None else idx.contiguous()
             top_k, is_expert = 0 if idx is None else idx.shape[1], request.arrangement == "expert"
             num_tokens = request.payload.data.shape[0]
             tables = _C.Tables(num_tokens, top_k, num_experts, self.peers.size, is_expert, layout is None)
             block = self._ints(tables.words)
             tables.lay_out(block.data_ptr())
-            if layout is not None:
+            if layout is not None and checked is not None:
                 tables.num_tokens_per_rank = layout.num_tokens_per_rank.data_ptr()
                 tables.num_tokens_per_expert = layout.num_tokens_per_expert.data_ptr()
-                tables.checked = layout.checked.data_ptr()
+                tables.checked = checked.data_ptr()
             bound = request.num_worst_tokens
             signature = _hash("dispatch", self.peers.number, bound > 0, request.agreement())
             ticket = self._comm.route(tables, _address(idx), request.alignment, bound, signature, stream)
@@ -183,7 +165,7 @@ class NvlinkEngine(NvlinkDomain):
                 raise
             self._explain(prepared, None)
         self._owed = "dispatch"
-        return _Fresh(request, block, tables, layout, idx, signature, ticket)
+        return _Fresh(request, block, tables, layout, checked, idx, signature, ticket)
 
     def _wait_counts(self, ticket: int, num_local_experts: int, stream: int) -> Any:
         try:
@@ -195,7 +177,7 @@ class NvlinkEngine(NvlinkDomain):
     def _dispatch(self, prepared: Prepared[DispatchRequest], stream: int) -> Received:
         fresh = self._open_counts(prepared, stream)
         # The GPU is at work. While the CPU would wait anyway: everything about the rows but where they go.
-        request, _, tables, _, idx, signature, ticket = fresh
+        request, _, tables, _, _, idx, signature, ticket = fresh
         is_expert, num_local = request.arrangement == "expert", request.num_experts // self.peers.size
         data, scales, blocks = _aligned(request.payload.data), request.payload.scales, _blocks_of(request.payload, is_expert)
         weights = None if request.topk_weights is None else request.topk_weights.contiguous()
@@ -263,7 +245,7 @@ class NvlinkEngine(NvlinkDomain):
     ) -> Received:
         """What a dispatch gives whose rows are coming. `counts`: None with `num_worst_tokens`; `slot_scales`: where scales come
         that are then put into blocks, or columns."""
-        request, block, tables, _, idx, _, ticket = fresh
+        request, block, tables, _, _, idx, _, ticket = fresh
         is_expert, num_experts, num_sms = request.arrangement == "expert", request.num_experts, request.num_sms
         (rows, along), top_k, has_tail = landings, 0 if idx is None else idx.shape[1], counts is None
         assert rows is not None and along is not None
@@ -540,11 +522,8 @@ class NvlinkEngine(NvlinkDomain):
         request = prepared.request
         fields: dict[str, object] = {}
         if request is not None and fresh is not None:
-            if fresh.layout is None:
-                out_of_range = words_at(fresh.block, fresh.tables.checked, 1, 1)
-            else:
-                out_of_range = fresh.layout.checked[0]
-            if out_of_range.item():
+            checked = words_at(fresh.block, fresh.tables.checked, 1, 1) if fresh.checked is None else fresh.checked
+            if checked.flatten()[0].item():
                 prepared.error = layout_error(request)
             fields = {"buffer": self.peers.number, "num_worst_tokens given": bool(request.num_worst_tokens)}
             fields |= request.signature()

@@ -8,11 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from deepep_train.errors import ArgumentError
 from deepep_train.handle import Plan
-from deepep_train.routing import RankLayout
+from deepep_train.routing import RankLayout, count_picks
 
 
 @dataclass(frozen=True)
@@ -49,21 +50,35 @@ def seen(*tensors: Tensor | None) -> Seen:
     return tuple(marks)
 
 
-class NvlinkLayout(RankLayout):
-    """A `RankLayout` that carries along `checked`, int32 [1 + T * R]: `out_of_range`, then `send_index` (params.hpp); and what
-    it was checked against, kept, so that nothing else can come to lie there."""
-
-    checked: Tensor
-    seen: Seen
-    kept: tuple[Tensor | None, ...]
-
-
 class Known(NamedTuple):
-    """What `is_token_in_rank` remembers of its layout: V1's callers hand the tensors back one by one."""
+    """What `is_token_in_rank` remembers of its layout: V1's callers hand the tensors back one by one.
+
+    Attributes:
+        checked: int32 [1 + T * R], `out_of_range`, then `send_index` (params.hpp).
+        seen: what it was checked against.
+        kept: the same, so that nothing else can come to lie there.
+    """
 
     checked: Tensor
     seen: Seen
     kept: tuple[Tensor | None, ...]
+
+
+def checked_of(layout: RankLayout, topk_idx: Tensor | None, num_experts: int) -> Tensor:
+    """What the layout's tensors alone do not say, see `Known`. Indices out of range, and counts that are not those of
+    `is_token_in_rank` and `topk_idx`, are flagged for the exchange of counts to find: with these rows would land outside their
+    tensors."""
+    per_rank, _, per_expert, in_rank = layout
+    known: Known | None = getattr(in_rank, "deepep_train_layout", None)
+    if known is not None and known.seen is not None and known.seen == seen(per_rank, per_expert, in_rank, topk_idx):
+        return known.checked
+    position = in_rank.cumsum(0, dtype=torch.int32) - 1
+    wrong = (in_rank.sum(0, dtype=torch.int32) != per_rank).any()
+    if topk_idx is not None:
+        wrong = wrong | ((topk_idx < -1) | (topk_idx >= num_experts)).any()
+        wrong = wrong | (count_picks(topk_idx, num_experts) != per_expert).any()
+    send_index = torch.where(in_rank, position, -1).to(torch.int32)
+    return torch.cat([wrong.to(torch.int32).view(1), send_index.view(-1)])
 
 
 def remember(handle: tuple[Tensor, ...], plan: NvlinkPlan, maker: object) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from deepep_train.engines.nvlink_tables import Known, NvlinkLayout, remember, remembered, seen, words_at
+from deepep_train.engines.nvlink_tables import Known, checked_of, remember, remembered, seen, words_at
 from deepep_train.errors import ArgumentError
 from deepep_train.routing import RankLayout, rank_layout
 
@@ -25,8 +25,8 @@ def given() -> RankLayout:
     return layout
 
 
-def known(layout: RankLayout, topk_idx: torch.Tensor | None = None) -> NvlinkLayout:
-    return nvlink.NvlinkEngine._known(None, layout, topk_idx, 2)
+def checked(layout: RankLayout, topk_idx: torch.Tensor | None = None) -> torch.Tensor:
+    return checked_of(layout, topk_idx, 2)
 
 
 def test_a_plain_tuple_knows_its_buffer() -> None:
@@ -42,32 +42,32 @@ def test_a_plain_tuple_knows_its_buffer() -> None:
 
 
 def test_an_untouched_layout_is_trusted() -> None:
-    assert known(given()).checked.tolist() == [0, 77]
+    assert checked(given()).tolist() == [0, 77]
 
 
 def test_a_changed_layout_is_counted_again() -> None:
     layout = given()
     layout.is_token_in_rank[2, 1] = True
-    found = known(layout)
-    assert found.checked[1:].tolist() == [0, -1, -1, 0, -1, 1]
-    assert found.checked[0].item() == 1  # its counts are no longer those of num_tokens_per_rank
+    found = checked(layout)
+    assert found[1:].tolist() == [0, -1, -1, 0, -1, 1]
+    assert found[0].item() == 1  # its counts are no longer those of num_tokens_per_rank
 
 
 def test_writes_in_inference_mode_cannot_be_seen_so_it_is_counted_again() -> None:
     with torch.inference_mode():
         layout = given()
         assert marks(layout) is None
-        assert known(layout).checked[1:].tolist() == [0, -1, -1, 0, -1, -1]
+        assert checked(layout)[1:].tolist() == [0, -1, -1, 0, -1, -1]
         layout.is_token_in_rank[2, 1] = True
-        assert known(layout).checked[0].item() == 1
+        assert checked(layout)[0].item() == 1
 
 
 @pytest.mark.parametrize("wrong", [-2, 2])
 def test_a_recount_looks_at_the_indices_too(wrong: int) -> None:
     with torch.inference_mode():
         layout = given()
-        assert known(layout, torch.tensor([[0], [1], [-1]])).checked[0].item() == 0
-        assert known(layout, torch.tensor([[0], [1], [wrong]])).checked[0].item() == 1
+        assert checked(layout, torch.tensor([[0], [1], [-1]]))[0].item() == 0
+        assert checked(layout, torch.tensor([[0], [1], [wrong]]))[0].item() == 1
 
 
 @pytest.mark.parametrize("counts_tokens", [False, True])
