@@ -8,6 +8,7 @@
 
 #include "fp8/kernels.hpp"
 #include "low_latency/kernels.hpp"
+#include "nvlink/beside.hpp"
 #include "nvlink/communicator.hpp"
 
 namespace py = pybind11;
@@ -163,6 +164,16 @@ void bind_tables(py::module_& m) {
         .def_readwrite("summed", &T::summed);
 }
 
+void bind_beside(py::module_& m) {
+    py::class_<Beside>(m, "Beside")
+        .def(py::init<std::array<int, Beside::kParts>, bool>(), py::arg("widths"), py::arg("by_row"))
+        .def("measure", &Beside::measure)
+        .def_property_readonly("words", &Beside::words)
+        .def_property_readonly("rooms", &Beside::rooms)
+        .def("place", &Beside::place, py::arg("dispatch"), py::arg("rows"), py::arg("row_bytes"), py::arg("beside"),
+             py::arg("scales") = 0, py::arg("scale_bytes") = 0);
+}
+
 void bind_results(py::module_& m) {
     py::class_<CountResult>(m, "CountResult")
         .def_readonly("bad", &CountResult::bad)
@@ -197,6 +208,7 @@ PYBIND11_MODULE(_C, m) {
 #endif
     bind_params(m);
     bind_tables(m);
+    bind_beside(m);
     bind_results(m);
     bind_low_latency(m.def_submodule("low_latency"));
     bind_fp8(m.def_submodule("fp8"));

@@ -52,6 +52,21 @@ unsigned long long id_of(cudaStream_t stream) {
     return id;
 }
 
+LayoutParams layout_params(const Tables& t, uint64_t topk_idx) {
+    LayoutParams p;
+    p.topk_idx = topk_idx;
+    p.num_tokens = t.num_tokens;
+    p.top_k = t.top_k;
+    p.num_experts = t.num_experts;
+    p.num_ranks = t.num_ranks;
+    p.num_tokens_per_rank = t.num_tokens_per_rank;
+    p.num_tokens_per_expert = t.num_tokens_per_expert;
+    p.out_of_range = t.checked;
+    p.send_index = t.checked + sizeof(int32_t);
+    p.is_token_in_rank = t.is_token_in_rank;
+    return p;
+}
+
 // Launches on a stream want its device to be current, whatever the caller's is.
 class OnDevice {
 public:
@@ -222,39 +237,19 @@ void Communicator::leave(uint64_t stream) {
 
 void Communicator::layout(uint64_t topk_idx, int num_tokens, int top_k, int num_experts, uint64_t results,
                           uint64_t stream) const {
+    Tables t(num_tokens, top_k, num_experts, num_ranks_, false, true);
+    t.num_tokens_per_rank = results;
+    t.num_tokens_per_expert = t.num_tokens_per_rank + sizeof(int32_t) * num_ranks_;
+    t.checked = t.num_tokens_per_expert + sizeof(int32_t) * num_experts;
+    t.is_token_in_rank = t.checked + sizeof(int32_t) * (1 + int64_t{num_tokens} * num_ranks_);
     const OnDevice on(device_);
-    LayoutParams p;
-    p.topk_idx = topk_idx;
-    p.num_tokens = num_tokens;
-    p.top_k = top_k;
-    p.num_experts = num_experts;
-    p.num_ranks = num_ranks_;
-    p.num_tokens_per_rank = results;
-    p.num_tokens_per_expert = p.num_tokens_per_rank + sizeof(int32_t) * num_ranks_;
-    p.out_of_range = p.num_tokens_per_expert + sizeof(int32_t) * num_experts;
-    p.send_index = p.out_of_range + sizeof(int32_t);
-    p.is_token_in_rank = p.send_index + sizeof(int32_t) * num_tokens * num_ranks_;
-    launch_layout(p, as_stream(stream));
+    launch_layout(layout_params(t, topk_idx), as_stream(stream));
 }
 
 uint32_t Communicator::route(const Tables& t, uint64_t topk_idx, int alignment, int64_t bound, int64_t signature,
                              uint64_t stream) {
     const OnDevice on(device_);
-    const uint64_t send_index = t.checked + sizeof(int32_t);
-    if (t.counts_tokens) {
-        LayoutParams l;
-        l.topk_idx = topk_idx;
-        l.num_tokens = t.num_tokens;
-        l.top_k = t.top_k;
-        l.num_experts = t.num_experts;
-        l.num_ranks = num_ranks_;
-        l.num_tokens_per_rank = t.num_tokens_per_rank;
-        l.num_tokens_per_expert = t.num_tokens_per_expert;
-        l.out_of_range = t.checked;
-        l.send_index = send_index;
-        l.is_token_in_rank = t.is_token_in_rank;
-        launch_layout(l, as_stream(stream));
-    }
+    if (t.counts_tokens) launch_layout(layout_params(t, topk_idx), as_stream(stream));
     CountParams c;
     c.num_tokens_per_rank = t.num_tokens_per_rank;
     c.num_tokens_per_expert = t.num_tokens_per_expert;
@@ -276,7 +271,7 @@ uint32_t Communicator::route(const Tables& t, uint64_t topk_idx, int alignment, 
     launch_count(state_->domain, c, as_stream(stream));
     PlaceParams p;
     p.topk_idx = topk_idx;
-    p.send_index = send_index;
+    p.send_index = t.checked + sizeof(int32_t);
     p.send_base = t.send_base;
     p.expert_base = t.expert_layout ? t.expert_base : 0;
     p.send_slot = t.send_slot;

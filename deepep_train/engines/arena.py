@@ -41,50 +41,6 @@ class Landing(NamedTuple):
     tensor: Tensor
 
 
-class Parts:
-    """Several tensors of 32- or 64-bit elements out of one allocation of int32, since each costs a CPU several microseconds.
-
-    They share a storage, so none of it is free before all of them are.
-
-    Args:
-        kinds: of each the dtype and the width of its rows, 0 for a one-dimensional one; None stands for none.
-    """
-
-    _STEP = 4  # words: what every dtype and vector access is aligned to
-
-    def __init__(self, kinds: Sequence[tuple[torch.dtype, int] | None]) -> None:
-        self._kinds = kinds
-        self._widths = [0 if kind is None else kind[0].itemsize // 4 * (kind[1] or 1) for kind in kinds]
-
-    def measure(self, *rows: int) -> int:
-        """Fixes how many rows each has. Returns the words to allocate."""
-        self._rows = rows
-        self._words = [n * width for n, width in zip(rows, self._widths, strict=True)]
-        self._rooms = [-(-words // self._STEP) * self._STEP for words in self._words]
-        return sum(self._rooms)
-
-    def places(self, start: int) -> tuple[list[int], list[int]]:
-        """Of the parts, their first bytes, if the allocation's is at `start` (0 for what is empty), and their bytes."""
-        firsts = []
-        for words, room in zip(self._words, self._rooms, strict=True):
-            firsts.append(start if words else 0)
-            start += 4 * room
-        return firsts, [4 * words for words in self._words]
-
-    def split(self, whole: Tensor) -> list[Tensor | None]:
-        parts: list[Tensor | None] = []
-        pieces = whole.split_with_sizes(self._rooms)
-        for kind, part, rows, words, room in zip(self._kinds, pieces, self._rows, self._words, self._rooms, strict=True):
-            if kind is None:
-                parts.append(None)
-                continue
-            dtype, width = kind
-            t = part if words == room else part[:words]
-            t = t if dtype is torch.int32 else t.view(dtype)
-            parts.append(t.view(rows, width) if width else t)
-        return parts
-
-
 class _InPool:
     """This thread's allocations come out of the arena. A class: a context made of a generator costs 2 us, in every call."""
 
@@ -190,7 +146,7 @@ class Arena:
         return self._allocating()
 
     def land_quickly(self, wanted: Wanted) -> list[Landing | None] | None:
-        """`land`, within `ahead`; None where it would take more than the heap's room."""
+        """`land`, within `ahead`; None where it would take more than the room that is there at once."""
         try:
             return self._land(wanted, False)
         except ArenaFull:

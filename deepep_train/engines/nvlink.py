@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from deepep_train import _C  # type: ignore[attr-defined]
-from deepep_train.engines.arena import Landing, Parts
+from deepep_train.engines.arena import Landing
 from deepep_train.engines.base import (
     CombineRequest,
     DispatchRequest,
@@ -29,13 +29,16 @@ from deepep_train.engines.base import (
 from deepep_train.engines.nvlink_domain import NvlinkDomain
 from deepep_train.engines.nvlink_failures import layout_error
 from deepep_train.engines.nvlink_tables import (
+    Kinds,
     Known,
     NvlinkPlan,
     checked_of,
+    parts_of,
     remember,
     remembered,
     seen,
     words_at,
+    words_of,
 )
 from deepep_train.engines.peers import Peers
 from deepep_train.engines.v1_handle import checked_prefix
@@ -182,31 +185,27 @@ class NvlinkEngine(NvlinkDomain):
         data, scales, blocks = _aligned(request.payload.data), request.payload.scales, _blocks_of(request.payload, is_expert)
         weights = None if request.topk_weights is None else request.topk_weights.contiguous()
         hidden, top_k = data.shape[1], 0 if idx is None else idx.shape[1]
-        d = self._rows(data, scales, tables, request.num_sms)
+        num_sms = self._sms(request.num_sms)
+        d = self._rows(data, scales, tables, num_sms)
         d.signature = _numbered(signature, ticket)
         d.send_sources, d.num_local_experts, d.top_k = 1, num_local, top_k
         d.topk_idx, d.topk_weights, d.pick_row = _address(idx), _address(weights), tables.pick_row
-        parts = Parts(
-            [
-                None if scales is None or blocks is not None else (scales.dtype, scales.shape[1]),
-                None if idx is None else (torch.int32 if is_expert else torch.int64, top_k),
-                None if weights is None else (torch.float32, 0 if is_expert else top_k),
-                (torch.int32, 0),
-            ]
-        )
+        kinds: Kinds = [
+            None if scales is None or blocks is not None else (scales.dtype, scales.shape[1]),
+            None if idx is None else (torch.int32 if is_expert else torch.int64, top_k),
+            None if weights is None else (torch.float32, 0 if is_expert else top_k),
+            (torch.int32, 0),
+        ]
+        beside = _C.Beside(words_of(kinds), is_expert)
 
         def wanted(num_received: int, num_rows: int) -> list[Any]:
-            words = parts.measure(num_received, num_received, num_rows, num_received)
-            return [((num_rows, hidden), data.dtype), ((words,), torch.int32)]
+            return [((num_rows, hidden), data.dtype), ((beside.measure(num_received, num_rows),), torch.int32)]
 
-        def launch(landings: list[Landing | None], slot_scales: Tensor | None = None) -> None:
+        def launch(landings: list[Landing | None], *slot_scales: int) -> None:
             rows, along = landings
             assert rows is not None and along is not None
             offset = self._arena.offset
-            places, sizes = parts.places(offset(along.visible))
-            if slot_scales is not None:
-                places[0], sizes[0] = offset(slot_scales), slot_scales.nbytes
-            d.offsets, d.sizes = [offset(rows.visible), *places], [rows.visible.nbytes, *sizes]
+            beside.place(d, offset(rows.visible), rows.visible.nbytes, offset(along.visible), *slot_scales)
             self._comm.dispatch(d, stream)
             self._owed = ""
 
@@ -228,10 +227,11 @@ class NvlinkEngine(NvlinkDomain):
             landings = landings or self._arena.land(wanted(num_received, num_rows))
             if scales is not None and blocks is not None:
                 slot_scales = self._arena.temporary((num_received, scales.shape[1]), scales.dtype)
-            launch(landings, slot_scales)
+                launch(landings, self._arena.offset(slot_scales), slot_scales.nbytes)
+            else:
+                launch(landings)
         # The rows are on their way; the rest is this rank's own business.
-        assert landings is not None
-        return self._receive(fresh, counts, num_received, landings, parts, slot_scales, stream)
+        return self._receive(fresh, counts, num_received, landings, beside, kinds, slot_scales, num_sms, stream)
 
     def _receive(
         self,
@@ -239,18 +239,20 @@ class NvlinkEngine(NvlinkDomain):
         counts: Any,
         num_received: int,
         landings: list[Landing | None],
-        parts: Parts,
+        beside: _C.Beside,
+        kinds: Kinds,
         slot_scales: Tensor | None,
+        num_sms: int,
         stream: int,
     ) -> Received:
         """What a dispatch gives whose rows are coming. `counts`: None with `num_worst_tokens`; `slot_scales`: where scales come
         that are then put into blocks, or columns."""
         request, block, tables, _, _, idx, _, ticket = fresh
-        is_expert, num_experts, num_sms = request.arrangement == "expert", request.num_experts, request.num_sms
+        is_expert, num_experts = request.arrangement == "expert", request.num_experts
         (rows, along), top_k, has_tail = landings, 0 if idx is None else idx.shape[1], counts is None
         assert rows is not None and along is not None
         num_rows = rows.visible.shape[0]
-        visible = [rows.visible, *parts.split(along.visible)]
+        visible = [rows.visible, *parts_of(along.visible, beside, kinds)]
         if slot_scales is not None:
             visible[1] = slot_scales
         kept: tuple[Tensor, ...] = (block,)
@@ -260,7 +262,7 @@ class NvlinkEngine(NvlinkDomain):
             tables.several = tables.row_slot + 4 * num_rows
             tables.summed = tables.several + 4 * num_received
             kept = block, lists, along.tensor
-            self._comm.arrange(tables, num_rows, self._sms(num_sms), stream)
+            self._comm.arrange(tables, num_rows, num_sms, stream)
         if is_expert or has_tail:
             self._expand(visible, tables, is_expert, top_k, num_sms, stream)
         if counts is None:
@@ -276,7 +278,7 @@ class NvlinkEngine(NvlinkDomain):
             scales = self._place_scales(slot_scales, blocks, splits, tables, is_expert, num_sms, stream)
         self._arrive(landings)
         if along.tensor is not along.visible:
-            visible[1:] = parts.split(along.tensor)
+            visible[1:] = parts_of(along.tensor, beside, kinds)
             tables.rows_of = _address(visible[2])
         _, row_scales, picks, row_weights, source = visible
         assert source is not None
@@ -310,7 +312,7 @@ class NvlinkEngine(NvlinkDomain):
         if scales is not None:
             d.scales, d.scale_words = scales.data_ptr(), scales.shape[1]
             d.scale_row_stride, d.scale_word_stride = scales.stride()
-        d.num_sms = self._sms(num_sms)
+        d.num_sms = num_sms
         return d
 
     def _arrive(self, landings: Sequence[Landing | None]) -> None:
@@ -329,7 +331,7 @@ class NvlinkEngine(NvlinkDomain):
         p = _C.ExpandParams()
         p.num_rows, hidden = x.shape
         p.x, p.row_bytes = x.data_ptr(), hidden * x.element_size()
-        p.num_received, p.top_k, p.num_sms = tables.num_received, top_k, self._sms(num_sms)
+        p.num_received, p.top_k, p.num_sms = tables.num_received, top_k, num_sms
         p.weights = _address(weights)
         if is_expert:
             p.rows_of, p.row_slot = tables.rows_of, tables.row_slot
@@ -364,7 +366,7 @@ class NvlinkEngine(NvlinkDomain):
             p.row_slot = tables.row_slot
             if blocks is not _COLUMNS:
                 p.group_rows, p.num_groups = tables.tokens_per_expert, len(splits)
-        p.num_sms = self._sms(num_sms)
+        p.num_sms = num_sms
         self._comm.scales(p, stream)
         return flat.view(blocks.shape(num_rows, num_words)).t()[:num_rows] if blocks is _COLUMNS else flat
 
@@ -373,7 +375,7 @@ class NvlinkEngine(NvlinkDomain):
             self._owed = "dispatch"
             request = prepared.require()
             plan = self._plan_for(request.plan, stream)
-            tables, is_expert, num_sms = plan.tables, plan.layout == "expert", request.num_sms
+            tables, is_expert, num_sms = plan.tables, plan.layout == "expert", self._sms(request.num_sms)
             data, scales, blocks = (
                 _aligned(request.payload.data),
                 request.payload.scales,

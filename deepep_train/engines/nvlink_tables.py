@@ -5,6 +5,7 @@ The tables' meanings stand in csrc/nvlink/params.hpp.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -103,3 +104,29 @@ def remembered(handle: tuple[Tensor, ...], maker: object) -> NvlinkPlan | None:
 def words_at(block: Tensor, address: int, rows: int, width: int) -> Tensor:
     """The table [rows, width] at `address` within `block`, one-dimensional, of words of the table's dtype."""
     return block.as_strided((rows, width), (width, 1), (address - block.data_ptr()) // block.element_size())
+
+
+# What comes beside a dispatch's rows, part by part: the dtype and the width of its rows, 0 for a one-dimensional one. They come
+# in one piece of int32 memory (csrc/nvlink/beside.hpp), since every allocation costs several microseconds; none of it is free
+# before all of them are.
+Kinds = Sequence[tuple[torch.dtype, int] | None]
+
+
+def words_of(kinds: Kinds) -> list[int]:
+    """int32 words of one row of each."""
+    return [0 if kind is None else kind[0].itemsize // 4 * (kind[1] or 1) for kind in kinds]
+
+
+def parts_of(whole: Tensor, beside: Any, kinds: Kinds) -> list[Tensor | None]:
+    """Each as a tensor; `beside`: `_C.Beside`, measured."""
+    parts: list[Tensor | None] = []
+    rooms = beside.rooms
+    for kind, part, words, room in zip(kinds, whole.split_with_sizes(rooms), beside.words, rooms, strict=True):
+        if kind is None:
+            parts.append(None)
+            continue
+        dtype, width = kind
+        t = part if words == room else part[:words]
+        t = t if dtype is torch.int32 else t.view(dtype)
+        parts.append(t.view(-1, width) if width else t)
+    return parts

@@ -5,12 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 
-from deepep_train.engines.nvlink_tables import Known, checked_of, remember, remembered, seen, words_at
+from deepep_train.engines.nvlink_tables import (
+    Known,
+    checked_of,
+    parts_of,
+    remember,
+    remembered,
+    seen,
+    words_at,
+    words_of,
+)
 from deepep_train.errors import ArgumentError
 from deepep_train.routing import RankLayout, rank_layout
 
 nvlink = pytest.importorskip("deepep_train.engines.nvlink", reason="built without nvcc", exc_type=ImportError)
-Parts = nvlink.Parts
 
 
 def marks(layout: RankLayout, topk_idx: torch.Tensor | None = None) -> tuple[tuple[int, int] | None, ...] | None:
@@ -101,18 +109,23 @@ def test_a_dispatchs_tables_lie_side_by_side(expert_layout: bool, counts_tokens:
         assert tables.send_slot == tables.send_row == tables.pull_row
 
 
-def test_parts_share_an_allocation() -> None:
-    parts = Parts([(torch.float32, 3), None, (torch.int64, 2), (torch.int32, 0)])
-    whole = torch.zeros(parts.measure(5, 5, 7, 2), dtype=torch.int32)
-    made = parts.split(whole)
-    assert [None if t is None else (t.dtype, tuple(t.shape)) for t in made] == [
-        (torch.float32, (5, 3)),
-        None,
-        (torch.int64, (7, 2)),
-        (torch.int32, (2,)),
-    ]
-    firsts, sizes = parts.places(whole.data_ptr())
-    for t, first, size in zip(made, firsts, sizes, strict=True):
-        assert size == (0 if t is None else t.nbytes)
-        assert t is None or t.data_ptr() == first
-        assert first % 16 == whole.data_ptr() % 16 or t is None
+@pytest.mark.parametrize("by_row", [False, True])
+def test_what_comes_beside_the_rows_shares_an_allocation(by_row: bool) -> None:
+    kinds = [(torch.float32, 3), None, (torch.float32, 0), (torch.int64, 2)]
+    beside, dispatch = nvlink._C.Beside(words_of(kinds), by_row), nvlink._C.DispatchParams()
+    whole = torch.zeros(beside.measure(5, 7), dtype=torch.int32)
+    beside.place(dispatch, 64, 700, whole.data_ptr())
+    made = parts_of(whole, beside, kinds)
+    assert [None if t is None else tuple(t.shape) for t in made] == [(5, 3), None, (7 if by_row else 5,), (5, 2)]
+    assert [None if t is None else t.dtype for t in made] == [None if kind is None else kind[0] for kind in kinds]
+    assert dispatch.offsets == [64, *(0 if t is None else t.data_ptr() for t in made)]
+    assert dispatch.sizes == [700, *(0 if t is None else t.nbytes for t in made)]
+    assert all(t is None or (t.data_ptr() - whole.data_ptr()) % 16 == 0 for t in made)
+
+
+def test_scales_that_go_on_from_where_they_come() -> None:
+    beside, dispatch = nvlink._C.Beside([0, 2, 0, 1], False), nvlink._C.DispatchParams()
+    assert beside.measure(3, 3) == 12
+    beside.place(dispatch, 64, 700, 1024, 4096, 24)
+    assert dispatch.offsets == [64, 4096, 1024, 0, 1056]
+    assert dispatch.sizes == [700, 24, 24, 0, 12]
