@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from misuses import Misuse, altered, outcomes
+from torch.testing._internal.two_tensor import TwoTensor
 
 from deepep_train import ArgumentError, Buffer, Config, DeepEPError, EventOverlap
 
