@@ -51,12 +51,27 @@ def number(value: Any, argument: str, minimum: float = 0.0) -> float:
     return value
 
 
+def _fits(shape: Sequence[int | None], given: Sequence[int]) -> bool:
+    """Whether `given` is `shape`, where None is any size."""
+    if len(shape) != len(given):
+        return False
+    for wanted, size in zip(shape, given, strict=True):  # noqa: SIM110 - `all` takes twice as long, on the way of every call
+        if wanted is not None and wanted != size:
+            return False
+    return True
+
+
 _WITH_MEMORY = (Tensor, torch.nn.Parameter)
 
 
 def _has_memory(value: Any) -> bool:
-    """Whether its `data_ptr()` is where its elements lie: that of a DTensor, say, is 0."""
-    return isinstance(value, Tensor) and not is_traceable_wrapper_subclass(value) and not hasattr(value, "fake_mode")
+    """Whether its elements are what lies at its `data_ptr()`: that of a DTensor, say, is 0, and so is that of a tensor whose
+    storage was freed; what a negated view has there is not its elements."""
+    if type(value) not in _WITH_MEMORY and (
+        not isinstance(value, Tensor) or is_traceable_wrapper_subclass(value) or hasattr(value, "fake_mode")
+    ):
+        return False
+    return (value.data_ptr() != 0 or not value.numel()) and not value.is_neg()
 
 
 def tensor(
@@ -70,26 +85,27 @@ def tensor(
     """A dense tensor of this shape (None: any size), one of these dtypes, on this device (None: any), with memory if its
     elements are to be read."""
     if (
-        (type(value) in _WITH_MEMORY or _has_memory(value) or (not is_read and isinstance(value, Tensor)))
+        isinstance(value, Tensor)
         and value.dtype in dtypes
-        and value.dim() == len(shape)
-        and all(n is None or n == m for n, m in zip(shape, value.shape, strict=True))
+        and _fits(shape, value.shape)
         and (device is None or value.device == device)
         and value.layout == torch.strided
+        and (not is_read or _has_memory(value))
     ):
         return value  # before any text is made: this is on the way of every call
     names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
     wanted = f"a {names} tensor of shape [{', '.join('any' if n is None else str(n) for n in shape)}]"
     wanted += f" on {device}" if device is not None else ""
     need(isinstance(value, Tensor), argument, wanted, value)
+    need(value.layout == torch.strided, argument, f"{wanted}, dense (layout torch.strided, not {value.layout})", value)
     if is_read and not _has_memory(value):
         text = f"{argument} must be {wanted} with memory of its own, got a {type(value).__name__}"
         text += "; pass its local part, x.to_local()" if hasattr(value, "to_local") else ""
+        text += " whose storage is empty" if type(value) in _WITH_MEMORY and not value.is_neg() else ""
+        text += " that is a negated view: pass x.resolve_neg()" if value.is_neg() else ""
         raise ArgumentError(text, argument.partition(":")[0])
-    need(value.layout == torch.strided, argument, f"{wanted}, dense (layout torch.strided, not {value.layout})", value)
     need(value.dtype in dtypes, argument, wanted, value)
-    fits = value.dim() == len(shape) and all(n is None or n == m for n, m in zip(shape, value.shape, strict=True))
-    need(fits, argument, wanted, value)
+    need(_fits(shape, value.shape), argument, wanted, value)
     need(device is None or value.device == device, argument, wanted, value)
     return value
 
@@ -140,32 +156,37 @@ def v1_handle(tensors: Sequence[Any], num_ranks: int, num_nodes: int) -> None:
 def payload(x: Any, argument: str = "x", num_tokens: int | None = None) -> Payload:
     """`x`: a floating tensor [tokens, hidden], or an FP8 pair (data [tokens, hidden], scales [tokens, n]), or a
     `Payload` with `blocks`."""
-    first = x[0] if isinstance(x, (tuple, list)) and x else x
-    if isinstance(first, Tensor):
-        need(first.device.type in ("cpu", "cuda"), argument, "on the CPU or a CUDA device", first)
-    if isinstance(x, (tuple, list)):
-        blocks = x.blocks if isinstance(x, Payload) else None
-        need(len(x) == 2 or isinstance(x, Payload), argument, "a tensor or a pair (data, scales)", x)
-        data = tensor(x[0], f"{argument}[0]", [num_tokens, None], FP8_DTYPES, None)
-        scales = tensor(x[1], f"{argument}[1]", [data.size(0), None], SCALE_DTYPES, data.device)
-        need(data.size(1) >= 1, f"{argument}[0]", "at least one element wide", data)
-        need(scales.size(1) >= 1, f"{argument}[1]", "at least one scale wide", scales)
-        if blocks is not None:
-            _scale_blocks(blocks, f"{argument}: blocks")
-            need(scales.element_size() == 4, f"{argument}[1]", "32-bit scales, to be put into blocks", scales)
-        return Payload(data, scales, blocks)
-    if isinstance(x, Tensor) and x.dtype in FP8_DTYPES:
-        raise ArgumentError(f"{argument} in FP8 must come as a pair (data, scales), got {shown(x)}", argument)
-    data = tensor(x, argument, [num_tokens, None], PAYLOAD_DTYPES, None)
-    need(data.size(1) >= 1, argument, "at least one element wide", data)
-    return Payload(data)
+    if not isinstance(x, (tuple, list)):
+        if isinstance(x, Tensor):
+            _need_device(x, argument)
+            if x.dtype in FP8_DTYPES:
+                raise ArgumentError(f"{argument} in FP8 must come as a pair (data, scales), got {shown(x)}", argument)
+        data = tensor(x, argument, [num_tokens, None], PAYLOAD_DTYPES, None)
+        need(data.shape[1] >= 1, argument, "at least one element wide", data)
+        return Payload(data)
+    if x and isinstance(x[0], Tensor):
+        _need_device(x[0], argument)
+    blocks = x.blocks if isinstance(x, Payload) else None
+    need(len(x) == 2 or isinstance(x, Payload), argument, "a tensor or a pair (data, scales)", x)
+    data = tensor(x[0], f"{argument}[0]", [num_tokens, None], FP8_DTYPES, None)
+    scales = tensor(x[1], f"{argument}[1]", [data.size(0), None], SCALE_DTYPES, data.device)
+    need(data.size(1) >= 1, f"{argument}[0]", "at least one element wide", data)
+    need(scales.size(1) >= 1, f"{argument}[1]", "at least one scale wide", scales)
+    if blocks is not None:
+        _scale_blocks(blocks, f"{argument}: blocks")
+        need(scales.element_size() == 4, f"{argument}[1]", "32-bit scales, to be put into blocks", scales)
+    return Payload(data, scales, blocks)
+
+
+def _need_device(value: Tensor, argument: str) -> None:
+    need(value.device.type in ("cpu", "cuda"), argument, "on the CPU or a CUDA device", value)
 
 
 def _scale_blocks(value: Any, argument: str) -> None:
     need(isinstance(value, ScaleBlocks), argument, "fp8.ScaleBlocks or None", value)
     flag(value.tokens_innermost, f"{argument}.tokens_innermost")
     integer(value.multiple, f"{argument}.multiple", 1)
-    need(value.multiple < 2**20, f"{argument}.multiple", "below 2**20", value.multiple)
+    need(value.multiple <= 2**16, f"{argument}.multiple", "at most 2**16", value.multiple)
     is_word = isinstance(value.padding_word, int) and -(2**31) <= value.padding_word < 2**31
     need(is_word, f"{argument}.padding_word", "an int of 32 bits", value.padding_word)
 
@@ -182,7 +203,9 @@ def topk_idx(
 ) -> Tensor:
     """int64 [tokens, top_k] in [-1, num_experts). Reading the range waits for the GPU if the tensor is there."""
     known = isinstance(value, Tensor) and value.dtype is torch.int64 and value.dim() == 2 and value.layout is torch.strided
-    if not known or num_tokens is not None or device is not None:  # else: the layout call, whose time is the CPU's
+    if (
+        not known or num_tokens is not None or device is not None or not _has_memory(value)
+    ):  # else: the layout call, whose time is the CPU's
         tensor(value, "topk_idx", [num_tokens, None], (torch.int64,), device)
     need(value.shape[1] >= 1, "topk_idx", "at least one choice wide", value)
     if check_range and value.numel():

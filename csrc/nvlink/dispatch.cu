@@ -118,12 +118,16 @@ CodeHere code_here() {
     return {has_bulk_copies, static_cast<int>(attributes.sharedSizeBytes) + (has_bulk_copies ? ScatterShape::kSharedBytes : 0)};
 }
 
+void allow_memory_for_dispatch() {
+    allow_shared_bytes(dispatch_kernel<false>, ScatterShape::kSharedBytes);
+    allow_shared_bytes(dispatch_kernel<true>, ScatterShape::kSharedBytes);
+}
+
 void launch_dispatch(const Domain& d, const DispatchParams& p, cudaStream_t stream) {
     const bool has_tail = p.scales_from != 0;
     const ScatterShape shape(p.row_bytes, has_tail ? p.scale_words * 4 : 0);
     const int shared_bytes = d.has_bulk_copies ? shape.shared_bytes : 0;
     const auto kernel = has_tail ? dispatch_kernel<true> : dispatch_kernel<false>;
-    allow_shared_bytes(kernel, d, ScatterShape::kSharedBytes);
     kernel<<<p.num_sms, shape.warps * 32, shared_bytes, stream>>>(d, p, shape);
     DT_CUDA(cudaGetLastError());
 }

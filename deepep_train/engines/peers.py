@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
 from deepep_train.engines import outboxes
 from deepep_train.engines.base import Prepared
@@ -237,7 +238,7 @@ class Peers:
 
     def _store(self) -> Any:
         assert self.group is not None
-        return self.group.get_group_store()
+        return distributed_c10d._get_process_group_store(self.group)  # torch < 2.9 has no public way to it
 
 
 def _as_bytes(t: Tensor) -> Tensor:

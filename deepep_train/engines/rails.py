@@ -278,6 +278,8 @@ class Rails:
         d.signature, d.rail_failed, d.num_sms = signature, self._end.failed_flag, self._sms(num_sms, "dispatch")
         self._comm.dispatch(d, stream)
         self._owed.pop(0)
+        if spare is not None:
+            self._arena.watch(landings)
         got = []
         for landing in landings:
             assert landing is not None

@@ -19,6 +19,7 @@ from deepep_train.engines.base import (
     Prepared,
     Received,
     RedispatchRequest,
+    Request,
     need_own_device,
     need_rows_of,
     wrong_counts,
@@ -32,7 +33,7 @@ from deepep_train.engines.rail_route import RailRoute
 from deepep_train.engines.rail_rows import padded
 from deepep_train.engines.rail_tables import ExpertTables, Tables, counts_of, expert_tables, num_words
 from deepep_train.engines.rails import COMBINE, DISPATCH, DTYPES, Rails
-from deepep_train.engines.signature import signature
+from deepep_train.engines.signature import hashed, numbered
 from deepep_train.engines.two_level import Forwarding, two_level
 from deepep_train.errors import ArgumentError, DeepEPError
 from deepep_train.routing import RankLayout, count_picks, tokens_per_node
@@ -100,7 +101,7 @@ class RdmaEngine(CollectiveEngine):
     def combine(self, prepared: Prepared[CombineRequest]) -> tuple[Tensor, Tensor | None]:
         self.check()
         request, plan, route = self._take("combine", COMBINE, prepared)
-        call = self._signature("combine", plan, request.signature())
+        call = self._signature("combine", request, plan.number)
         weights, experts = request.weights, _experts_of(plan, route)
         rows = request.rows[: plan.num_received] if experts is None else request.rows
         z = route.add_back(rows, experts, request.bias, call, request.num_sms)
@@ -129,8 +130,9 @@ class RdmaEngine(CollectiveEngine):
             self._agree_on_rows(operation, prepared)
         return request, plan, plan.route
 
-    def _signature(self, operation: str, plan: CollectivePlan, call: dict[str, object]) -> int:
-        return signature(operation, {"buffer": self.peers.number, "number": plan.number} | call)
+    def _signature(self, operation: str, request: Request | None, number: int) -> int:
+        agreed = () if request is None else request.agreement()
+        return numbered(hashed(operation, self.peers.number, agreed), number)
 
     def layout(self, topk_idx: Tensor, num_experts: int) -> RankLayout:
         if topk_idx.device != self.device:
@@ -147,13 +149,16 @@ class RdmaEngine(CollectiveEngine):
         described = peers.describe("dispatch", prepared)
         try:
             request = prepared.require()
-            words = self._words(request, nodes, signature("dispatch", described))
+            if request.layout is None:
+                assert request.topk_idx is not None
+                request.layout = self.layout(request.topk_idx, request.num_experts)
+            words = self._words(request, nodes, self._signature("dispatch", request, peers.calls))
         except Exception as error:  # noqa: BLE001 - whatever it is, the peers must hear of it
             prepared.request, prepared.error = None, error
             words = torch.zeros(self._row_words, dtype=torch.int32)
             words[0] = 1
             words = words.to(self.device)
-        table = self.rails.gather(words, signature("counts", {"buffer": peers.number, "number": peers.calls}))
+        table = self.rails.gather(words, self._signature("counts", None, peers.calls))
         self.check()
         broken, low, high, bounds, wrong = table[:, :_HEAD].t()
         if broken.any() or wrong.any() or (low != low[0]).any() or (high != high[0]).any():
@@ -168,7 +173,7 @@ class RdmaEngine(CollectiveEngine):
     def _words(self, request: DispatchRequest, nodes: int, agreed: int) -> Tensor:
         """This rank's row of the exchange: `_HEAD` words (is it broken; a signature, in halves; num_worst_tokens; whether the
         layout is wrong), then its counts by rank, node and expert."""
-        layout, num_experts = request.layout, request.num_experts
+        layout, num_experts = request.counted, request.num_experts
         if num_experts > MAX_EXPERTS:
             raise ArgumentError(
                 f"the rdma engine serves up to {MAX_EXPERTS} experts, got num_experts={num_experts}", "num_experts"
@@ -193,11 +198,11 @@ class RdmaEngine(CollectiveEngine):
         if request.topk_idx is not None and request.topk_idx.size(1) > MAX_TOP_K and request.arrangement == "expert":
             text = f"the rdma engine serves up to top-{MAX_TOP_K} in expert layout, got topk_idx {list(request.topk_idx.shape)}"
             raise ArgumentError(text, "topk_idx")  # on every rank: they agree on it
-        in_rank = request.layout.is_token_in_rank
+        in_rank = request.counted.is_token_in_rank
         counts = counts_of(self.rank, self.num_local_ranks, torch.tensor(counts_RR), per_node_RN)
         along = words_along(request)
         self.rails.make_room(counts, _widest(request, along.size(1)))
-        call = signature("words", {"buffer": self.peers.number, "number": self.peers.calls})
+        call = self._signature("words", None, self.peers.calls)
         tables, words = self.rails.open(counts, in_rank, along, sum(recv_counts), call)
         forwarding = Forwarding(counts.recv, tables.slot >= 0)
         return Opened(self._way((), in_rank, forwarding, recv_counts, [tables]), forwarding, words)
@@ -212,7 +217,7 @@ class RdmaEngine(CollectiveEngine):
         self, parts: Sequence[Tensor], plan: CollectivePlan, request: DispatchRequest | RedispatchRequest
     ) -> list[Tensor]:
         assert isinstance(plan.route, RailRoute)
-        call = self._signature("rows", plan, request.signature())
+        call = self._signature("rows", request, plan.number)
         return plan.route.send_together(parts, plan.num_rows, _experts_of(plan, plan.route), call, request.num_sms)
 
     def plan_of(self, tensors: tuple[Tensor, ...]) -> CollectivePlan:
@@ -280,7 +285,7 @@ def _widest(request: DispatchRequest, along: int) -> int:
     if scales is not None:
         row += padded(scales.size(1) * scales.element_size())
     sums = padded(data.size(1) * max(2, data.element_size()))
-    return max(row, sums, padded(4 * (along + num_words(request.layout.is_token_in_rank.size(1)))))
+    return max(row, sums, padded(4 * (along + num_words(request.counted.is_token_in_rank.size(1)))))
 
 
 class RailLayout(RankLayout):
@@ -292,7 +297,7 @@ class RailLayout(RankLayout):
 
 def _is_wrong(request: DispatchRequest, nodes: int) -> Tensor:
     """bool []: whether the layout does not count what it should."""
-    layout, idx = request.layout, request.topk_idx
+    layout, idx = request.counted, request.topk_idx
     if isinstance(layout, RailLayout) and layout.of is idx:
         return layout.wrong
     in_rank = layout.is_token_in_rank
@@ -307,7 +312,7 @@ def _is_wrong(request: DispatchRequest, nodes: int) -> Tensor:
 
 def _layout_error(request: DispatchRequest, nodes: int) -> ArgumentError:
     """What `_is_wrong` stands for."""
-    per_node, counted = request.layout.num_tokens_per_rdma_rank, tokens_per_node(request.layout.is_token_in_rank, nodes)
+    per_node, counted = request.counted.num_tokens_per_rdma_rank, tokens_per_node(request.counted.is_token_in_rank, nodes)
     assert per_node is not None
     if not torch.equal(per_node, counted):
         return wrong_counts(per_node, counted, "num_tokens_per_rdma_rank")

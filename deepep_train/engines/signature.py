@@ -6,13 +6,14 @@ import functools
 import hashlib
 import json
 
-BYTES = 7
+_SIGNATURES = (1 << 63) - 1
 
 
-def signature(operation: str, fields: dict[str, object]) -> int:
-    return hashed(operation, *fields.items())
+def numbered(signature: int, number: int) -> int:
+    """Of one call among those with that signature: two numbers give two results."""
+    return (signature + number * 0x9E3779B97F4A7C15) & _SIGNATURES
 
 
 @functools.lru_cache(maxsize=4096)
 def hashed(*parts: object) -> int:
-    return int.from_bytes(hashlib.blake2b(json.dumps(parts).encode(), digest_size=BYTES).digest(), "big")
+    return int.from_bytes(hashlib.blake2b(json.dumps(parts, default=str).encode(), digest_size=7).digest(), "big")

@@ -32,7 +32,7 @@ def engine_of(group: dist.ProcessGroup) -> Any:
         peers=peers, num_nodes=peers.size // LOCAL, rails=rails, _zeros=zeros, check=lambda: None, device=cpu
     )
     here._row_words = 5 + peers.size + peers.size // LOCAL + MAX_EXPERTS
-    here._words = MethodType(RdmaEngine._words, here)
+    here._words, here._signature = (MethodType(f, here) for f in (RdmaEngine._words, RdmaEngine._signature))
     here.exchange = MethodType(RdmaEngine._exchange_counts, here)
     return here
 
