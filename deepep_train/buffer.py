@@ -136,16 +136,18 @@ class Buffer(LowLatencyCalls):
         self.num_nodes = self.group_size // local
         if engine == "auto":
             choice = self._agree_on_engine(choice, everyone, timeout)
+            if low_latency_mode and self.num_nodes > 1 and two_level is not False:
+                choice = engines.low_latency_across_nodes(everyone) or choice
             if choice.name == "nvlink" and low_latency_mode:
                 choice = engines.Choice("low_latency", choice.reasons)
         how = (group, timeout, local, two_level, num_nvl_bytes, num_rdma_bytes, Buffer._chosen_sms, everyone[0]["made"])
         try:
-            self._engine = engines.create(choice.name, *how)
-        except engines.NoPeerAccess as obstacle:
-            if engine != "auto":
+            self._engine = engines.create(choice.name, *how, low_latency_mode)
+        except DeepEPError as obstacle:
+            if engine != "auto" or not (choice.name == "rdma" or isinstance(obstacle, engines.NoPeerAccess)):
                 raise
-            choice = engines.Choice("collective", [f"nvlink: {obstacle}"])
-            self._engine = engines.create(choice.name, *how)
+            choice = engines.Choice("collective", [f"{'rdma' if choice.name == 'rdma' else 'nvlink'}: {obstacle}"])
+            self._engine = engines.create(choice.name, *how, low_latency_mode)
         self.engine = choice.name
         self.two_level = self._engine.forwards
         self.engine_reasons = choice.reasons

@@ -66,6 +66,10 @@ __device__ void report(const DispatchParams& p, const Layout& layout, Control* m
         const int begin = shared.begin[e * ranks + source];
         const Place place{begin, (e == 0 ? 0 : shared.all[e - 1]) + begin};
         if (!is_in(shared.came, source)) continue;
+        if (!is_local(p, source)) {
+            begins_of(p, layout, source)[e] = place;
+            continue;
+        }
         auto* places = reinterpret_cast<Place*>(space_of(p, source) + layout.places + p.set * layout.place_bytes);
         places[p.rank * local + e] = place;
         if (e == 0) control_of(p, source)->placed[p.set].at[p.rank] = number;
@@ -142,7 +146,8 @@ __global__ void __launch_bounds__(kThreads, 1) dispatch_receive_kernel(const __g
     if (blockIdx.x == gridDim.x - 1) report(p, layout, mine, number, shared);
     if (!is_last_block(mine, p, kDispatchReceive)) return;
     for (int peer = threadIdx.x; peer < ranks; peer += kThreads)
-        if (is_in(shared.came, peer)) store_release_sys(&control_of(p, peer)->taken[p.set].at[p.rank], number);
+        if (is_in(shared.came, peer) && is_local(p, peer))
+            store_release_sys(&control_of(p, peer)->taken[p.set].at[p.rank], uint64_t{number});
 }
 
 }  // namespace

@@ -20,10 +20,9 @@ struct Pick {
 };
 
 struct Pulling {
-    uint64_t came;
     uint32_t coded;  // whether some rows are in LogFMT
     const char* rows[kMaxRanks];
-    int how[kMaxRanks];  // enum Shown
+    Shown how[kMaxRanks];
     // A batch of items: tokens, or parts of such.
     int32_t token[kBatch], share[kBatch];
     Pick picks[kBatch][kMaxTopK];
@@ -33,18 +32,25 @@ struct Pulling {
 DT_DEVICE void find_rows(const CombineParams& p, Control* mine, uint32_t number, uint64_t wait_ns, Pulling& shared) {
     const uint64_t present = wait_for_peers(p, mine->shown[p.set], number, mine->decided[p.set][1], number, wait_ns);
     const uint32_t dispatch = mine->dispatches[p.set];
+    const Layout layout(p);
     bool coded = false;
     for (int peer = threadIdx.x % 32; peer < p.num_ranks; peer += 32) {
-        const bool has = is_in(present, peer) && mine->placed[p.set].at[peer] == dispatch;
-        shared.rows[peer] = has ? space_of(p, peer) + mine->shown_at[p.set][peer] : nullptr;
-        shared.how[peer] = mine->shown_how[p.set][peer];
-        coded |= has && shared.how[peer] == kCompactLogfmt;
+        const auto how = static_cast<Shown>(load_acquire_sys(mine->shown[p.set].at + peer) >> 32);
+        const char* rows;
+        if (!is_local(p, peer))
+            rows = how == kNowhere ? nullptr : space_of(p, p.rank) + layout.came + p.set * layout.came_bytes;
+        else if (mine->placed[p.set].at[peer] != dispatch)
+            rows = nullptr;
+        else if (how == kSpread)
+            rows = arena_of(p, peer) + mine->shown_at[p.set][peer];
+        else
+            rows = space_of(p, peer) + layout.rows + p.set * layout.rows_bytes;
+        shared.rows[peer] = is_in(present, peer) ? rows : nullptr;
+        shared.how[peer] = how;
+        coded |= shared.rows[peer] != nullptr && how == kCompactLogfmt;
     }
     coded = __any_sync(0xffffffffu, coded);
-    if (threadIdx.x % 32 == 0) {
-        shared.came = present;
-        shared.coded = coded;
-    }
+    if (threadIdx.x % 32 == 0) shared.coded = coded;
 }
 
 // A pick of token t.
@@ -57,10 +63,14 @@ DT_DEVICE Pick find_pick(const CombineParams& p, const Pulling& shared, const Pl
     if (e < 0 || e >= p.num_experts || index < 0) return found;
     const int local = p.num_experts / p.num_ranks, rank = static_cast<int>(e) / local;
     if (shared.rows[rank] == nullptr) return found;
+    found.logfmt = shared.how[rank] == kCompactLogfmt;
+    if (!is_local(p, rank)) {
+        found.row = shared.rows[rank] + pick * p.hidden * 2;
+        return found;
+    }
     const Place place = places[e];
     const int64_t slots = int64_t{p.num_ranks} * p.max_tokens;
     const int64_t first = shared.how[rank] == kSpread ? e % local * slots + place.begin : place.compact;
-    found.logfmt = shared.how[rank] == kCompactLogfmt;
     found.row = shared.rows[rank] + (first + index) * (found.logfmt != 0 ? Logfmt::row_bytes(p.hidden) : p.hidden * 2);
     return found;
 }
@@ -152,8 +162,8 @@ DT_DEVICE void find_picks(const CombineParams& p, const Items& items, int64_t fi
 DT_DEVICE void tell_pulled(const CombineParams& p, const Control* mine, uint32_t number) {
     const auto* decided = static_cast<const volatile uint32_t*>(mine->decided[p.set][1].at);
     for (int peer = threadIdx.x; peer < p.num_ranks; peer += blockDim.x)
-        if (decided[peer] == number << 1 && !is_masked(p, peer))
-            store_release_sys(&control_of(p, peer)->pulled[p.set].at[p.rank], number);
+        if (decided[peer] == number << 1 && !is_masked(p, peer) && is_local(p, peer))
+            store_release_sys(&control_of(p, peer)->pulled[p.set].at[p.rank], uint64_t{number});
 }
 
 }  // namespace deepep_train::low_latency
