@@ -29,7 +29,7 @@ def buffer_of(group: dist.ProcessGroup, local: int | None = None) -> dt.Buffer:
     """One per process and mesh."""
     key = (group.size(), local)
     if key not in _buffers:
-        _buffers[key] = new_buffer(group, ARENA, 10, local)
+        _buffers[key] = new_buffer(group, ARENA if local is None else ARENA // 2, 10, local)  # spaces lie elsewhere then
     return _buffers[key]
 
 
