@@ -137,7 +137,7 @@ class Buffer(LowLatencyCalls):
         if engine == "auto":
             choice = self._agree_on_engine(choice, everyone, timeout)
             if low_latency_mode and self.num_nodes > 1 and two_level is not False:
-                choice = engines.low_latency_across_nodes(everyone) or choice
+                choice = engines.low_latency_across_nodes(everyone, choice)
             if choice.name == "nvlink" and low_latency_mode:
                 choice = engines.Choice("low_latency", choice.reasons)
         how = (group, timeout, local, two_level, num_nvl_bytes, num_rdma_bytes, Buffer._chosen_sms, everyone[0]["made"])

@@ -131,10 +131,12 @@ def whereabouts() -> dict[str, str]:
     return {"host": host_name(), "gpu": gpu} | unusable
 
 
-def low_latency_across_nodes(everyone: list[dict[str, str]]) -> Choice | None:
-    """The engine whose low-latency calls put to other nodes, if all ranks with these `whereabouts` can use it."""
+def low_latency_across_nodes(everyone: list[dict[str, str]], otherwise: Choice) -> Choice:
+    """rdma, whose low-latency calls put to other nodes, if all ranks with these `whereabouts` can use it."""
     without = [f"rdma on rank {r}: {other['no rdma']}" for r, other in enumerate(everyone) if other["no rdma"]]
-    return None if without else Choice("rdma", ["rdma: low_latency_mode=True and ranks on several nodes"])
+    if without:
+        return Choice(otherwise.name, [*otherwise.reasons, *without])
+    return Choice("rdma", ["rdma: low_latency_mode=True and ranks on several nodes"])
 
 
 def obstacle(everyone: list[dict[str, str]]) -> str:
