@@ -235,10 +235,13 @@ def stopped(rank: int, size: int, group: dist.ProcessGroup, case: Case, local: i
     return errors
 
 
-def layer(rank: int, size: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, str]:
+def layer(rank: int, size: int, group: dist.ProcessGroup, local: int | None = None) -> tuple[Tensor, Tensor, str]:
     """What `MoELayer(low_latency=True)` gives without gradients, and with them, by the normal calls."""
     torch.manual_seed(11)
-    made = MoELayer(256, 128, 2 * size, 2, low_latency=True, low_latency_tokens=6, dtype=torch.bfloat16, device="cuda").eval()
+    how: dict[str, Any] = {"dtype": torch.bfloat16, "device": "cuda"} | (
+        {} if local is None else {"buffer": buffer_of(group, local)}
+    )
+    made = MoELayer(256, 128, 2 * size, 2, low_latency=True, low_latency_tokens=6, **how).eval()
     x = torch.randn((5, 0, 6, 1)[rank % 4], 256, generator=torch.Generator().manual_seed(rank)).bfloat16().cuda()
     with torch.no_grad():
         fast = made(x)

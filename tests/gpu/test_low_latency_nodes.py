@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import low_latency_ranks as ranks
 import pytest
+import torch
 from low_latency_cases import STYLES, Case
 from shared import run_ranks
 from test_low_latency_kernels import cases_of, none_wrong
@@ -86,6 +87,12 @@ def test_a_rank_that_stops(mesh: tuple[int, int]) -> None:
     size, local = mesh
     case = Case((8,) * size, 8, 256, 2 * size, 2, kind="bf16")
     none_wrong(run_ranks(size, ranks.stopped, case, local, fresh=True, timeout=60))
+
+
+def test_the_layer_uses_them() -> None:
+    for fast, normal, engine in run_ranks(4, ranks.layer, 2):
+        assert engine == "rdma"
+        torch.testing.assert_close(fast, normal, rtol=2**-5, atol=2**-7)
 
 
 def test_wrong_calls_do_no_harm() -> None:
