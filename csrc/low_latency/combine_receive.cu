@@ -12,9 +12,9 @@ constexpr int kNear = 4;  // neighbouring parts of a row are pulled by neighbour
 
 __global__ void __launch_bounds__(kThreads, 1) combine_receive_kernel(const __grid_constant__ CombineParams p) {
     __shared__ Pulling shared;
-    Control* mine = control_of(p, p.rank);
-    if (mine->closed != 0) return;
+    Control* mine = own_control(p);
     const uint32_t number = mine->combines[p.set];
+    if (mine->closed != 0) return;
     if (threadIdx.x < 32) find_rows(p, mine, number, blockIdx.x == 0 ? p.wait_ns : 0, shared);
     __syncthreads();
     const Items items(p);

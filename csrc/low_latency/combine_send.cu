@@ -64,13 +64,13 @@ DT_DEVICE void copy_columns(const CombineParams& p, const int32_t* first, char* 
 template <bool kLogfmt>
 __global__ void __launch_bounds__(kThreads, 1) combine_send_kernel(const __grid_constant__ CombineParams p) {
     __shared__ int32_t first[kMaxExperts + 1];
-    Control* mine = control_of(p, p.rank);
-    if (mine->closed != 0) return;
+    Control* mine = own_control(p);
     const uint32_t number = mine->combines[p.set] + 1;
+    if (mine->closed != 0) return;
     if (p.zero_copy == 0) {
         prepare_copies(p, mine, first);
         const Layout layout(p);
-        char* rows = space_of(p, p.rank) + layout.rows + p.set * layout.rows_bytes;
+        char* rows = own_space(p) + layout.rows + p.set * layout.rows_bytes;
         int row = blockIdx.x + threadIdx.x / 32 * gridDim.x;
         constexpr int kVectors = kLogfmt ? 4 : 8;
         for (int start = 0; start < 2 * p.hidden; start += kVectors * 512)

@@ -8,35 +8,39 @@ namespace deepep_train::low_latency {
 
 namespace {
 
-constexpr int kSenders = 1024, kReceivers = 768;  // threads; receiving takes more registers
+#ifndef DT_R
+#define DT_R 1024
+#endif
+constexpr int kSenders = 1024, kReceivers = DT_R, kBoth = 768;  // threads; both take more registers
 
 template <typename Row>
 __global__ void __launch_bounds__(kSenders, 1) dispatch_send_kernel(const __grid_constant__ DispatchParams p) {
     __shared__ Sending shared;
-    Control* mine = control_of(p, p.rank);
-    if (mine->closed == 0) send_rows<Row, kSenders>(p, mine, mine->dispatches[p.set] + 1, shared);
+    Control* mine = own_control(p);
+    const uint32_t number = mine->dispatches[p.set] + 1;
+    if (mine->closed == 0) send_rows<Row, kSenders>(p, mine, number, shared);
 }
 
 __global__ void __launch_bounds__(kReceivers, 1) dispatch_receive_kernel(const __grid_constant__ DispatchParams p) {
     __shared__ Receiving shared;
-    Control* mine = control_of(p, p.rank);
-    if (mine->closed != 0) return;
+    Control* mine = own_control(p);
     if (threadIdx.x == 0) shared.number = mine->dispatches[p.set];
+    if (mine->closed != 0) return;
     __syncthreads();
     receive_rows<kReceivers>(p, shared);
 }
 
 // All of its blocks run at once, so that none that waits keeps another from sending.
 template <typename Row>
-__global__ void __launch_bounds__(kReceivers, 1) dispatch_kernel(const __grid_constant__ DispatchParams p) {
+__global__ void __launch_bounds__(kBoth, 1) dispatch_kernel(const __grid_constant__ DispatchParams p) {
     __shared__ Sending sending;
     __shared__ Receiving receiving;
-    Control* mine = control_of(p, p.rank);
-    if (mine->closed != 0) return;
+    Control* mine = own_control(p);
     const uint32_t number = mine->dispatches[p.set] + 1;
+    if (mine->closed != 0) return;
     if (threadIdx.x == 0) receiving.number = number;
-    send_rows<Row, kReceivers>(p, mine, number, sending);
-    receive_rows<kReceivers>(p, receiving);
+    send_rows<Row, kBoth>(p, mine, number, sending);
+    receive_rows<kBoth>(p, receiving);
 }
 
 }  // namespace
@@ -58,9 +62,9 @@ void launch_dispatch_receive(const DispatchParams& p, cudaStream_t stream) {
 
 void launch_dispatch(const DispatchParams& p, cudaStream_t stream) {
     if (p.scales == kBf16)
-        dispatch_kernel<Plain><<<p.num_sms, kReceivers, 0, stream>>>(p);
+        dispatch_kernel<Plain><<<p.num_sms, kBoth, 0, stream>>>(p);
     else
-        dispatch_kernel<Quantized><<<p.num_sms, kReceivers, 0, stream>>>(p);
+        dispatch_kernel<Quantized><<<p.num_sms, kBoth, 0, stream>>>(p);
     DT_CUDA(cudaGetLastError());
 }
 

@@ -20,7 +20,7 @@ struct Receiving {
 // Reads the lists' heads.
 template <int kThreads>
 __device__ void count_rows(const DispatchParams& p, const Layout& layout, Receiving& shared) {
-    const char* own = space_of(p, p.rank);
+    const char* own = own_space(p);
     const int ranks = p.num_ranks, local = p.num_experts / ranks;
     for (int i = threadIdx.x; i < p.num_experts; i += kThreads) {
         const int source = i / local, e = i % local;
@@ -49,7 +49,7 @@ __device__ void count_rows(const DispatchParams& p, const Layout& layout, Receiv
 // By one block: what the caller gets beside the rows, what combine will need here, and where the sources' rows are, for them.
 template <int kThreads>
 __device__ void report(const DispatchParams& p, const Layout& layout, Receiving& shared) {
-    Control* mine = control_of(p, p.rank);
+    Control* mine = own_control(p);
     const int ranks = p.num_ranks, local = p.num_experts / ranks;
     for (int e = threadIdx.x; e < local; e += kThreads) {
         mine->num_rows[p.set][e] = shared.all[e];
@@ -81,7 +81,7 @@ template <int kThreads>
 DT_DEVICE void receive_rows(const DispatchParams& p, Receiving& shared) {
     if (threadIdx.x < 32) {
         const uint64_t wait_ns = blockIdx.x == 0 ? p.wait_ns : 0;
-        Control* mine = control_of(p, p.rank);
+        Control* mine = own_control(p);
         const uint64_t came =
             wait_for_peers(p, mine->sent[p.set], shared.number, mine->decided[p.set][0], shared.number, wait_ns);
         if (threadIdx.x == 0) shared.came = came;
@@ -98,7 +98,7 @@ DT_DEVICE void receive_rows(const DispatchParams& p, Receiving& shared) {
     const int lane = threadIdx.x % 32, ranks = p.num_ranks, pieces = Part::in(row_bytes);
     const int slots = ranks * p.max_tokens;  // of an expert
     const int64_t units = int64_t{shared.tokens[ranks]} * pieces;
-    char* own = space_of(p, p.rank);
+    char* own = own_space(p);
     // Units differ in how often they are written: a block's warps take them as they come. Of the next unit, this lane's pick
     // and the token are looked up a turn ahead.
     int64_t unit = 0;
@@ -144,7 +144,7 @@ DT_DEVICE void receive_rows(const DispatchParams& p, Receiving& shared) {
         }
     }
     if (blockIdx.x == gridDim.x - 1) report<kThreads>(p, layout, shared);
-    if (!is_last_block(control_of(p, p.rank), p, kDispatchReceive)) return;
+    if (!is_last_block(own_control(p), p, kDispatchReceive)) return;
     for (int peer = threadIdx.x; peer < ranks; peer += kThreads)
         if (is_in(shared.came, peer) && is_local(p, peer))
             store_release_sys(&control_of(p, peer)->taken[p.set].at[p.rank], uint64_t{shared.number});

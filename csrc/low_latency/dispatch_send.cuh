@@ -234,8 +234,8 @@ DT_DEVICE void send_rows(const DispatchParams& p, Control* mine, uint32_t number
     const Layout layout(p);
     if (const int peer = static_cast<int>(threadIdx.x) - 64; peer >= 0 && peer < p.num_ranks) {
         shared.spaces[peer] = space_of(p, peer);
-        shared.lists[peer] = is_local(p, peer) ? space_of(p, peer) + layout.list(p.set, p.rank)
-                                               : space_of(p, p.rank) + layout.outgoing_list(peer);
+        shared.lists[peer] =
+            is_local(p, peer) ? space_of(p, peer) + layout.list(p.set, p.rank) : own_space(p) + layout.outgoing_list(peer);
     }
     if (threadIdx.x < 32) {
         const uint64_t present = wait_for_answers(p, mine->sent_to[p.set], mine->taken[p.set]);

@@ -35,10 +35,10 @@ DT_DEVICE void find_rows(const CombineParams& p, Control* mine, uint32_t number,
     const Layout layout(p);
     bool coded = false;
     for (int peer = threadIdx.x % 32; peer < p.num_ranks; peer += 32) {
-        const auto how = static_cast<Shown>(load_acquire_sys(mine->shown[p.set].at + peer) >> 32);
+        const auto how = static_cast<Shown>(mine->shown[p.set].at[peer] >> 32);
         const char* rows;
         if (!is_local(p, peer))
-            rows = how == kNowhere ? nullptr : space_of(p, p.rank) + layout.came + p.set * layout.came_bytes;
+            rows = how == kNowhere ? nullptr : own_space(p) + layout.came + p.set * layout.came_bytes;
         else if (mine->placed[p.set].at[peer] != dispatch)
             rows = nullptr;
         else if (how == kSpread)
@@ -147,7 +147,7 @@ struct Items {
 // By every thread: looks up the picks of `count` of this block's items, from item `first` on.
 DT_DEVICE void find_picks(const CombineParams& p, const Items& items, int64_t first, int count, Pulling& shared) {
     const Layout layout(p);
-    const auto* places = reinterpret_cast<const Place*>(space_of(p, p.rank) + layout.places + p.set * layout.place_bytes);
+    const auto* places = reinterpret_cast<const Place*>(own_space(p) + layout.places + p.set * layout.place_bytes);
     for (int i = threadIdx.x; i < count * kMaxTopK; i += blockDim.x) {
         const int64_t item = first + int64_t{i / kMaxTopK} * gridDim.x, t = item / items.shares;
         shared.picks[i / kMaxTopK][i % kMaxTopK] = find_pick(p, shared, places, t, i % kMaxTopK);

@@ -115,6 +115,8 @@ struct List {
 // The one place where the memory of a rank of this node is found.
 DT_DEVICE char* space_of(const Common& c, int rank) { return reinterpret_cast<char* const*>(c.spaces)[rank]; }
 DT_DEVICE Control* control_of(const Common& c, int rank) { return reinterpret_cast<Control*>(space_of(c, rank)); }
+DT_DEVICE char* own_space(const Common& c) { return reinterpret_cast<char*>(c.own); }
+DT_DEVICE Control* own_control(const Common& c) { return reinterpret_cast<Control*>(c.own); }
 
 DT_DEVICE char* arena_of(const Common& c, int rank) { return reinterpret_cast<char* const*>(c.arenas)[rank]; }
 DT_DEVICE bool is_local(const Common& c, int rank) {
@@ -127,7 +129,7 @@ DT_DEVICE int slot_bytes(const DispatchParams& p) {
 }
 // The places of a source on another node, [L], which stay here.
 DT_DEVICE Place* begins_of(const Common& c, const Layout& layout, int source) {
-    return reinterpret_cast<Place*>(space_of(c, c.rank) + layout.begins + c.set * layout.place_bytes) +
+    return reinterpret_cast<Place*>(own_space(c) + layout.begins + c.set * layout.place_bytes) +
            source * (c.num_experts / c.num_ranks);
 }
 
@@ -146,15 +148,16 @@ DT_DEVICE uint64_t wait_for_answers(const Common& c, const Control::Numbers& giv
     uint64_t present = 0;
     for (int base = 0; base < c.num_ranks; base += 32) {
         const int peer = base + threadIdx.x % 32;
-        bool here = peer < c.num_ranks && !is_masked(c, peer);
-        if (here) {
+        bool here = false;
+        if (peer < c.num_ranks) {
             const uint32_t number = given.at[peer];
+            here = !is_masked(c, peer);
             delay_at_random(number);
-            while (!reached(load_acquire_sys(answered.at + peer), number))
+            uint64_t flag = load_acquire_sys(answered.at + peer);
+            for (; here && !reached(flag, number); flag = load_acquire_sys(answered.at + peer))
                 if (global_timer() - start > c.timeout_ns) {
                     give_up(c, peer);
                     here = false;
-                    break;
                 }
         }
         __syncwarp();
@@ -176,6 +179,7 @@ DT_DEVICE uint64_t wait_for_peers(const Common& c, const Control::Flags& flags, 
         if (peer < c.num_ranks) {
             delay_at_random(number);
             const bool masked = is_masked(c, peer);
+            uint32_t verdict = *static_cast<volatile uint32_t*>(decided.at + peer);
             while (!masked && !here) {
                 here = reached(load_acquire_sys(flags.at + peer), value);
                 if (here) break;
@@ -185,7 +189,6 @@ DT_DEVICE uint64_t wait_for_peers(const Common& c, const Control::Flags& flags, 
             const uint64_t waited = global_timer() - start;
             // The first block to see, or to give up, decides for all.
             const uint32_t mine = number << 1 | (here ? 0u : 1u);
-            uint32_t verdict = *static_cast<volatile uint32_t*>(decided.at + peer);
             while (verdict >> 1 != mine >> 1) {
                 const uint32_t before = atomicCAS(decided.at + peer, verdict, mine);
                 verdict = before == verdict ? mine : before;
@@ -203,13 +206,15 @@ DT_DEVICE uint64_t wait_for_peers(const Common& c, const Control::Flags& flags, 
 }
 
 // By every thread of every block, after its writes: whether this block is the last of the launch to come here, all others'
-// writes being visible to it.
+// writes being visible to it, and, by a flag that it releases, to whoever acquires that.
 DT_DEVICE bool is_last_block(Control* mine, const Common& c, Phase phase) {
     __shared__ bool last;
     delay_at_random(phase);
     __syncthreads();
     if (threadIdx.x == 0) {
+#ifdef DT_LAST_SYS
         __threadfence_system();
+#endif
         last = add_acq_rel_gpu(&mine->arrived[c.set][phase], 1) == gridDim.x - 1;
         if (last) mine->arrived[c.set][phase] = 0;
     }

@@ -73,13 +73,13 @@ DT_DEVICE void set_flag(Control::Flags& flags, const Common& c, uint64_t value, 
 
 __global__ void __launch_bounds__(kThreads, 1)
     put_dispatch_kernel(const __grid_constant__ Pairs pairs, const __grid_constant__ DispatchParams p) {
-    Control* mine = control_of(p, p.rank);
+    Control* mine = own_control(p);
     if (mine->closed != 0) return;
     const uint32_t number = mine->dispatches[p.set];
     nvshmemx_qp_handle_t qp = pair_of(pairs);
     const Layout layout(p);
     const Far far(p);
-    char* own = space_of(p, p.rank);
+    char* own = own_space(p);
     Deal deal;
     for (int i = 0; i < far.count; ++i) {
         const int peer = far[i];
@@ -119,13 +119,13 @@ DT_DEVICE void pack(char* to, const char* from, int row_bytes) {
 
 __global__ void __launch_bounds__(kThreads, 1)
     put_combine_kernel(const __grid_constant__ Pairs pairs, const __grid_constant__ CombineParams p) {
-    Control* mine = control_of(p, p.rank);
+    Control* mine = own_control(p);
     if (mine->closed != 0) return;
     const uint32_t number = mine->combines[p.set], came = mine->dispatches[p.set] << 1;
     nvshmemx_qp_handle_t qp = pair_of(pairs);
     const Layout layout(p);
     const Far far(p);
-    char* own = space_of(p, p.rank);
+    char* own = own_space(p);
     char* rows = own + layout.rows + p.set * layout.rows_bytes;
     const int row_bytes = 2 * p.hidden, shown_bytes = p.logfmt != 0 ? Logfmt::row_bytes(p.hidden) : row_bytes;
     const int64_t slots = int64_t{p.num_ranks} * p.max_tokens;
@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 // By one block: the number of the launch before goes to `flags` at the peers that have come to it, of phase `phase`.
 __global__ void __launch_bounds__(kMaxRanks, 1)
     answer_kernel(const __grid_constant__ Pairs pairs, const __grid_constant__ Common c, const bool is_combine) {
-    Control* mine = control_of(c, c.rank);
+    Control* mine = own_control(c);
     if (mine->closed != 0) return;
     const uint32_t number = is_combine ? mine->combines[c.set] : mine->dispatches[c.set];
     Control::Flags& flags = is_combine ? mine->pulled[c.set] : mine->taken[c.set];

@@ -396,7 +396,8 @@ class LowLatency:
         return handle
 
     def _params(self, p: Any, space: Space, slots: int) -> Any:
-        p.spaces, p.arenas, p.mask = space.addresses.data_ptr(), self._arenas.data_ptr(), self._mask.data_ptr()
+        p.spaces, p.own = space.addresses.data_ptr(), space.memory.data_ptr()
+        p.arenas, p.mask = self._arenas.data_ptr(), self._mask.data_ptr()
         p.timeout_ns = int(self._peers.timeout * 1e9)
         p.set, p.num_sms = slots, self._num_sms
         return self._describe(p, space.shape)
