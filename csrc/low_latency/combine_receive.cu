@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(kThreads, 1) combine_receive_kernel(const __gr
     __syncthreads();
     const Items items(p);
     const int lane = threadIdx.x % 32, groups = ((items.parts + items.shares - 1) / items.shares + kNear - 1) / kNear;
-    for (int64_t first = blockIdx.x; first < items.all; first += int64_t{kBatch} * gridDim.x) {
+    for (int first = blockIdx.x; first < items.all; first += kBatch * gridDim.x) {
         const int count = items.from(first), units = groups * count * kNear;
         find_picks(p, items, first, count, shared);
         // What was copied last is in the caches, and is pulled first.

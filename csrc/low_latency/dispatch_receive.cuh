@@ -97,19 +97,18 @@ DT_DEVICE void receive_rows(const DispatchParams& p, Receiving& shared) {
     static_assert(Part::kBytes / kBlock <= 32 && Part::kBytes % (4 * kBlock) == 0);  // a piece's: one for each lane, at most
     const int lane = threadIdx.x % 32, ranks = p.num_ranks, pieces = Part::in(row_bytes);
     const int slots = ranks * p.max_tokens;  // of an expert
-    const int64_t units = int64_t{shared.tokens[ranks]} * pieces;
+    const int units = shared.tokens[ranks] * pieces;
     char* own = own_space(p);
     // Units differ in how often they are written: a block's warps take them as they come. Of the next unit, this lane's pick
     // and the token are looked up a turn ahead.
-    int64_t unit = 0;
-    int source = 0, next_token = 0;
+    int unit = 0, source = 0, next_token = 0;
     uint32_t next_place = kNoPlace;
     const auto look = [&]() {
         int taken = lane == 0 ? atomicAdd(&shared.next, 1) : 0;
         taken = __shfl_sync(0xffffffffu, taken, 0);
-        unit = blockIdx.x + int64_t{taken} * gridDim.x;
+        unit = blockIdx.x + taken * gridDim.x;
         if (unit >= units) return;
-        const int listed = static_cast<int>(unit / pieces);
+        const int listed = unit / pieces;
         while (shared.tokens[source + 1] <= listed) ++source;
         const List list(own + layout.list(p.set, source), p);
         const int64_t i = listed - shared.tokens[source];
@@ -118,7 +117,7 @@ DT_DEVICE void receive_rows(const DispatchParams& p, Receiving& shared) {
     };
     look();
     while (unit < units) {
-        const int from = source, token = next_token, piece = static_cast<int>(unit % pieces);
+        const int from = source, token = next_token, piece = unit % pieces;
         const uint32_t place = next_place;
         const char* slot = shared.spaces[from] + layout.slot(p.set, from, token);
         Part part;

@@ -226,11 +226,11 @@ DT_DEVICE void send_rows(const DispatchParams& p, Control* mine, uint32_t number
     // The first block makes the lists, and, unless it is the only one, nothing else.
     const int first = gridDim.x > 1 ? 1 : 0, warps = (gridDim.x - first) * kWarps;
     const int pieces = Row::pieces(p);
-    const int64_t units = int64_t{p.num_tokens} * pieces;
-    int64_t unit = (static_cast<int64_t>(blockIdx.x) - first) + static_cast<int64_t>(threadIdx.x / 32) * (gridDim.x - first);
-    if (static_cast<int>(blockIdx.x) < first) unit = units;
-    Row row;
-    if (unit < units) row.read(p, unit / pieces, static_cast<int>(unit % pieces));
+    const int units = p.num_tokens * pieces;
+    int unit = static_cast<int>(blockIdx.x) < first ? units : blockIdx.x - first + threadIdx.x / 32 * (gridDim.x - first);
+    Row row, next;  // of a unit, and of the one behind it
+    if (unit < units) row.read(p, unit / pieces, unit % pieces);
+    if (unit + warps < units) next.read(p, (unit + warps) / pieces, (unit + warps) % pieces);
     const Layout layout(p);
     if (const int peer = static_cast<int>(threadIdx.x) - 64; peer >= 0 && peer < p.num_ranks) {
         shared.spaces[peer] = space_of(p, peer);
@@ -245,15 +245,15 @@ DT_DEVICE void send_rows(const DispatchParams& p, Control* mine, uint32_t number
     const uint64_t present = shared.present;
     if (blockIdx.x == 0) plan<kThreads>(p, shared, present);
     while (unit < units) {
-        const int64_t t = unit / pieces;
-        const int piece = static_cast<int>(unit % pieces);
+        const int t = unit / pieces, piece = unit % pieces;
         const int64_t slot = layout.slot(p.set, p.rank, t);
         // Rows that stay are stored even if they go nowhere: to ask takes longer.
         const uint64_t to = p.keep != 0 ? 1ull << p.rank : destinations(p, t, present);
         row.prepare(p);
         for (uint64_t left = to; left != 0; left &= left - 1) row.write(p, shared.spaces[__ffsll(left) - 1] + slot, piece);
         unit += warps;
-        if (unit < units) row.read(p, unit / pieces, static_cast<int>(unit % pieces));
+        row = next;
+        if (unit + warps < units) next.read(p, (unit + warps) / pieces, (unit + warps) % pieces);
     }
     if (!is_last_block(mine, p, kDispatchSend)) return;
     for (int peer = threadIdx.x; peer < p.num_ranks; peer += kThreads) {

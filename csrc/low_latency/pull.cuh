@@ -127,33 +127,31 @@ DT_DEVICE void pull_part(const CombineParams& p, const Pick* picks, int64_t t, i
 // Tokens, or shares of such, of the launch that are dealt to its blocks. Where there are fewer tokens than blocks, several
 // share a token: each has every `shares`-th part of the row.
 struct Items {
-    int parts, shares;
-    int64_t all;
+    int parts, shares, all;
 
     DT_DEVICE explicit Items(const CombineParams& p) {
         const int blocks = gridDim.x;
         parts = (2 * p.hidden + kPart - 1) / kPart;
         shares = p.num_tokens == 0 ? 1 : blocks / p.num_tokens;
         shares = shares < 1 ? 1 : shares > parts ? parts : shares;
-        all = int64_t{p.num_tokens} * shares;
+        all = p.num_tokens * shares;
     }
     // Of this block, from item `first` on, at most a batch.
-    DT_DEVICE int from(int64_t first) const {
-        const int64_t left = (all - first + gridDim.x - 1) / gridDim.x;
-        return left < 0 ? 0 : left < kBatch ? static_cast<int>(left) : kBatch;
+    DT_DEVICE int from(int first) const {
+        return min((all - first + static_cast<int>(gridDim.x) - 1) / static_cast<int>(gridDim.x), kBatch);
     }
 };
 
 // By every thread: looks up the picks of `count` of this block's items, from item `first` on.
-DT_DEVICE void find_picks(const CombineParams& p, const Items& items, int64_t first, int count, Pulling& shared) {
+DT_DEVICE void find_picks(const CombineParams& p, const Items& items, int first, int count, Pulling& shared) {
     const Layout layout(p);
     const auto* places = reinterpret_cast<const Place*>(own_space(p) + layout.places + p.set * layout.place_bytes);
     for (int i = threadIdx.x; i < count * kMaxTopK; i += blockDim.x) {
-        const int64_t item = first + int64_t{i / kMaxTopK} * gridDim.x, t = item / items.shares;
+        const int item = first + i / kMaxTopK * static_cast<int>(gridDim.x), t = item / items.shares;
         shared.picks[i / kMaxTopK][i % kMaxTopK] = find_pick(p, shared, places, t, i % kMaxTopK);
         if (i % kMaxTopK != 0) continue;
-        shared.token[i / kMaxTopK] = static_cast<int32_t>(t);
-        shared.share[i / kMaxTopK] = static_cast<int32_t>(item % items.shares);
+        shared.token[i / kMaxTopK] = t;
+        shared.share[i / kMaxTopK] = item % items.shares;
     }
     __syncthreads();
 }
