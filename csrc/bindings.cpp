@@ -133,7 +133,6 @@ void bind_low_latency(py::module_ m) {
     m.attr("max_hidden") = ll::kMaxHidden;
     m.def("dispatch_send", [=](const ll::DispatchParams& p, uint64_t s) { ll::launch_dispatch_send(p, as_stream(s)); });
     m.def("dispatch_receive", [=](const ll::DispatchParams& p, uint64_t s) { ll::launch_dispatch_receive(p, as_stream(s)); });
-    m.def("dispatch", [=](const ll::DispatchParams& p, uint64_t s) { ll::launch_dispatch(p, as_stream(s)); });
     m.def("combine_send", [=](const ll::CombineParams& p, uint64_t s) { ll::launch_combine_send(p, as_stream(s)); });
     m.def("combine_receive", [=](const ll::CombineParams& p, uint64_t s) { ll::launch_combine_receive(p, as_stream(s)); });
 }

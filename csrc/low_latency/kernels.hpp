@@ -15,7 +15,6 @@ int64_t closed_offset();
 
 void launch_dispatch_send(const DispatchParams& p, cudaStream_t stream);
 void launch_dispatch_receive(const DispatchParams& p, cudaStream_t stream);
-void launch_dispatch(const DispatchParams& p, cudaStream_t stream);  // both
 void launch_combine_send(const CombineParams& p, cudaStream_t stream);
 void launch_combine_receive(const CombineParams& p, cudaStream_t stream);
 void launch_forget(const Common& c, int peer, cudaStream_t stream);

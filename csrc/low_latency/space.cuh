@@ -212,9 +212,6 @@ DT_DEVICE bool is_last_block(Control* mine, const Common& c, Phase phase) {
     delay_at_random(phase);
     __syncthreads();
     if (threadIdx.x == 0) {
-#ifdef DT_LAST_SYS
-        __threadfence_system();
-#endif
         last = add_acq_rel_gpu(&mine->arrived[c.set][phase], 1) == gridDim.x - 1;
         if (last) mine->arrived[c.set][phase] = 0;
     }

@@ -254,12 +254,9 @@ class LowLatency:
                 self._far.follow(name + phase, p, stream)
 
         with self._ordered() as stream:
-            if name == "dispatch" and not with_hook and self._far is None:
-                _C.low_latency.dispatch(p, stream)  # both phases in one launch
-            else:
-                launch("_send", stream)
-                if not with_hook:
-                    launch("_receive", stream)
+            launch("_send", stream)
+            if not with_hook:
+                launch("_receive", stream)
             if torch.cuda.is_current_stream_capturing():
                 self._arena.keep((space, handle.pick_index))
         if not with_hook:

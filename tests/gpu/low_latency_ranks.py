@@ -21,7 +21,7 @@ import deepep_train as dt
 from deepep_train.cli.live import measure
 from deepep_train.moe import MoELayer
 
-ARENA = 2 << 30
+ARENA = 1 << 30
 _buffers: dict[tuple[int, int | None], dt.Buffer] = {}
 
 

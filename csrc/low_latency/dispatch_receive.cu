@@ -1,12 +1,16 @@
 // Dispatch, receiving: waits for every source's rows and copies each to its places, [L, R * M, H], ordered by expert, source
 // and token.
-#pragma once
-
+#include "../common/check.hpp"
+#include "kernels.hpp"
 #include "space.cuh"
 
 namespace deepep_train::low_latency {
 
-struct Receiving {
+namespace {
+
+constexpr int kThreads = 768;
+
+struct Shared {
     int32_t begin[kMaxExperts];     // [L, R]: a source's first row among those of the expert
     int32_t counts[kMaxExperts];    // [L, R]
     int32_t all[kMaxExperts];       // [L]
@@ -14,12 +18,10 @@ struct Receiving {
     uint64_t came;
     const char* spaces[kMaxRanks];  // where a source's rows lie
     int32_t next;                   // of the block's units
-    uint32_t number;                // of the dispatch; set before
 };
 
 // Reads the lists' heads.
-template <int kThreads>
-__device__ void count_rows(const DispatchParams& p, const Layout& layout, Receiving& shared) {
+__device__ void count_rows(const DispatchParams& p, const Layout& layout, Shared& shared) {
     const char* own = own_space(p);
     const int ranks = p.num_ranks, local = p.num_experts / ranks;
     for (int i = threadIdx.x; i < p.num_experts; i += kThreads) {
@@ -47,9 +49,7 @@ __device__ void count_rows(const DispatchParams& p, const Layout& layout, Receiv
 }
 
 // By one block: what the caller gets beside the rows, what combine will need here, and where the sources' rows are, for them.
-template <int kThreads>
-__device__ void report(const DispatchParams& p, const Layout& layout, Receiving& shared) {
-    Control* mine = own_control(p);
+__device__ void report(const DispatchParams& p, const Layout& layout, Control* mine, uint32_t number, Shared& shared) {
     const int ranks = p.num_ranks, local = p.num_experts / ranks;
     for (int e = threadIdx.x; e < local; e += kThreads) {
         mine->num_rows[p.set][e] = shared.all[e];
@@ -72,23 +72,23 @@ __device__ void report(const DispatchParams& p, const Layout& layout, Receiving&
         }
         auto* places = reinterpret_cast<Place*>(space_of(p, source) + layout.places + p.set * layout.place_bytes);
         places[p.rank * local + e] = place;
-        if (e == 0) control_of(p, source)->placed[p.set].at[p.rank] = shared.number;
+        if (e == 0) control_of(p, source)->placed[p.set].at[p.rank] = number;
     }
 }
 
-// By every thread of the launch.
-template <int kThreads>
-DT_DEVICE void receive_rows(const DispatchParams& p, Receiving& shared) {
+__global__ void __launch_bounds__(kThreads, 1) dispatch_receive_kernel(const __grid_constant__ DispatchParams p) {
+    __shared__ Shared shared;
+    Control* mine = own_control(p);
+    const uint32_t number = mine->dispatches[p.set];
+    if (mine->closed != 0) return;
     if (threadIdx.x < 32) {
         const uint64_t wait_ns = blockIdx.x == 0 ? p.wait_ns : 0;
-        Control* mine = own_control(p);
-        const uint64_t came =
-            wait_for_peers(p, mine->sent[p.set], shared.number, mine->decided[p.set][0], shared.number, wait_ns);
+        const uint64_t came = wait_for_peers(p, mine->sent[p.set], number, mine->decided[p.set][0], number, wait_ns);
         if (threadIdx.x == 0) shared.came = came;
     }
     __syncthreads();
     const Layout layout(p);
-    count_rows<kThreads>(p, layout, shared);
+    count_rows(p, layout, shared);
 
     const int row_bytes = p.scales == kBf16 ? 2 * p.hidden : p.hidden;
     using Part = Piece<7>;
@@ -142,11 +142,18 @@ DT_DEVICE void receive_rows(const DispatchParams& p, Receiving& shared) {
             if (has_word) reinterpret_cast<uint32_t*>(p.recv_scales)[at] = scale;
         }
     }
-    if (blockIdx.x == gridDim.x - 1) report<kThreads>(p, layout, shared);
-    if (!is_last_block(own_control(p), p, kDispatchReceive)) return;
+    if (blockIdx.x == gridDim.x - 1) report(p, layout, mine, number, shared);
+    if (!is_last_block(mine, p, kDispatchReceive)) return;
     for (int peer = threadIdx.x; peer < ranks; peer += kThreads)
         if (is_in(shared.came, peer) && is_local(p, peer))
-            store_release_sys(&control_of(p, peer)->taken[p.set].at[p.rank], uint64_t{shared.number});
+            store_release_sys(&control_of(p, peer)->taken[p.set].at[p.rank], uint64_t{number});
+}
+
+}  // namespace
+
+void launch_dispatch_receive(const DispatchParams& p, cudaStream_t stream) {
+    dispatch_receive_kernel<<<p.num_sms, kThreads, 0, stream>>>(p);
+    DT_CUDA(cudaGetLastError());
 }
 
 }  // namespace deepep_train::low_latency

@@ -1,14 +1,18 @@
 // Dispatch, sending: every token goes once to each rank that has an expert of it, into the slot that is its own there. Beside
 // the rows goes a list of what comes: which tokens, for which local experts, and each pick's number among this rank's picks of
 // its expert. The receiver then knows every row's place without counting.
-#pragma once
-
 #include <cuda_fp8.h>
 
+#include "../common/check.hpp"
+#include "kernels.hpp"
 #include "space.cuh"
 
 namespace deepep_train::low_latency {
 
+namespace {
+
+constexpr int kThreads = 1024;
+constexpr int kWarps = kThreads / 32;
 constexpr int kRound = 128;  // tokens whose picks are numbered together
 
 // A bit for each token of a round.
@@ -31,7 +35,7 @@ struct Tokens {
     }
 };
 
-struct Sending {
+struct Shared {
     Tokens picked[kMaxExperts];     // of this round, those that have picked the expert
     Tokens sent[kMaxRanks];         // and those that go to the rank
     unsigned long long to[kRound];  // the ranks that a token goes to
@@ -50,8 +54,7 @@ DT_DEVICE int expert_of(const DispatchParams& p, int64_t pick) {
 
 // By one block: everything that goes beside the rows. A token that names an expert twice has one row there, or a source could
 // have more rows than the expert has room for: both picks get one number.
-template <int kThreads>
-__device__ void plan(const DispatchParams& p, Sending& shared, uint64_t present) {
+__device__ void plan(const DispatchParams& p, Shared& shared, uint64_t present) {
     const int local = p.num_experts / p.num_ranks, top_k = p.top_k;
     for (int e = threadIdx.x; e < p.num_experts; e += kThreads) shared.counts[e] = 0;
     if (threadIdx.x < kMaxRanks) shared.listed[threadIdx.x] = 0;
@@ -219,18 +222,19 @@ struct Quantized {
     }
 };
 
-// By every thread of the launch.
-template <typename Row, int kThreads>
-DT_DEVICE void send_rows(const DispatchParams& p, Control* mine, uint32_t number, Sending& shared) {
-    constexpr int kWarps = kThreads / 32;
+template <typename Row>
+__global__ void __launch_bounds__(kThreads, 1) dispatch_send_kernel(const __grid_constant__ DispatchParams p) {
+    __shared__ Shared shared;
+    Control* mine = own_control(p);
+    const uint32_t number = mine->dispatches[p.set] + 1;
+    if (mine->closed != 0) return;
     // The first block makes the lists, and, unless it is the only one, nothing else.
     const int first = gridDim.x > 1 ? 1 : 0, warps = (gridDim.x - first) * kWarps;
     const int pieces = Row::pieces(p);
     const int units = p.num_tokens * pieces;
     int unit = static_cast<int>(blockIdx.x) < first ? units : blockIdx.x - first + threadIdx.x / 32 * (gridDim.x - first);
-    Row row, next;  // of a unit, and of the one behind it
+    Row row;
     if (unit < units) row.read(p, unit / pieces, unit % pieces);
-    if (unit + warps < units) next.read(p, (unit + warps) / pieces, (unit + warps) % pieces);
     const Layout layout(p);
     if (const int peer = static_cast<int>(threadIdx.x) - 64; peer >= 0 && peer < p.num_ranks) {
         shared.spaces[peer] = space_of(p, peer);
@@ -243,7 +247,7 @@ DT_DEVICE void send_rows(const DispatchParams& p, Control* mine, uint32_t number
     }
     __syncthreads();
     const uint64_t present = shared.present;
-    if (blockIdx.x == 0) plan<kThreads>(p, shared, present);
+    if (blockIdx.x == 0) plan(p, shared, present);
     while (unit < units) {
         const int t = unit / pieces, piece = unit % pieces;
         const int64_t slot = layout.slot(p.set, p.rank, t);
@@ -252,8 +256,7 @@ DT_DEVICE void send_rows(const DispatchParams& p, Control* mine, uint32_t number
         row.prepare(p);
         for (uint64_t left = to; left != 0; left &= left - 1) row.write(p, shared.spaces[__ffsll(left) - 1] + slot, piece);
         unit += warps;
-        row = next;
-        if (unit + warps < units) next.read(p, (unit + warps) / pieces, (unit + warps) % pieces);
+        if (unit < units) row.read(p, unit / pieces, unit % pieces);
     }
     if (!is_last_block(mine, p, kDispatchSend)) return;
     for (int peer = threadIdx.x; peer < p.num_ranks; peer += kThreads) {
@@ -263,6 +266,18 @@ DT_DEVICE void send_rows(const DispatchParams& p, Control* mine, uint32_t number
         mine->sent_to[p.set].at[peer] = number;
     }
     if (threadIdx.x == 0) mine->dispatches[p.set] = number;
+}
+
+}  // namespace
+
+int64_t space_bytes(const Common& c) { return Layout(c).end; }
+
+void launch_dispatch_send(const DispatchParams& p, cudaStream_t stream) {
+    if (p.scales == kBf16)
+        dispatch_send_kernel<Plain><<<p.num_sms, kThreads, 0, stream>>>(p);
+    else
+        dispatch_send_kernel<Quantized><<<p.num_sms, kThreads, 0, stream>>>(p);
+    DT_CUDA(cudaGetLastError());
 }
 
 }  // namespace deepep_train::low_latency
