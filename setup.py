@@ -60,9 +60,9 @@ def architectures(nvcc: str) -> list[str]:
     if wanted:
         split = [entry.partition("+") for entry in re.split(r"[;,\s]+", wanted)]
         entries = [NAMES.get(name, name) + plus + ptx for name, plus, ptx in split]
-        found = {entry: re.fullmatch(r"(\d+)\.(\d)(a?)(\+PTX)?", entry) for entry in entries}
+        found = {entry: re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry) for entry in entries}
         if unknown := [entry for entry, match in found.items() if match is None]:
-            raise ValueError(f"TORCH_CUDA_ARCH_LIST={wanted!r}: {unknown} must look like 9.0, 9.0a or 9.0+PTX")
+            raise ValueError(f"TORCH_CUDA_ARCH_LIST={wanted!r}: {unknown} must look like 9.0, 9.0a, 10.0f or 9.0+PTX")
         matches = [m for m in found.values() if m]
         if old := [m[0] for m in matches if int(m[1]) < 8]:
             if len(old) == len(matches):

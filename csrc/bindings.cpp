@@ -8,6 +8,7 @@
 
 #include "fp8/kernels.hpp"
 #include "low_latency/kernels.hpp"
+#include "nvlink/beside.hpp"
 #include "nvlink/communicator.hpp"
 
 namespace py = pybind11;
@@ -49,18 +50,6 @@ private:
 
 void bind_params(py::module_& m) {
     {
-        using P = CountParams;
-        ParamsBinding<P>(m, "CountParams") DT_FIELD(num_tokens_per_rank) DT_FIELD(num_tokens_per_expert) DT_FIELD(out_of_range)
-            DT_FIELD(results) DT_FIELD(signature) DT_FIELD(bound) DT_FIELD(status) DT_FIELD(num_experts) DT_FIELD(alignment)
-                DT_FIELD(expert_layout);
-    }
-    {
-        using P = PlaceParams;
-        ParamsBinding<P>(m, "PlaceParams") DT_FIELD(topk_idx) DT_FIELD(send_index) DT_FIELD(send_base) DT_FIELD(expert_base)
-            DT_FIELD(send_slot) DT_FIELD(send_row) DT_FIELD(pull_row) DT_FIELD(pick_row) DT_FIELD(pick_rank)
-                DT_FIELD(chunk_counts) DT_FIELD(num_tokens) DT_FIELD(top_k) DT_FIELD(num_experts) DT_FIELD(num_ranks);
-    }
-    {
         using P = DispatchParams;
         ParamsBinding<P>(m, "DispatchParams")
             .array("offsets", &P::offsets)
@@ -69,12 +58,6 @@ void bind_params(py::module_& m) {
                     DT_FIELD(row_bytes) DT_FIELD(scale_row_stride) DT_FIELD(scale_word_stride) DT_FIELD(num_tokens)
                         DT_FIELD(send_sources) DT_FIELD(scale_words) DT_FIELD(top_k) DT_FIELD(num_local_experts)
                             DT_FIELD(num_sms);
-    }
-    {
-        using P = ArrangeParams;
-        ParamsBinding<P>(m, "ArrangeParams") DT_FIELD(rows_of) DT_FIELD(row_slot) DT_FIELD(several) DT_FIELD(num_several)
-            DT_FIELD(summed) DT_FIELD(num_summed) DT_FIELD(num_received) DT_FIELD(own_first) DT_FIELD(num_own) DT_FIELD(top_k)
-                DT_FIELD(num_sms);
     }
     {
         using P = ExpandParams;
@@ -156,12 +139,53 @@ void bind_fp8(py::module_ m) {
     m.def("dequantize", [=](const fp8::DequantizeParams& p, uint64_t s) { fp8::launch_dequantize(p, as_stream(s)); });
 }
 
+void bind_tables(py::module_& m) {
+    using T = Tables;
+    py::class_<T>(m, "Tables")
+        .def(py::init<int, int, int, int, bool, bool>(), py::arg("num_tokens"), py::arg("top_k"), py::arg("num_experts"),
+             py::arg("num_ranks"), py::arg("expert_layout"), py::arg("counts_tokens"))
+        .def_property_readonly("words", &T::words)
+        .def("lay_out", &T::lay_out)
+        .def_readwrite("num_tokens_per_rank", &T::num_tokens_per_rank)
+        .def_readwrite("num_tokens_per_expert", &T::num_tokens_per_expert)
+        .def_readonly("is_token_in_rank", &T::is_token_in_rank)
+        .def_readwrite("checked", &T::checked)
+        .def_readonly("tokens_per_expert", &T::tokens_per_expert)
+        .def_readonly("rank_prefix_matrix", &T::rank_prefix_matrix)
+        .def_readwrite("num_received", &T::num_received)
+        .def_readonly("num_several", &T::num_several)
+        .def_readonly("num_summed", &T::num_summed)
+        .def_readwrite("send_slot", &T::send_slot)
+        .def_readwrite("send_row", &T::send_row)
+        .def_readwrite("pull_row", &T::pull_row)
+        .def_readonly("pick_row", &T::pick_row)
+        .def_readonly("pick_rank", &T::pick_rank)
+        .def_readwrite("rows_of", &T::rows_of)
+        .def_readwrite("row_slot", &T::row_slot)
+        .def_readwrite("several", &T::several)
+        .def_readwrite("summed", &T::summed);
+}
+
+void bind_beside(py::module_& m) {
+    py::class_<Beside>(m, "Beside")
+        .def(py::init<std::array<int, Beside::kParts>, bool>(), py::arg("widths"), py::arg("by_row"))
+        .def("measure", &Beside::measure)
+        .def_property_readonly("words", &Beside::words)
+        .def_property_readonly("rooms", &Beside::rooms)
+        .def("place", &Beside::place, py::arg("dispatch"), py::arg("rows"), py::arg("row_bytes"), py::arg("beside"),
+             py::arg("scales") = 0, py::arg("scale_bytes") = 0);
+}
+
 void bind_results(py::module_& m) {
     py::class_<CountResult>(m, "CountResult")
         .def_readonly("bad", &CountResult::bad)
         .def_readonly("num_received", &CountResult::num_received)
         .def_readonly("num_rows", &CountResult::num_rows)
-        .def_readonly("per_expert", &CountResult::per_expert)
+        .def_property_readonly("per_expert",
+                               [](const CountResult& c) {  // a buffer: a list would cost a conversion of every number, twice
+                                   const auto* first = reinterpret_cast<const char*>(c.per_expert.data());
+                                   return py::bytearray(first, c.per_expert.size() * sizeof(int64_t));
+                               })
         .def_readonly("rows", &CountResult::rows)
         .def_readonly("bounds", &CountResult::bounds);
     py::class_<Failure>(m, "Failure")
@@ -185,6 +209,8 @@ PYBIND11_MODULE(_C, m) {
     m.attr("is_debug") = false;
 #endif
     bind_params(m);
+    bind_tables(m);
+    bind_beside(m);
     bind_results(m);
     bind_low_latency(m.def_submodule("low_latency"));
     bind_fp8(m.def_submodule("fp8"));
@@ -215,9 +241,9 @@ PYBIND11_MODULE(_C, m) {
         .def("enter", &C::enter)
         .def("leave", &C::leave)
         .def("layout", &C::layout)
-        .def("count", &C::count)
+        .def("route", &C::route)
+        .def("route_nothing", &C::route_nothing)
         .def("wait_counts", &C::wait_counts, no_gil)
-        .def("place", &C::place)
         .def("dispatch", &C::dispatch)
         .def("refuse", &C::refuse)
         .def("arrange", &C::arrange)

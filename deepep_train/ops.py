@@ -230,6 +230,10 @@ class _Dispatch(torch.autograd.Function):
             payload, weights = _dispatch_fresh(x, topk_weights, call)
         assert call.handle is not None
         ctx.handle, ctx.num_sms = call.handle, call.num_sms
+        if weights is not None and call.handle.plan.layout == "rank":
+            # The caller has it, too: saved so, autograd notices if it is written to before the backward pass reads it.
+            assert call.handle.plan.recv_topk_idx is not None
+            ctx.save_for_backward(call.handle.plan.recv_topk_idx)
         if payload.scales is not None:
             ctx.mark_non_differentiable(payload.scales)
         if quantized is None:
@@ -243,9 +247,9 @@ class _Dispatch(torch.autograd.Function):
         handle: Handle = ctx.handle
         with torch.no_grad():
             if grad_weights is not None and handle.plan.layout == "rank":
-                # The entries of experts that live elsewhere are constants, whatever the caller did with them.
-                assert handle.plan.recv_topk_idx is not None
-                grad_weights = grad_weights.masked_fill(handle.plan.recv_topk_idx < 0, 0.0)
+                # The weights of experts that live elsewhere are constants, whatever the caller did with them.
+                (recv_topk_idx,) = ctx.saved_tensors
+                grad_weights = grad_weights.masked_fill(recv_topk_idx < 0, 0.0)
             grad_x, grad_w = handle.buffer.combine_rows(grad_data, handle, grad_weights, num_sms=ctx.num_sms)
         return (
             differentiable_once("dispatch", grad_x, grad_data),

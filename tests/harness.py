@@ -67,6 +67,11 @@ def close_pools() -> None:
         _pools.popitem()[1].kill()
 
 
+def torch_release() -> tuple[int, int]:
+    major, minor = torch.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
 def same_bits(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
     """Whether two tensors have one dtype, shape and content down to the sign of zero and the payload of NaN."""
     if a is None or b is None:

@@ -242,3 +242,19 @@ def test_gradients_have_the_dtype_of_their_tensor(dtype: torch.dtype) -> None:
     for layout in LAYOUTS:
         for kinds in run_ranks(2, gradient_kinds, Exchange((3, 2), 8, 2, 2, "uniform", dtype, layout)):
             assert kinds == [(dtype, True), (torch.float32, True), (dtype, True)]
+
+
+def edited(rank: int, size: int, group: dist.ProcessGroup, case: Exchange, given: list[Given]) -> None:
+    mine = given[rank]
+    w = mine.topk_weights.clone().requires_grad_()
+    out = send(dt.Buffer(group, timeout=20), case, mine.x, mine.topk_idx, w)
+    assert out.topk_idx is not None
+    assert out.topk_weights is not None
+    out.topk_idx.masked_fill_(out.topk_idx < 0, case.num_experts)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (dt.combine(out.x, out.handle).sum() + out.topk_weights.sum()).backward()
+
+
+def test_received_indices_that_were_written_to_are_noticed() -> None:
+    """Gradients of the weights depend on them."""
+    run_ranks(2, edited, case := replace(UNEVEN, tokens=(5, 3)), case.given())

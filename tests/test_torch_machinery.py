@@ -11,9 +11,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from draws import Exchange
-from harness import run_ranks, same_bits
+from harness import run_ranks, same_bits, torch_release
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, set_checkpoint_early_stop
 
 import deepep_train as dt
 
@@ -89,6 +89,14 @@ def _checkpointed(block: Block, **how: object) -> Block:
     return lambda *args: checkpoint(block, *args, **how)
 
 
+def _without_early_stop(block: Block) -> Block:
+    def run(*args: Tensor) -> Tensor:
+        with set_checkpoint_early_stop(False):
+            return checkpoint(block, *args, use_reentrant=False)
+
+    return run
+
+
 def _nested(block: Block) -> Block:
     return _checkpointed(_checkpointed(block, use_reentrant=False), use_reentrant=False)
 
@@ -96,7 +104,7 @@ def _nested(block: Block) -> Block:
 WRAPS: dict[str, Callable[[Block], Block]] = {
     "reentrant checkpoint": partial(_checkpointed, use_reentrant=True),
     "checkpoint": partial(_checkpointed, use_reentrant=False),
-    "checkpoint without early stop": partial(_checkpointed, use_reentrant=False, early_stop=False),
+    "checkpoint without early stop": _without_early_stop,
     "selective checkpoint": partial(_checkpointed, use_reentrant=False, context_fn=_selective),
     "nested checkpoints": _nested,
 }
@@ -169,7 +177,9 @@ def compiled_steps(rank: int, size: int, group: dist.ProcessGroup, layout: str, 
     for seed in range(3):
         problem = Problem(rank, group, layout, seed)
         ok &= agree(problem.step(), problem.step(partial(torch.compile, backend=backend)))
-    return ok and torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2  # the experts and the sum after combine
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    # The experts and the sum after combine; aot_eager of torch 2.9 and before leaves code with .tolist() to Python.
+    return ok and (graphs >= 2 or (backend == "aot_eager" and torch_release() < (2, 11)))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

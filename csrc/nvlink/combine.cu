@@ -102,24 +102,31 @@ __global__ void __launch_bounds__(GatherShape::kWarps * 32, 1)
 template <typename Params>
 using Kernel = void (*)(Domain, Params);
 
+// By params.hpp's number of the dtype.
+constexpr Kernel<ReduceParams> kReduceKernels[] = {reduce_kernel<__nv_bfloat16>, reduce_kernel<__half>, reduce_kernel<float>};
+constexpr Kernel<CombineParams> kCombineKernels[] = {combine_kernel<__nv_bfloat16>, combine_kernel<__half>,
+                                                     combine_kernel<float>};
+
 template <typename Params>
 void launch(Kernel<Params> kernel, const Domain& d, const Params& p, cudaStream_t stream) {
     const int shared_bytes = d.has_bulk_copies ? GatherShape::kSharedBytes : 0;
-    allow_shared_bytes(kernel, d, GatherShape::kSharedBytes);
     kernel<<<p.num_sms, GatherShape::kWarps * 32, shared_bytes, stream>>>(d, p);
     DT_CUDA(cudaGetLastError());
 }
 
 }  // namespace
 
+void allow_memory_for_combine() {
+    for (const auto kernel : kReduceKernels) allow_shared_bytes(kernel, GatherShape::kSharedBytes);
+    for (const auto kernel : kCombineKernels) allow_shared_bytes(kernel, GatherShape::kSharedBytes);
+}
+
 void launch_reduce(const Domain& d, const ReduceParams& p, cudaStream_t stream) {
-    const Kernel<ReduceParams> kernels[] = {reduce_kernel<__nv_bfloat16>, reduce_kernel<__half>, reduce_kernel<float>};
-    launch(kernels[p.dtype], d, p, stream);
+    launch(kReduceKernels[p.dtype], d, p, stream);
 }
 
 void launch_combine(const Domain& d, const CombineParams& p, cudaStream_t stream) {
-    const Kernel<CombineParams> kernels[] = {combine_kernel<__nv_bfloat16>, combine_kernel<__half>, combine_kernel<float>};
-    launch(kernels[p.dtype], d, p, stream);
+    launch(kCombineKernels[p.dtype], d, p, stream);
 }
 
 }  // namespace deepep_train::nvlink

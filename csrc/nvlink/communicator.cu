@@ -23,7 +23,8 @@ struct Communicator::State {
     cudaStream_t captured_stream = nullptr;
     bool any_eager = false;
     unsigned long long capture = 0;
-    bool kept = false;  // a captured graph may still launch kernels
+    unsigned long long current_stream = 0, current_capture = 0;  // of the operation between `enter` and `leave`
+    bool kept = false;                                           // a captured graph may still launch kernels
 };
 
 namespace {
@@ -49,6 +50,21 @@ unsigned long long id_of(cudaStream_t stream) {
     unsigned long long id = 0;
     DT_CUDA(cudaStreamGetId(stream, &id));
     return id;
+}
+
+LayoutParams layout_params(const Tables& t, uint64_t topk_idx) {
+    LayoutParams p;
+    p.topk_idx = topk_idx;
+    p.num_tokens = t.num_tokens;
+    p.top_k = t.top_k;
+    p.num_experts = t.num_experts;
+    p.num_ranks = t.num_ranks;
+    p.num_tokens_per_rank = t.num_tokens_per_rank;
+    p.num_tokens_per_expert = t.num_tokens_per_expert;
+    p.out_of_range = t.checked;
+    p.send_index = t.checked + sizeof(int32_t);
+    p.is_token_in_rank = t.is_token_in_rank;
+    return p;
 }
 
 // Launches on a stream want its device to be current, whatever the caller's is.
@@ -99,6 +115,11 @@ Communicator::Communicator(int device, int rank, int num_ranks, int64_t arena_by
     domain.has_bulk_copies = has_bulk_copies;
     domain.peers = state_->peers;
     domain.host = static_cast<HostPage*>(device_page);
+    if (has_bulk_copies) {
+        allow_memory_for_dispatch();
+        allow_memory_for_expand();
+        allow_memory_for_combine();
+    }
     DT_CUDA(cudaEventCreateWithFlags(&state_->eager, cudaEventDisableTiming));
     DT_CUDA(cudaEventCreateWithFlags(&state_->captured, cudaEventDisableTiming));
 }
@@ -186,60 +207,94 @@ void Communicator::close(bool keep) {
 void Communicator::enter_pool() { set_current_arena(arena_.get()); }
 void Communicator::leave_pool() { set_current_arena(nullptr); }
 
-void Communicator::enter(uint64_t stream) {
+bool Communicator::enter(uint64_t stream) {
     const OnDevice on(device_);
     State& s = *state_;
-    const unsigned long long capture = capture_of(as_stream(stream));
-    if (capture != 0) {
+    s.current_capture = capture_of(as_stream(stream));
+    if (s.current_capture != 0) {
         s.kept = true;
-        if (s.capture == capture && s.captured_stream != as_stream(stream))
+        if (s.capture == s.current_capture && s.captured_stream != as_stream(stream))
             DT_CUDA(cudaStreamWaitEvent(as_stream(stream), s.captured, 0));
-    } else if (s.any_eager && s.eager_stream != id_of(as_stream(stream))) {
-        DT_CUDA(cudaStreamWaitEvent(as_stream(stream), s.eager, 0));
+        return true;
     }
+    s.current_stream = id_of(as_stream(stream));
+    if (s.any_eager && s.eager_stream != s.current_stream) DT_CUDA(cudaStreamWaitEvent(as_stream(stream), s.eager, 0));
+    return false;
 }
 
 void Communicator::leave(uint64_t stream) {
     const OnDevice on(device_);
     State& s = *state_;
-    const unsigned long long capture = capture_of(as_stream(stream));
-    DT_CUDA(cudaEventRecord(capture != 0 ? s.captured : s.eager, as_stream(stream)));
-    if (capture != 0) {
-        s.capture = capture;
+    DT_CUDA(cudaEventRecord(s.current_capture != 0 ? s.captured : s.eager, as_stream(stream)));
+    if (s.current_capture != 0) {
+        s.capture = s.current_capture;
         s.captured_stream = as_stream(stream);
     } else {
         s.any_eager = true;
-        s.eager_stream = id_of(as_stream(stream));
+        s.eager_stream = s.current_stream;
     }
 }
 
 void Communicator::layout(uint64_t topk_idx, int num_tokens, int top_k, int num_experts, uint64_t results,
                           uint64_t stream) const {
+    Tables t(num_tokens, top_k, num_experts, num_ranks_, false, true);
+    t.num_tokens_per_rank = results;
+    t.num_tokens_per_expert = t.num_tokens_per_rank + sizeof(int32_t) * num_ranks_;
+    t.checked = t.num_tokens_per_expert + sizeof(int32_t) * num_experts;
+    t.is_token_in_rank = t.checked + sizeof(int32_t) * (1 + int64_t{num_tokens} * num_ranks_);
     const OnDevice on(device_);
-    LayoutParams p;
-    p.topk_idx = topk_idx;
-    p.num_tokens = num_tokens;
-    p.top_k = top_k;
-    p.num_experts = num_experts;
-    p.num_ranks = num_ranks_;
-    p.num_tokens_per_rank = results;
-    p.num_tokens_per_expert = p.num_tokens_per_rank + sizeof(int32_t) * num_ranks_;
-    p.out_of_range = p.num_tokens_per_expert + sizeof(int32_t) * num_experts;
-    p.send_index = p.out_of_range + sizeof(int32_t);
-    p.is_token_in_rank = p.send_index + sizeof(int32_t) * num_tokens * num_ranks_;
-    launch_layout(p, as_stream(stream));
+    launch_layout(layout_params(t, topk_idx), as_stream(stream));
 }
 
-uint32_t Communicator::count(CountParams p, uint64_t stream) {
+uint32_t Communicator::route(const Tables& t, uint64_t topk_idx, int alignment, int64_t bound, int64_t signature,
+                             uint64_t stream) {
     const OnDevice on(device_);
-    p.ticket = ++tickets_;
-    p.tokens_per_expert = p.results;
-    p.rank_prefix_matrix = p.tokens_per_expert + sizeof(int64_t) * (p.num_experts / num_ranks_);
-    p.send_base = p.rank_prefix_matrix + sizeof(int32_t) * num_ranks_ * num_ranks_;
-    p.num_received = p.send_base + sizeof(int32_t) * num_ranks_;
-    p.expert_base = p.num_received + sizeof(int32_t);
-    launch_count(state_->domain, p, as_stream(stream));
-    return p.ticket;
+    if (t.counts_tokens) launch_layout(layout_params(t, topk_idx), as_stream(stream));
+    CountParams c;
+    c.num_tokens_per_rank = t.num_tokens_per_rank;
+    c.num_tokens_per_expert = t.num_tokens_per_expert;
+    c.out_of_range = t.checked;
+    c.tokens_per_expert = t.tokens_per_expert;
+    c.rank_prefix_matrix = t.rank_prefix_matrix;
+    c.send_base = t.send_base;
+    c.num_received = t.num_received;
+    c.num_several = t.num_several;
+    c.num_summed = t.num_summed;
+    c.expert_base = t.expert_base;
+    c.result_words = t.result_words();
+    c.signature = signature;
+    c.bound = bound;
+    c.num_experts = t.num_experts;
+    c.alignment = alignment;
+    c.expert_layout = t.expert_layout;
+    c.ticket = ++tickets_;
+    launch_count(state_->domain, c, as_stream(stream));
+    PlaceParams p;
+    p.topk_idx = topk_idx;
+    p.send_index = t.checked + sizeof(int32_t);
+    p.send_base = t.send_base;
+    p.expert_base = t.expert_layout ? t.expert_base : 0;
+    p.send_slot = t.send_slot;
+    p.send_row = t.send_row;
+    p.pull_row = t.pull_row;
+    p.pick_row = t.pick_row;
+    p.pick_rank = t.pick_rank;
+    p.chunk_counts = t.chunk_counts;
+    p.num_tokens = t.num_tokens;
+    p.top_k = t.top_k;
+    p.num_experts = t.num_experts;
+    p.num_ranks = num_ranks_;
+    launch_place(p, as_stream(stream));
+    return c.ticket;
+}
+
+uint32_t Communicator::route_nothing(uint64_t stream) {
+    const OnDevice on(device_);
+    CountParams c;
+    c.status = 1;
+    c.ticket = ++tickets_;
+    launch_count(state_->domain, c, as_stream(stream));
+    return c.ticket;
 }
 
 std::optional<CountResult> Communicator::wait_counts(uint32_t ticket, int num_local_experts, uint64_t stream) const {
@@ -269,11 +324,6 @@ std::optional<CountResult> Communicator::wait_counts(uint32_t ticket, int num_lo
     return result;
 }
 
-void Communicator::place(const PlaceParams& p, uint64_t stream) const {
-    const OnDevice on(device_);
-    launch_place(p, as_stream(stream));
-}
-
 void Communicator::dispatch(const DispatchParams& p, uint64_t stream) const {
     const OnDevice on(device_);
     launch_dispatch(state_->domain, p, as_stream(stream));
@@ -285,8 +335,21 @@ void Communicator::refuse(const std::string& operation, int64_t bytes, uint64_t 
                   bytes == 0 ? kRefusesArguments : kRefusesMemory, bytes, as_stream(stream));
 }
 
-void Communicator::arrange(const ArrangeParams& p, uint64_t stream) const {
+void Communicator::arrange(const Tables& t, int64_t num_rows, int num_sms, uint64_t stream) const {
     const OnDevice on(device_);
+    ArrangeParams p;
+    p.rows_of = t.rows_of;
+    p.row_slot = t.row_slot;
+    p.several = t.several;
+    p.num_several = t.num_several;
+    p.summed = t.summed;
+    p.num_summed = t.num_summed;
+    p.num_received = t.num_received;
+    p.own_first = t.send_base + sizeof(int32_t) * rank_;
+    p.num_own = t.num_tokens_per_rank + sizeof(int32_t) * rank_;
+    p.num_rows = num_rows;
+    p.top_k = t.top_k;
+    p.num_sms = num_sms;
     launch_arrange(state_->domain, p, as_stream(stream));
 }
 

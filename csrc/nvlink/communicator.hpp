@@ -9,6 +9,7 @@
 
 #include "../common/arena.hpp"
 #include "params.hpp"
+#include "tables.hpp"
 
 namespace deepep_train::nvlink {
 
@@ -72,22 +73,25 @@ public:
 
     // Around every operation and every use of memory that operations share: they follow each other, whatever streams they
     // are on. Within a CUDA graph's capture they follow the operations of the same capture.
-    void enter(uint64_t stream);
+    // Tells whether the stream captures.
+    bool enter(uint64_t stream);
     void leave(uint64_t stream);
 
     // `results`: int32 num_tokens_per_rank [R], num_tokens_per_expert [E], out_of_range [1] and send_index [T, R], then
     // is_token_in_rank, bool [T, R], in one piece.
     void layout(uint64_t topk_idx, int num_tokens, int top_k, int num_experts, uint64_t results, uint64_t stream) const;
-    // The ticket to pass to `wait_counts`.
-    uint32_t count(CountParams p, uint64_t stream);
+    // What a dispatch with fresh routing can launch before anybody knows how much will come: the layout, if the tables say so,
+    // the exchange of counts, and this rank's tables. Returns the ticket to pass to `wait_counts`.
+    uint32_t route(const Tables& t, uint64_t topk_idx, int alignment, int64_t bound, int64_t signature, uint64_t stream);
+    // Take part in the exchange of counts only to say that this rank's arguments are wrong.
+    uint32_t route_nothing(uint64_t stream);
     // Waits on the CPU; to be called without the GIL. Gives nothing if the domain has failed.
     std::optional<CountResult> wait_counts(uint32_t ticket, int num_local_experts, uint64_t stream) const;
-    void place(const PlaceParams& p, uint64_t stream) const;
     void dispatch(const DispatchParams& p, uint64_t stream) const;
     // Take part in the next operation only to refuse it: for wrong arguments, or because `bytes` did not fit. Unless every rank
     // does, the domain has failed.
     void refuse(const std::string& operation, int64_t bytes, uint64_t stream) const;
-    void arrange(const ArrangeParams& p, uint64_t stream) const;
+    void arrange(const Tables& t, int64_t num_rows, int num_sms, uint64_t stream) const;
     void expand(const ExpandParams& p, uint64_t stream) const;
     void scales(const ScalesParams& p, uint64_t stream) const;
     void reduce(const ReduceParams& p, uint64_t stream) const;

@@ -65,6 +65,8 @@ __device__ void digest_tokens(const Domain& d, const CountParams& p, const Count
         if (j == d.rank) {
             d.host->num_received = sum;
             *reinterpret_cast<int32_t*>(p.num_received) = sum;
+            *reinterpret_cast<int32_t*>(p.num_several) = 0;
+            *reinterpret_cast<int32_t*>(p.num_summed) = 0;
         }
         d.host->bound[j] = table[j].bound;
     }
@@ -104,10 +106,8 @@ __device__ void digest_experts(const Domain& d, const CountParams& p, const Coun
 // What a dispatch that fails leaves of its counts: the kernels behind it, and with num_worst_tokens the caller's, still read
 // them.
 __device__ void clear_results(const Domain& d, const CountParams& p) {
-    if (p.results == 0) return;
-    auto* results = reinterpret_cast<int32_t*>(p.results);
-    const int count = 2 * (p.num_experts / d.num_ranks) + d.num_ranks * d.num_ranks + d.num_ranks + 1 + p.num_experts;
-    for (int i = threadIdx.x; i < count; i += kThreads) results[i] = 0;
+    auto* results = reinterpret_cast<int32_t*>(p.tokens_per_expert);
+    for (int64_t i = threadIdx.x; i < p.result_words; i += kThreads) results[i] = 0;
 }
 
 __global__ void __launch_bounds__(kThreads, 1)

@@ -111,10 +111,11 @@ CodeHere code_here() {
     return {has_bulk_copies, static_cast<int>(attributes.sharedSizeBytes) + (has_bulk_copies ? ScatterShape::kSharedBytes : 0)};
 }
 
+void allow_memory_for_dispatch() { allow_shared_bytes(dispatch_kernel, ScatterShape::kSharedBytes); }
+
 void launch_dispatch(const Domain& d, const DispatchParams& p, cudaStream_t stream) {
     const ScatterShape shape(p.row_bytes);
     const int shared_bytes = d.has_bulk_copies ? shape.shared_bytes : 0;
-    allow_shared_bytes(dispatch_kernel, d, ScatterShape::kSharedBytes);
     dispatch_kernel<<<p.num_sms, shape.warps * 32, shared_bytes, stream>>>(d, p, shape);
     DT_CUDA(cudaGetLastError());
 }

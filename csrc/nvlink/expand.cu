@@ -12,32 +12,44 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// The rows of every token in ascending order, whose row each is, and the lists of tokens to sum. A warp takes a token.
-__global__ void __launch_bounds__(kThreads)
-    arrange_kernel(const __grid_constant__ Domain d, const __grid_constant__ ArrangeParams p) {
-    if (d.control(d.rank)->failed != 0) return;  // rows_of is not what it should be, nor need num_received fit
+// Appends `n` where `wanted`, with one atomic of the warp, whose lanes all come here.
+DT_DEVICE void append(uint64_t list, uint64_t length, bool wanted, int64_t n) {
     const int lane = threadIdx.x % 32;
+    const unsigned all = __ballot_sync(0xffffffffu, wanted);
+    int first = 0;
+    if (lane == 0 && all != 0) first = atomicAdd(reinterpret_cast<int32_t*>(length), __popc(all));
+    first = __shfl_sync(0xffffffffu, first, 0);
+    if (wanted) reinterpret_cast<int32_t*>(list)[first + __popc(all & ((1u << lane) - 1))] = static_cast<int32_t>(n);
+}
+
+// The rows of every token in ascending order, whose row each is, and the lists of tokens to sum. `width` lanes take a token, a
+// power of two that top-k fits into.
+__global__ void __launch_bounds__(kThreads)
+    arrange_kernel(const __grid_constant__ Domain d, const __grid_constant__ ArrangeParams p, int width) {
+    if (d.control(d.rank)->failed != 0) return;  // rows_of is not what it should be, nor need num_received fit
+    const int lane = threadIdx.x % 32, k = lane % width, tokens = 32 / width;
+    const unsigned mine = (0xffffffffu >> (32 - width)) << (lane - k);
     const int num_received = *reinterpret_cast<const int32_t*>(p.num_received);
     const int64_t own_first = *reinterpret_cast<const int32_t*>(p.own_first);
     const int64_t own_end = own_first + *reinterpret_cast<const int32_t*>(p.num_own);
-    const auto append = [](uint64_t list, uint64_t length, int64_t n) {
-        reinterpret_cast<int32_t*>(list)[atomicAdd(reinterpret_cast<int32_t*>(length), 1)] = static_cast<int32_t>(n);
-    };
-    for (int64_t n = (blockIdx.x * kThreads + threadIdx.x) / 32; n < num_received; n += gridDim.x * kThreads / 32) {
+    const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads / 32 * tokens;
+    for (int64_t base = (blockIdx.x * kThreads + threadIdx.x) / 32 * tokens; base < num_received; base += step) {
+        const int64_t n = base + lane / width;
+        const bool is_token = n < num_received;
         auto* rows = reinterpret_cast<int32_t*>(p.rows_of) + n * p.top_k;
-        const int row = lane < p.top_k ? rows[lane] : -1;
-        const unsigned valid = __ballot_sync(0xffffffffu, row >= 0);
+        const int row = is_token && k < p.top_k ? rows[k] : -1;
+        const unsigned valid = __ballot_sync(0xffffffffu, row >= 0) & mine;
         const int count = __popc(valid);
-        int place = row >= 0 ? 0 : count + __popc(~valid & ((1u << lane) - 1));
-        for (int k = 0; k < p.top_k; ++k) {
-            const int other = __shfl_sync(0xffffffffu, row, k);
+        int place = row >= 0 ? 0 : count + __popc(~valid & mine & ((1u << lane) - 1));
+        for (int i = 0; i < p.top_k; ++i) {
+            const int other = __shfl_sync(0xffffffffu, row, i, width);
             if (row >= 0 && other >= 0 && other < row) ++place;
         }
-        if (lane < p.top_k) rows[place] = row;
+        if (is_token && k < p.top_k) rows[place] = row;
         if (row >= 0) reinterpret_cast<int32_t*>(p.row_slot)[row] = static_cast<int32_t>(n);
-        if (lane != 0) continue;
-        if (count > 1) append(p.several, p.num_several, n);
-        if (count > 1 || n < own_first || n >= own_end) append(p.summed, p.num_summed, n);
+        const bool speaks = is_token && k == 0;
+        append(p.several, p.num_several, speaks && count > 1, n);
+        append(p.summed, p.num_summed, speaks && (count > 1 || n < own_first || n >= own_end), n);
     }
 }
 
@@ -85,15 +97,20 @@ __global__ void __launch_bounds__(ScatterShape::kMaxWarps * 32, 1)
 
 }  // namespace
 
+void allow_memory_for_expand() { allow_shared_bytes(expand_kernel, ScatterShape::kSharedBytes); }
+
 void launch_arrange(const Domain& d, const ArrangeParams& p, cudaStream_t stream) {
-    arrange_kernel<<<p.num_sms * 4, kThreads, 0, stream>>>(d, p);
+    if (p.num_rows == 0) return;
+    DT_CUDA(cudaMemsetAsync(reinterpret_cast<void*>(p.row_slot), 0xff, sizeof(int32_t) * p.num_rows, stream));  // -1
+    int width = 1;
+    while (width < p.top_k) width *= 2;
+    arrange_kernel<<<p.num_sms * 4, kThreads, 0, stream>>>(d, p, width);
     DT_CUDA(cudaGetLastError());
 }
 
 void launch_expand(const Domain& d, const ExpandParams& p, cudaStream_t stream) {
     const ScatterShape shape(p.row_bytes);
     const int shared_bytes = d.has_bulk_copies ? shape.shared_bytes : 0;
-    allow_shared_bytes(expand_kernel, d, ScatterShape::kSharedBytes);
     expand_kernel<<<p.num_sms, shape.warps * 32, shared_bytes, stream>>>(d, p, shape);
     DT_CUDA(cudaGetLastError());
 }

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include "../common/check.hpp"
 #include "params.hpp"
 
 namespace deepep_train::nvlink {
@@ -16,6 +17,15 @@ struct CodeHere {
     int most_shared_bytes;  // of a block, of whatever kernel
 };
 CodeHere code_here();
+
+// Lets blocks have the shared memory that code with bulk copies takes; once for each device, before the first launch.
+void allow_memory_for_dispatch();
+void allow_memory_for_expand();
+void allow_memory_for_combine();
+template <typename Kernel>
+void allow_shared_bytes(Kernel* kernel, int most) {
+    DT_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
+}
 
 void launch_layout(const LayoutParams& p, cudaStream_t stream);
 void launch_count(const Domain& d, const CountParams& p, cudaStream_t stream);

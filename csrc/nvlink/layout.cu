@@ -21,20 +21,40 @@ struct View {
     int32_t* out_of_range;
 };
 
+// Whether this lane's token, `token` + lane, has a pick in [first, last). The warp reads its 32 tokens' picks side by side, a
+// bit for each.
+__device__ bool picks_any(const View& v, const LayoutParams& p, int64_t token, int first, int last, uint32_t* bits) {
+    const int lane = threadIdx.x % 32;
+    const int64_t begin = token * p.top_k, end = static_cast<int64_t>(p.num_tokens) * p.top_k;
+    __syncwarp();
+    for (int word = 0; word < p.top_k; word += kAtOnce) {
+        int64_t chosen[kAtOnce];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+            const int64_t pick = begin + (word + i) * 32 + lane;
+            chosen[i] = word + i < p.top_k && pick < end ? v.topk_idx[pick] : -1;
+        }
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+            const unsigned inside = __ballot_sync(0xffffffffu, chosen[i] >= first && chosen[i] < last);
+            if (lane == 0 && word + i < p.top_k) bits[word + i] = inside;
+        }
+    }
+    __syncwarp();
+    const int bit = lane * p.top_k;  // a token's bits may lie in two words
+    const uint64_t two = bits[bit / 32] | static_cast<uint64_t>(bits[bit / 32 + 1]) << 32;
+    return (two >> bit % 32 & ((uint64_t{1} << p.top_k) - 1)) != 0;
+}
+
 __device__ void count_rank(const View& v, const LayoutParams& p, int rank) {
     __shared__ int warp_hits[kThreads / 32];
+    __shared__ uint32_t bits[kThreads / 32][kMaxTopK + 1];  // the last is read, but none of its bits is used
     const int first = rank * (p.num_experts / p.num_ranks), last = first + p.num_experts / p.num_ranks;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     int total = 0;
     for (int base = 0; base < p.num_tokens; base += kThreads) {
         const int t = base + threadIdx.x;
-        bool hit = false;
-        if (t < p.num_tokens)
-#pragma unroll kAtOnce
-            for (int k = 0; k < p.top_k; ++k) {
-                const int64_t e = v.topk_idx[static_cast<int64_t>(t) * p.top_k + k];
-                hit |= e >= first && e < last;
-            }
+        const bool hit = picks_any(v, p, base + warp * 32, first, last, bits[warp]);
         const unsigned hits = __ballot_sync(0xffffffffu, hit);
         if (lane == 0) warp_hits[warp] = __popc(hits);
         __syncthreads();

@@ -1,5 +1,5 @@
 // Arguments of the nvlink engine's kernels, the same names as in deepep_train/engines/nvlink.py. Pointers are plain addresses:
-// Python owns every tensor.
+// Python owns every tensor. tables.hpp says where the tables of a dispatch lie.
 //
 // T tokens of this rank, K top-k, E experts of all ranks, L = E / R of this one, R ranks. This rank receives N tokens, and its
 // received tensor has M rows: N in rank layout; in expert layout one for every (token, local expert), and padding.
@@ -37,12 +37,14 @@ struct CountParams {
     uint64_t num_tokens_per_rank = 0;    // int32 [R], ignored if status is set
     uint64_t num_tokens_per_expert = 0;  // int32 [E]
     uint64_t out_of_range = 0;           // int32 [1], or 0
-    uint64_t results = 0;                // out: what follows, one after another
-    uint64_t tokens_per_expert = 0;      // int64 [L]: rows of each local expert, rounded up
+    uint64_t tokens_per_expert = 0;      // out, int64 [L]: rows of each local expert, rounded up
     uint64_t rank_prefix_matrix = 0;     // int32 [R, R]: tokens from ranks up to i to rank j
     uint64_t send_base = 0;              // int32 [R]: first token at each destination that is ours
     uint64_t num_received = 0;           // int32 [1]
+    uint64_t num_several = 0;            // int32 [1]: 0, for arrange to count from
+    uint64_t num_summed = 0;             // int32 [1]: the same
     uint64_t expert_base = 0;            // int32 [E]: first row of each expert's group that is ours; unused in rank layout
+    int64_t result_words = 0;            // of all these, which stand one after another; 0: none are wanted
     int64_t signature = 0;
     int64_t bound = 0;  // num_worst_tokens
     int status = 0;
@@ -105,7 +107,7 @@ struct DispatchParams {
 // After a dispatch with fresh routing into expert layout.
 struct ArrangeParams {
     uint64_t rows_of = 0;       // int32 [N, K], in: by pick; out: ascending
-    uint64_t row_slot = 0;      // int32 [M], out, filled with -1 before
+    uint64_t row_slot = 0;      // int32 [M], out
     uint64_t several = 0;       // int32 [N], out
     uint64_t num_several = 0;   // int32 [1], out, 0 before
     uint64_t summed = 0;        // int32 [N], out
@@ -113,6 +115,7 @@ struct ArrangeParams {
     uint64_t num_received = 0;  // int32 [1]
     uint64_t own_first = 0;     // int32 [1], of the received tokens the first that is this rank's own
     uint64_t num_own = 0;       // int32 [1]
+    int64_t num_rows = 0;
     int top_k = 0;
     int num_sms = 0;
 };

@@ -102,12 +102,6 @@ struct Domain {
     DT_DEVICE Control* control(int r) const { return reinterpret_cast<Control*>(peers[r]); }
 };
 
-// Once for each kernel and the same every time, since threads may launch at once. Code without bulk copies needs none.
-template <typename Kernel>
-void allow_shared_bytes(Kernel* kernel, const Domain& d, int most) {
-    if (d.has_bulk_copies) DT_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
-}
-
 // Has `flag` reached `epoch`? Flags grow and may wrap.
 DT_DEVICE bool reached(uint32_t flag, uint32_t epoch) { return static_cast<int32_t>(flag - epoch) >= 0; }
 

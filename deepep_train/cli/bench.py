@@ -14,7 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +177,7 @@ def _run_megatron(args: argparse.Namespace) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     ranks = args.num_processes if args.num_processes is not None else COMPARISON_DEFAULTS["num_processes"]
     has_gpus = torch.cuda.device_count() >= ranks > 1  # NCCL refuses ranks that share one
-    layer = bench_megatron.Layer(**given)
+    layer = replace(bench_megatron.ON_GPUS if has_gpus else bench_megatron.Layer(), **given)
     run_ranks(ranks, bench_megatron.measure, layer, iterations, args.out, device="" if has_gpus else "cpu")
     return 0
 

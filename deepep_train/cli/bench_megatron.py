@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib.util
 import json
 import platform
 import statistics
@@ -33,10 +34,16 @@ class Layer:
     ffn_hidden: int = 64
 
 
+ON_GPUS = Layer(num_tokens=4096, hidden=4096, num_experts=32, num_topk=8, ffn_hidden=1024)
+
+
 def measure(layer: Layer, iterations: int, out: Path) -> None:
     """One rank's part. The dispatchers take turns within each iteration, so that a disturbance hits both."""
     from megatron.core import parallel_state, tensor_parallel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.models.gpt.gpt_layer_specs import (
+        get_gpt_layer_local_spec,
+        get_gpt_layer_with_transformer_engine_spec,
+    )
     from megatron.core.transformer.spec_utils import build_module
     from megatron.core.transformer.transformer_config import TransformerConfig
     from tqdm import tqdm
@@ -47,6 +54,9 @@ def measure(layer: Layer, iterations: int, out: Path) -> None:
     device, dtype = (torch.device("cuda"), torch.bfloat16) if on_gpus else (torch.device("cpu"), torch.float32)
     if not on_gpus:
         cpu.enable()
+    # Transformer Engine's experts are one grouped GEMM, and alltoall's permutations fused kernels.
+    with_te = on_gpus and importlib.util.find_spec("transformer_engine_torch") is not None
+    kernels: dict[str, Any] = {"moe_grouped_gemm": True, "moe_permute_fusion": True} if with_te else cpu.CONFIG
     install()
     size, rank = dist.get_world_size(), dist.get_rank()
     parallel_state.initialize_model_parallel(expert_model_parallel_size=size)
@@ -68,8 +78,9 @@ def measure(layer: Layer, iterations: int, out: Path) -> None:
             "params_dtype": dtype,
             "bf16": on_gpus,
         }
-        config = TransformerConfig(**cpu.CONFIG, **given, **dispatcher)
-        spec = get_gpt_layer_local_spec(num_experts=layer.num_experts, moe_grouped_gemm=False).submodules.mlp
+        config = TransformerConfig(**kernels, **given, **dispatcher)
+        make = get_gpt_layer_with_transformer_engine_spec if with_te else get_gpt_layer_local_spec
+        spec = make(num_experts=layer.num_experts, moe_grouped_gemm=with_te).submodules.mlp
         layers[name] = spec(config=config) if callable(spec) else build_module(spec, config=config)
         layers[name].set_layer_number(1)
         layers[name].to(device, dtype)
@@ -90,21 +101,24 @@ def measure(layer: Layer, iterations: int, out: Path) -> None:
                 times[name].append(float(slowest))
     if rank == 0:
         kind = torch.cuda.get_device_name() if on_gpus else platform.processor() or platform.machine()
-        _report(layer, {name: statistics.median(t) for name, t in times.items()}, size, kind, iterations, out)
+        machine = {"device": kind, "torch": torch.__version__, "experts": "Transformer Engine" if with_te else "local"}
+        _report(layer, {name: statistics.median(t) for name, t in times.items()}, size, machine, iterations, out)
 
 
-def _report(layer: Layer, medians: dict[str, float], size: int, kind: str, iterations: int, out: Path) -> None:
+def _report(layer: Layer, medians: dict[str, float], size: int, machine: dict[str, str], iterations: int, out: Path) -> None:
     import megatron.core
 
     medians = {name: round(ms, 2) for name, ms in medians.items()}  # what is printed and written must be one number
     base = medians["alltoall"]
-    print(f"Megatron-Core {megatron.core.__version__}, {size} ranks, {kind}; {layer}")
+    print(
+        f"Megatron-Core {megatron.core.__version__}, {size} ranks, {machine['device']}, {machine['experts']} experts; {layer}"
+    )
     for name, ms in medians.items():
         print(f"{name:14s}{ms:10.1f} ms{ms / base:8.2f}")
     result = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join(["python -m deepep_train", *sys.argv[1:]]),
-        "machine": {"device": kind, "torch": torch.__version__},
+        "machine": machine,
         "megatron": megatron.core.__version__,
         "ranks": size,
         "iterations": iterations,

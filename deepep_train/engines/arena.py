@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import functools
-import itertools
-import math
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -43,35 +41,29 @@ class Landing(NamedTuple):
     tensor: Tensor
 
 
-class Parts:
-    """Several tensors out of one allocation, since each costs a CPU several microseconds; None stands for none.
+class _InPool:
+    """This thread's allocations come out of the arena. A class: a context made of a generator costs 2 us, in every call."""
 
-    They share a storage, so none of it is free before all of them are.
-    """
+    def __init__(self, arena: Arena) -> None:
+        self._comm, self._torchs = arena._comm, torch.cuda.use_mem_pool(arena._pool, arena._device)
 
-    _STEP = 16  # bytes: what every dtype and vector access is aligned to
+    def __enter__(self) -> None:
+        self._comm.enter_pool()
+        try:
+            self._torchs.__enter__()
+        except BaseException:
+            self._comm.leave_pool()
+            raise
 
-    def __init__(self, wanted: Wanted) -> None:
-        self._wanted = wanted
-        self.sizes = [0 if one is None else math.prod(one[0]) * one[1].itemsize for one in wanted]
-        self._rooms = [-(-size // self._STEP) * self._STEP for size in self.sizes]
+    def __exit__(self, *error: Any) -> None:
+        try:
+            self._torchs.__exit__(*error)
+        finally:
+            self._comm.leave_pool()
 
-    @property
-    def whole(self) -> tuple[Sequence[int], torch.dtype]:
-        """What to allocate."""
-        return (sum(self._rooms),), torch.uint8
 
-    def offsets(self, start: int) -> list[int]:
-        """Of the parts' first bytes, if the allocation's is at `start`; 0 for what is empty."""
-        ends = itertools.accumulate(self._rooms, initial=start)
-        return [at if size else 0 for at, size in zip(ends, self.sizes, strict=False)]
-
-    def split(self, whole: Tensor) -> list[Tensor | None]:
-        rooms = whole.split_with_sizes(self._rooms)
-        return [
-            None if one is None else room[:size].view(one[1]).view(tuple(one[0]))
-            for one, room, size in zip(self._wanted, rooms, self.sizes, strict=True)
-        ]
+def _bytes(shape: Sequence[int], dtype: torch.dtype) -> int:
+    return torch.Size(shape).numel() * dtype.itemsize
 
 
 @functools.lru_cache(maxsize=1)
@@ -149,21 +141,16 @@ class Arena:
                 self.num_staged += 1
         return landings
 
-    @contextmanager
-    def ahead(self) -> Iterator[Callable[[Wanted], list[Landing | None] | None]]:
-        """Enters the pool before it is known how large the tensors will be: a CPU that waits for that has the time.
+    def ahead(self) -> AbstractContextManager[None]:
+        """Enters the pool before it is known how large the tensors will be: a CPU that waits for that has the time."""
+        return self._allocating()
 
-        Gives a quick `land`, for use within the context, that returns None where it would take more than the heap's room.
-        """
-
-        def land(wanted: Wanted) -> list[Landing | None] | None:
-            try:
-                return self._land(wanted, False)
-            except ArenaFull:
-                return None
-
-        with self._allocating():
-            yield land
+    def land_quickly(self, wanted: Wanted) -> list[Landing | None] | None:
+        """`land`, within `ahead`; None where it would take more than the room that is there at once."""
+        try:
+            return self._land(wanted, False)
+        except ArenaFull:
+            return None
 
     def watch(self, landings: Sequence[Landing | None]) -> None:
         """To be called after `land`, when there is time."""
@@ -236,37 +223,26 @@ class Arena:
             self._full = (full.num_bytes, self._deaths)
             raise
 
-    @contextmanager
-    def _allocating(self) -> Iterator[None]:
+    def _allocating(self) -> AbstractContextManager[None]:
         self._capturing = torch.cuda.is_current_stream_capturing()
-        if self._capturing:
-            # A capture takes every allocation on its streams into its own pool, so memory for it is asked for aside.
-            self._aside = self._aside or torch.cuda.Stream(self._device)
-            with torch.cuda.stream(self._aside), self._in_pool():
-                yield
-        else:
-            with self._in_pool():
-                yield
+        return self._allocating_aside() if self._capturing else _InPool(self)
 
     @contextmanager
-    def _in_pool(self) -> Iterator[None]:
-        self._comm.enter_pool()
-        try:
-            with torch.cuda.use_mem_pool(self._pool, self._device):
-                yield
-        finally:
-            self._comm.leave_pool()
+    def _allocating_aside(self) -> Iterator[None]:
+        """A capture takes every allocation on its streams into its own pool, so memory for it is asked for on another."""
+        self._aside = self._aside or torch.cuda.Stream(self._device)
+        with torch.cuda.stream(self._aside), _InPool(self):
+            yield
 
     def _from_heap(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        size = torch.Size(shape).numel() * dtype.itemsize
-        if self._full is not None and self._full[1] == self._deaths and size >= self._full[0]:
+        if self._full is not None and self._full[1] == self._deaths and _bytes(shape, dtype) >= self._full[0]:
             self._known_full += 1
             if self._known_full % _ASK_AGAIN:  # asking torch makes it flush its caches
-                raise ArenaFull(size, is_known=True)
+                raise ArenaFull(_bytes(shape, dtype), is_known=True)
         try:
             t = self._allocate(shape, dtype)
         except torch.OutOfMemoryError:
-            raise ArenaFull(size) from None
+            raise ArenaFull(_bytes(shape, dtype)) from None
         if self._capturing:
             self._captured.append(t)
         if _C.is_debug:
@@ -284,7 +260,7 @@ class Arena:
 
         def elsewhere() -> None:
             try:
-                with torch.cuda.stream(stream), self._in_pool():
+                with torch.cuda.stream(stream), _InPool(self):
                     made.append(torch.empty(tuple(shape), dtype=dtype, device=self._device))
             except Exception as error:  # noqa: BLE001 - raised below
                 made.append(error)
@@ -324,7 +300,7 @@ class Arena:
             self._has_orphans = True
 
     def _from_staging(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
-        size = torch.Size(shape).numel() * dtype.itemsize
+        size = _bytes(shape, dtype)
         if self._staged + size > self._staging.numel():
             return None
         part = self._staging[self._staged : self._staged + size].view(dtype).view(tuple(shape))

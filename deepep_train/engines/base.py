@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from deepep_train.handle import Plan
 from deepep_train.routing import RankLayout
 from deepep_train.scale_blocks import ScaleBlocks
 
-MAX_NVLINK_RANKS = 64  # that reach each other's memory; csrc/nvlink/params.hpp's kMaxRanks
+MAX_NVLINK_RANKS = 64  # that reach each other's memory; csrc/nvlink/protocol.cuh's kMaxRanks
 
 
 class Payload(NamedTuple):
@@ -29,23 +29,42 @@ class Payload(NamedTuple):
     scales: Tensor | None = None
     blocks: ScaleBlocks | None = None
 
+    def agreement(self) -> tuple[object, ...]:
+        """What all ranks must agree on, by the names in `_PAYLOAD`."""
+        data, scales, blocks = self
+        rows = data.dtype, data.shape[1], data.device.type
+        if scales is None:
+            return *rows, None, None, None
+        return *rows, scales.dtype, scales.shape[1], None if blocks is None else tuple(blocks)
+
+
+_PAYLOAD = ("dtype", "hidden", "device", "scales dtype", "scales per row", "scale blocks")
+
+
+class Request(ABC):
+    """What an engine is asked to do."""
+
+    names: ClassVar[tuple[str, ...]]
+
+    @abstractmethod
+    def agreement(self) -> tuple[object, ...]:
+        """What all ranks must agree on, by `names`: on the way of every call, so no more than the values themselves."""
+
     def signature(self) -> dict[str, object]:
-        """What all ranks must agree on."""
-        s = {"dtype": str(self.data.dtype), "hidden": self.data.size(1), "device": self.data.device.type}
-        if self.scales is not None:
-            s |= {"scales dtype": str(self.scales.dtype), "scales per row": self.scales.size(1)}
-        if self.blocks is not None:
-            s |= {"scale blocks": str(tuple(self.blocks))}
-        return s
+        """The same in words, as they go to other ranks."""
+        given = {name: value for name, value in zip(self.names, self.agreement(), strict=True) if value is not None}
+        return {name: value if isinstance(value, (int, str)) else str(value) for name, value in given.items()}
 
 
-@dataclass(frozen=True)
-class DispatchRequest:
-    """A checked dispatch with fresh routing. Shapes as in `deepep_train.dispatch`; `layout` and the rest as in `Plan`;
-    `num_sms`: SMs to occupy, 0 for the buffer's setting; `recipe`: how the payload was quantized, in words that must agree."""
+@dataclass
+class DispatchRequest(Request):
+    """A checked dispatch with fresh routing. Shapes as in `deepep_train.dispatch`; `layout`: None where an engine that
+    `checks_layout` is to count itself; `arrangement` and the rest as in `Plan`; `num_sms`: SMs to occupy, 0 for the buffer's
+    setting; `recipe`: how the payload was quantized, in words that must agree."""
 
+    names = ("recipe", *_PAYLOAD, "num_experts", "top_k", "topk_weights given", "layout", "alignment")
     payload: Payload
-    layout: RankLayout
+    layout: RankLayout | None
     topk_idx: Tensor | None
     topk_weights: Tensor | None
     num_experts: int
@@ -55,17 +74,23 @@ class DispatchRequest:
     num_sms: int = 0
     recipe: str = ""
 
-    def signature(self) -> dict[str, object]:
+    @property
+    def counted(self) -> RankLayout:
+        """`layout`, for engines that do not count."""
+        assert self.layout is not None
+        return self.layout
+
+    def agreement(self) -> tuple[object, ...]:
+        top_k = 0 if self.topk_idx is None else self.topk_idx.shape[1]
+        has_weights = self.topk_weights is not None
         return (
-            {"recipe": self.recipe}
-            | self.payload.signature()
-            | {
-                "num_experts": self.num_experts,
-                "top_k": 0 if self.topk_idx is None else self.topk_idx.size(1),
-                "topk_weights given": self.topk_weights is not None,
-                "layout": self.arrangement,
-                "alignment": self.alignment,
-            }
+            self.recipe,
+            *self.payload.agreement(),
+            self.num_experts,
+            top_k,
+            has_weights,
+            self.arrangement,
+            self.alignment,
         )
 
 
@@ -76,22 +101,22 @@ def wrong_counts(
     return ArgumentError(f"{argument}={given.tolist()} does not count {of}, which has {counted.tolist()}", argument)
 
 
-@dataclass(frozen=True)
-class RedispatchRequest:
+@dataclass
+class RedispatchRequest(Request):
     """A checked dispatch along the routing of an earlier one."""
 
+    names = ("recipe", *_PAYLOAD, "layout", "alignment")
     payload: Payload
     plan: Plan
     num_sms: int = 0
     recipe: str = ""
 
-    def signature(self) -> dict[str, object]:
-        how = {"layout": self.plan.layout, "alignment": self.plan.alignment}
-        return {"recipe": self.recipe} | self.payload.signature() | how
+    def agreement(self) -> tuple[object, ...]:
+        return self.recipe, *self.payload.agreement(), self.plan.layout, self.plan.alignment
 
 
-@dataclass(frozen=True)
-class CombineRequest:
+@dataclass
+class CombineRequest(Request):
     """A checked combine.
 
     Attributes:
@@ -100,15 +125,16 @@ class CombineRequest:
         bias: tensors [num_tokens, hidden] that the sum starts from.
     """
 
+    names = (*_PAYLOAD, "layout", "weights per token")
     rows: Tensor
     plan: Plan
     weights: Tensor | None = None
     bias: Sequence[Tensor] = field(default=())
     num_sms: int = 0
 
-    def signature(self) -> dict[str, object]:
-        width = 0 if self.weights is None else self.weights.size(1) if self.weights.dim() == 2 else self.plan.top_k
-        return Payload(self.rows).signature() | {"layout": self.plan.layout, "weights per token": width}
+    def agreement(self) -> tuple[object, ...]:
+        width = 0 if self.weights is None else self.weights.shape[1] if self.weights.dim() == 2 else self.plan.top_k
+        return *Payload(self.rows).agreement(), self.plan.layout, width
 
 
 class Received(NamedTuple):
@@ -193,9 +219,8 @@ class Engine(ABC):
     low_latency: Any = None  # `engines.low_latency.LowLatency` where there are kernels for it
     device: torch.device | None = None  # the only one it serves; None: any
     forwards: bool = False  # whether rows cross between nodes once and are forwarded there, and sums are by node
-    checks_layout: bool = (
-        False  # whether dispatch itself finds wrong indices and counts, so that no check need wait for the GPU
-    )
+    # Whether dispatch itself counts tokens, and finds wrong indices and counts, so that no check need wait for the GPU.
+    checks_layout: bool = False
 
     def check_payload(self, payload: Payload, argument: str = "x") -> None:  # noqa: B027 - most engines take everything
         """Raise `ArgumentError` if this engine cannot move `payload`."""

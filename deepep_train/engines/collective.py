@@ -89,7 +89,7 @@ class CollectiveEngine(Engine):
         peers, rank = self.peers, self.peers.rank
         request, counts, numbers = prepared.request, None, [0] * (peers.size + 1)
         if request is not None:
-            counts = self._counts(request.layout)
+            counts = self._counts(request.counted)
             numbers = [request.num_worst_tokens, *counts[: peers.size].tolist()]
         table = peers.agree("dispatch", prepared, numbers)
         assert request is not None and counts is not None  # else `agree` has raised
@@ -142,7 +142,7 @@ class CollectiveEngine(Engine):
             topk_idx=None if experts is not None else plan.recv_topk_idx,
             topk_weights=weights,
             plan=plan,
-            tensors=self._handle_tensors(counts_RR, request.layout, source, opened.forwarding),
+            tensors=self._handle_tensors(counts_RR, request.counted, source, opened.forwarding),
         )
 
     def _counts(self, layout: RankLayout) -> Tensor:
@@ -156,7 +156,7 @@ class CollectiveEngine(Engine):
         self, request: DispatchRequest, counts_RR: list[list[int]], per_node_RN: Tensor, recv_counts: list[int]
     ) -> Opened:
         """The way of the rows, and what comes along it beside them; `per_node_RN` only if this engine forwards."""
-        in_rank = request.layout.is_token_in_rank
+        in_rank = request.counted.is_token_in_rank
         forwarding = None
         if self.forwards:
             forwarding = learn_forwarding(self.peers, in_rank, per_node_RN.tolist(), self.num_local_ranks)
@@ -336,7 +336,7 @@ def _mine(plan: Plan) -> CollectivePlan:
 
 def words_along(request: DispatchRequest) -> Tensor:
     """What travels beside the rows, int32 [T, words]: the token's number, then its experts and their weights, as given."""
-    in_rank = request.layout.is_token_in_rank
+    in_rank = request.counted.is_token_in_rank
     words = [torch.arange(in_rank.size(0), dtype=torch.int32, device=in_rank.device).unsqueeze(1)]
     if request.topk_idx is not None:
         words.append(request.topk_idx.to(torch.int32))

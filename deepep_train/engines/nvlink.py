@@ -1,6 +1,7 @@
 """The engine of one NVLink domain: kernels that store every row once, straight into its final place in a peer's memory.
 
-docs/kernels.md explains the protocol; csrc/nvlink holds the kernels, csrc/nvlink/params.hpp the names used here.
+docs/kernels.md explains the protocol; csrc/nvlink holds the kernels, csrc/nvlink/params.hpp the names used here. A call's time
+is the CPU's as often as the GPU's: what peers wait for is launched first, and tensors that only the caller needs are made last.
 """
 
 from __future__ import annotations
@@ -8,194 +9,85 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
-import secrets
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NoReturn
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from deepep_train import _C  # type: ignore[attr-defined]
-from deepep_train.engines import processes
-from deepep_train.engines.arena import Arena, ArenaFull, Parts
+from deepep_train.engines.arena import Landing
 from deepep_train.engines.base import (
-    MAX_NVLINK_RANKS,
     CombineRequest,
     DispatchRequest,
-    Engine,
-    NoPeerAccess,
     Payload,
     Prepared,
     Received,
     RedispatchRequest,
-    need_own_device,
     need_rows_of,
 )
-from deepep_train.engines.low_latency import LowLatency
-from deepep_train.engines.nvlink_failures import cuda_failed, device_error, layout_error
+from deepep_train.engines.nvlink_domain import NvlinkDomain
+from deepep_train.engines.nvlink_failures import layout_error
 from deepep_train.engines.nvlink_tables import (
-    Counting,
-    ExpertPlan,
+    Kinds,
     Known,
-    NvlinkLayout,
     NvlinkPlan,
+    checked_of,
+    parts_of,
     remember,
     remembered,
     seen,
+    words_at,
+    words_of,
 )
-from deepep_train.engines.peers import Peers, raise_if_broken
-from deepep_train.engines.sms import default_sms, most_sms
+from deepep_train.engines.peers import Peers
 from deepep_train.engines.v1_handle import checked_prefix
 from deepep_train.errors import ArgumentError, DeepEPError
 from deepep_train.handle import Plan
-from deepep_train.routing import RankLayout, count_picks
+from deepep_train.routing import RankLayout
 from deepep_train.scale_blocks import ScaleBlocks
 
 MAX_EXPERTS, MAX_TOP_K = 4096, 32
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-_CHUNKS = 128  # params.hpp's kChunks
 _MAX_ALIGNMENT = 1 << 16  # with 4096 experts, row numbers still fit into 32 bits
 # What scales get that asked for no blocks, in expert layout: one group, column by column, given as [M, n].
 _COLUMNS = ScaleBlocks(True, 4, 0)
-_PROCESS = secrets.token_hex(8)  # containers may share host names and process numbers
+_SIGNATURES = (1 << 63) - 1
 
 
-class NvlinkEngine(Engine):
-    """See the module.
+class _Fresh(NamedTuple):
+    """A dispatch with fresh routing, once its exchange of counts is under way.
 
-    Args:
-        peers: bootstrap, and carry the texts of errors; these ranks must reach each other's memory.
-        arena_bytes: memory that peers can reach; received tensors live in it.
-        num_sms: gives the SMs that a call may occupy; 0: what the links need, see `sms.default_sms`.
-        name: that it goes by; the low-latency kernels come with it under any.
+    Attributes:
+        block: int32, where `tables` lie.
+        layout, checked: the request's, see `Known`; None if the tables hold them.
+        topk_idx: the request's, contiguous.
     """
 
-    checks_layout = True
+    request: DispatchRequest
+    block: Tensor
+    tables: Any
+    layout: RankLayout | None
+    checked: Tensor | None
+    topk_idx: Tensor | None
+    signature: int
+    ticket: int
+
+
+class NvlinkEngine(NvlinkDomain):
+    """See the module; the arguments are `NvlinkDomain`'s."""
 
     def __init__(self, peers: Peers, arena_bytes: int, num_sms: Callable[[], int], name: str = "nvlink") -> None:
-        self.peers = peers
-        self.name = name
-        self.rank = self.peers.rank
-        self.device: torch.device = torch.device("cuda", torch.cuda.current_device())
-        self._num_sms = num_sms
-        self._lock = threading.RLock()
-        self._owed = ""  # the operation in which peers wait for this rank
+        super().__init__(peers, arena_bytes, num_sms, name)
         self._token = object()  # of this engine, for what travels with tensors
         self._no_offset_R1 = torch.zeros(self.peers.size, 1, dtype=torch.int32, device=self.device)
-        size = self.peers.size
-        if size > MAX_NVLINK_RANKS:
-            raise ArgumentError(f"engine='nvlink' serves up to {MAX_NVLINK_RANKS} ranks, the group has {size}", "engine")
-        total = _C.Communicator.control_bytes() + arena_bytes
-        mine: dict[str, Any] = {"process": f"{_PROCESS}/{os.getpid()}", "error": "", "handle": "", "base": 0}
-        mine["index"], mine["identity"] = self.device.index, processes.identity()
-        properties = torch.cuda.get_device_properties(self.device)
-        mine["device"] = str(properties.uuid)  # without the host's name: containers that share a GPU may differ in it
-        try:
-            self._comm = _C.Communicator(self.device.index, self.rank, size, total, float(peers.timeout))
-            mine["base"] = self._comm.base
-            mine["handle"] = self._comm.ipc_handle().hex() if size > 1 else ""
-        except RuntimeError as error:
-            mine["error"] = f"no arena of {total} bytes: {error}"
-        everyone = self.peers.gather_objects(mine, "Buffer")
-        raise_if_broken(everyone)
-        mine["error"] = ""
-        try:
-            self._comm.open(
-                [
-                    (b"" if o["process"] == mine["process"] else bytes.fromhex(o["handle"]), o["base"], o["index"])
-                    for o in everyone
-                ]
-            )
-        except RuntimeError as error:
-            mine["error"] = str(error)
-        try:
-            raise_if_broken(self.peers.gather_objects(mine, "Buffer"))  # besides: nobody starts before all have mapped all
-        except DeepEPError as error:
-            raise NoPeerAccess(str(error)) from None
-        self._processes = [o["identity"] for o in everyone]
-        self._arena = Arena(self._comm, self.device)
-        sharing = sum(o["device"] == mine["device"] for o in everyone)
-        sms = properties.multi_processor_count
-        self._max_sms = most_sms(sms, sharing)
-        self._default_sms = {
-            operation: default_sms(operation, properties.major, sms, size, sharing) for operation in ("dispatch", "combine")
-        }
-        self.low_latency = LowLatency(
-            self.peers, self._arena, self._comm.addresses(), self._max_sms, sharing == size, self._ordered, self.device
-        )
-
-    # Memory ------------------------------------------------------------------------------------------------------------
-
-    def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device | None) -> Tensor:
-        need_own_device(device, self.device)
-        with self._lock, torch.cuda.device(self.device):
-            try:
-                return self._arena.empty(shape, dtype)
-            except ArenaFull as full:
-                raise self._arena.too_small(self.rank, full.num_bytes) from None
-
-    def memory_stats(self) -> dict[str, int]:
-        return self._arena.stats()
-
-    @contextmanager
-    def _operation(self) -> Iterator[int]:
-        """One operation: gives the stream; operations of all streams follow each other.
-
-        If it raises while peers wait for this rank's rows (`_owed`), they are told that there will be none. Whatever the
-        caller's current device is, here it is the engine's: torch's questions about "the current stream" are about that one's.
-        """
-        with self._lock, torch.cuda.device(self.device):
-            stream = self._stream()
-            self._comm.enter(stream)
-            self._arena.begin_operation()
-            self._owed = ""
-            try:
-                yield stream
-            except BaseException as error:
-                self._check_cuda(error)  # if so, nothing can be launched any more, and there is no order to keep
-                if self._owed:
-                    self._comm.refuse(self._owed, error.num_bytes if isinstance(error, ArenaFull) else 0, stream)
-                self._finish(stream)
-                if isinstance(error, ArenaFull):
-                    raise self._arena.too_small(self.rank, error.num_bytes) from None
-                raise
-            self._finish(stream)
-
-    @contextmanager
-    def _ordered(self) -> Iterator[int]:
-        """Around launches and uses of the arena that nobody waits for at once; as `_operation` else."""
-        with self._lock, torch.cuda.device(self.device):
-            stream = self._stream()
-            self._comm.enter(stream)
-            try:
-                yield stream
-            finally:
-                self._comm.leave(stream)
-
-    def _finish(self, stream: int) -> None:
-        self._owed = ""
-        self._comm.leave(stream)
-
-    def _plan_for(self, plan: Plan, stream: int) -> NvlinkPlan:
-        """A handle may die as soon as a call that uses it returns, on whatever stream: its tables must not."""
-        assert isinstance(plan, NvlinkPlan)
-        if torch.cuda.is_current_stream_capturing():
-            self._arena.keep(plan)
-        elif plan.stream != stream:  # None, of a handle rebuilt from copies: nobody knows
-            current = torch.cuda.current_stream(self.device)
-            for table in plan.tables():
-                table.record_stream(current)
-        return plan
 
     # Checks ------------------------------------------------------------------------------------------------------------
 
     def check_payload(self, payload: Payload, argument: str = "x") -> None:
         need_rows_of(payload, argument, self.device, _DTYPES, "nvlink")
         data = payload.data
-        if data.size(1) * data.element_size() % 16:
+        if data.shape[1] * data.element_size() % 16:
             raise ArgumentError(
                 f"{argument} must have rows of a multiple of 16 bytes on the nvlink engine, got {data.size(1)} elements of "
                 f"{data.element_size()}",
@@ -208,12 +100,7 @@ class NvlinkEngine(Engine):
 
     def layout(self, topk_idx: Tensor, num_experts: int) -> RankLayout:
         num_tokens, top_k = topk_idx.shape
-        if num_experts > MAX_EXPERTS or top_k > MAX_TOP_K:
-            raise ArgumentError(
-                f"the nvlink engine serves up to {MAX_EXPERTS} experts and top-{MAX_TOP_K}, got num_experts={num_experts} and "
-                f"topk_idx {list(topk_idx.shape)}",
-                "num_experts" if num_experts > MAX_EXPERTS else "topk_idx",
-            )
+        _need_routing(num_experts, topk_idx)
         if topk_idx.device != self.device:
             raise ArgumentError(f"topk_idx must lie on {self.device}, this engine's device, got {topk_idx.device}", "topk_idx")
         idx, size = topk_idx.contiguous(), self.peers.size
@@ -227,49 +114,17 @@ class NvlinkEngine(Engine):
         if places % 4:
             in_rank = in_rank[:places]
         in_rank = in_rank.view(num_tokens, size)
-        layout = NvlinkLayout(per_rank, None, per_expert, in_rank)
-        layout.checked, layout.seen = checked, seen(per_rank, per_expert, in_rank, topk_idx)
-        layout.kept = per_rank, per_expert, topk_idx
-        in_rank.deepep_train_layout = Known(checked, layout.seen, layout.kept)  # type: ignore[attr-defined]
-        return layout
+        marks = seen(per_rank, per_expert, in_rank, topk_idx)
+        in_rank.deepep_train_layout = Known(checked, marks, (per_rank, per_expert, topk_idx))  # type: ignore[attr-defined]
+        return RankLayout(per_rank, None, per_expert, in_rank)
 
-    def _known(self, layout: RankLayout, topk_idx: Tensor | None, num_experts: int) -> NvlinkLayout:
-        """The layout with what its tensors alone do not say. Indices out of range, and counts that are not those of
-        `is_token_in_rank` and `topk_idx`, are flagged for the exchange of counts to find: with these rows would land outside
-        their tensors."""
-        per_rank, per_expert, in_rank = layout.num_tokens_per_rank, layout.num_tokens_per_expert, layout.is_token_in_rank
-        now = seen(per_rank, per_expert, in_rank, topk_idx)
-        if isinstance(layout, NvlinkLayout) and layout.seen is not None and layout.seen == now:
-            return layout
-        earlier: Known | None = getattr(in_rank, "deepep_train_layout", None)
-        known = NvlinkLayout(per_rank.contiguous(), layout.num_tokens_per_rdma_rank, per_expert.contiguous(), in_rank)
-        if earlier is not None and earlier.seen is not None and earlier.seen == now:
-            known.checked = earlier.checked
-        else:
-            position = in_rank.cumsum(0, dtype=torch.int32) - 1
-            wrong = (in_rank.sum(0, dtype=torch.int32) != per_rank).any()
-            if topk_idx is not None:
-                wrong = wrong | ((topk_idx < -1) | (topk_idx >= num_experts)).any()
-                wrong = wrong | (count_picks(topk_idx, num_experts) != per_expert).any()
-            send_index = torch.where(in_rank, position, -1).to(torch.int32)
-            known.checked = torch.cat([wrong.to(torch.int32).view(1), send_index.view(-1)])
-        known.seen, known.kept = now, (per_rank, per_expert, topk_idx)
-        return known
-
-    def _ints(self, *shape: int) -> Tensor:
-        return torch.empty(*shape, dtype=torch.int32, device=self.device)
-
-    def _stream(self) -> int:
-        return torch._C._cuda_getCurrentRawStream(self.device.index)  # torch.cuda.current_stream costs 4 us
-
-    def _sms(self, asked: int, operation: str = "dispatch") -> int:
-        return min(asked or self._num_sms() or self._default_sms[operation], self._max_sms)
+    def _ints(self, count: int) -> Tensor:
+        return torch.empty(count, dtype=torch.int32, device=self.device)
 
     # Dispatch ----------------------------------------------------------------------------------------------------------
 
     def dispatch(self, prepared: Prepared[DispatchRequest]) -> Received:
-        self.check()
-        with torch.cuda.device(self.device):
+        with self._here():
             if torch.cuda.is_current_stream_capturing() and not prepared.require().num_worst_tokens:
                 # No peer waits yet, and nothing of a capture that is given up will ever run.
                 raise ArgumentError(
@@ -280,53 +135,40 @@ class NvlinkEngine(Engine):
         with self._operation() as stream:
             return self._dispatch(prepared, stream)
 
-    def _open_counts(self, prepared: Prepared[DispatchRequest], stream: int) -> Counting:
+    def _open_counts(self, prepared: Prepared[DispatchRequest], stream: int) -> _Fresh:
         """Give this rank's counts to the peers, or, whatever goes wrong before, word that it has none."""
         try:
             request = prepared.require()
-            if request.num_experts > MAX_EXPERTS or request.alignment > _MAX_ALIGNMENT:
-                raise ArgumentError(
-                    f"the nvlink engine serves up to {MAX_EXPERTS} experts and alignments up to {_MAX_ALIGNMENT}, got "
-                    f"num_experts={request.num_experts} and alignment={request.alignment}",
-                    "num_experts" if request.num_experts > MAX_EXPERTS else "alignment",
+            idx, num_experts = request.topk_idx, request.num_experts
+            _need_routing(num_experts, idx, request.alignment)
+            layout, checked = request.layout, None
+            if layout is not None:
+                checked = checked_of(layout, idx, num_experts)
+                layout = layout._replace(
+                    num_tokens_per_rank=layout.num_tokens_per_rank.contiguous(),
+                    num_tokens_per_expert=layout.num_tokens_per_expert.contiguous(),
                 )
-            if request.topk_idx is not None and request.topk_idx.size(1) > MAX_TOP_K:
-                shape = list(request.topk_idx.shape)
-                raise ArgumentError(f"the nvlink engine serves up to top-{MAX_TOP_K}, got topk_idx {shape}", "topk_idx")
-            size, num_experts, is_expert = self.peers.size, request.num_experts, request.arrangement == "expert"
-            layout = self._known(request.layout, request.topk_idx, num_experts)
-            described = self._described(request)
-            parts = [2 * (num_experts // size), size * size, size, 1, num_experts]  # as params.hpp's `results`
-            results = self._ints(sum(parts))
-            p = _C.CountParams()
-            p.results, p.num_experts = results.data_ptr(), num_experts
-            p.num_tokens_per_rank = layout.num_tokens_per_rank.data_ptr()
-            p.num_tokens_per_expert = layout.num_tokens_per_expert.data_ptr()
-            p.out_of_range = layout.checked.data_ptr()
-            p.bound, p.alignment, p.expert_layout = request.num_worst_tokens, request.alignment, int(is_expert)
-            p.signature = _signature("dispatch", described)
-            ticket = self._comm.count(p, stream)
+            idx = None if idx is None else idx.contiguous()
+            top_k, is_expert = 0 if idx is None else idx.shape[1], request.arrangement == "expert"
+            num_tokens = request.payload.data.shape[0]
+            tables = _C.Tables(num_tokens, top_k, num_experts, self.peers.size, is_expert, layout is None)
+            block = self._ints(tables.words)
+            tables.lay_out(block.data_ptr())
+            if layout is not None and checked is not None:
+                tables.num_tokens_per_rank = layout.num_tokens_per_rank.data_ptr()
+                tables.num_tokens_per_expert = layout.num_tokens_per_expert.data_ptr()
+                tables.checked = checked.data_ptr()
+            bound = request.num_worst_tokens
+            signature = _hash("dispatch", self.peers.number, bound > 0, request.agreement())
+            ticket = self._comm.route(tables, _address(idx), request.alignment, bound, signature, stream)
         except Exception as error:
             prepared.request, prepared.error = None, error
-            p = _C.CountParams()
-            p.status = 1
-            counts = self._wait_counts(self._comm.count(p, stream), 0, stream)
+            counts = self._wait_counts(self._comm.route_nothing(stream), 0, stream)
             if counts is None:  # some rank had a bound, so this is the end of the buffer: but first comes what is wrong here
                 raise
             self._explain(prepared, None)
-        # The GPU is at work: from here on there is time.
         self._owed = "dispatch"
-        per_expert, table, send_base, received, expert_base = results.split_with_sizes(parts)
-        return Counting(
-            layout=layout,
-            prefix_RR=table.view(size, size),
-            send_base=send_base,
-            received=received,
-            expert_base=expert_base if is_expert else None,
-            tokens_per_expert=per_expert.view(torch.int64),
-            signature=p.signature,
-            ticket=ticket,
-        )
+        return _Fresh(request, block, tables, layout, checked, idx, signature, ticket)
 
     def _wait_counts(self, ticket: int, num_local_experts: int, stream: int) -> Any:
         try:
@@ -336,100 +178,113 @@ class NvlinkEngine(Engine):
             raise DeepEPError(f"dispatch on rank {self.rank}: {error}") from error
 
     def _dispatch(self, prepared: Prepared[DispatchRequest], stream: int) -> Received:
-        counting = self._open_counts(prepared, stream)
-        request, layout, ticket = prepared.require(), counting.layout, counting.ticket
-        received, tokens_per_expert = counting.received, counting.tokens_per_expert
-        num_experts, is_expert = request.num_experts, request.arrangement == "expert"
-        num_local = num_experts // self.peers.size
-        idx = None if request.topk_idx is None else request.topk_idx.contiguous()
-        tables = self._place(request, layout, idx, counting.send_base, counting.expert_base, stream)
-
-        # While the CPU would wait anyway: everything about the rows but where they go.
-        d = _C.DispatchParams()
-        data, scales, top_k = _aligned(request.payload.data), request.payload.scales, 0 if idx is None else idx.size(1)
-        send_slot, expert_tables = tables["send_slot"], tables.get("experts", {})
+        fresh = self._open_counts(prepared, stream)
+        # The GPU is at work. While the CPU would wait anyway: everything about the rows but where they go.
+        request, _, tables, _, _, idx, signature, ticket = fresh
+        is_expert, num_local = request.arrangement == "expert", request.num_experts // self.peers.size
+        data, scales, blocks = _aligned(request.payload.data), request.payload.scales, _blocks_of(request.payload, is_expert)
         weights = None if request.topk_weights is None else request.topk_weights.contiguous()
-        blocks = _blocks_of(request.payload, is_expert)
-        is_in_place = blocks is None
-        self._describe_rows(d, Payload(data, scales), send_slot, expert_tables.get("send_row", send_slot), request.num_sms)
-        d.signature = _hash("rows", ticket, counting.signature)
+        hidden, top_k = data.shape[1], 0 if idx is None else idx.shape[1]
+        num_sms = self._sms(request.num_sms)
+        d = self._rows(data, scales, tables, num_sms)
+        d.signature = _numbered(signature, ticket)
         d.send_sources, d.num_local_experts, d.top_k = 1, num_local, top_k
-        d.topk_idx, d.topk_weights = _address(idx), _address(weights)
-        d.pick_row = _address(expert_tables.get("pick_row"))
+        d.topk_idx, d.topk_weights, d.pick_row = _address(idx), _address(weights), tables.pick_row
+        kinds: Kinds = [
+            None if scales is None or blocks is not None else (scales.dtype, scales.shape[1]),
+            None if idx is None else (torch.int32 if is_expert else torch.int64, top_k),
+            None if weights is None else (torch.float32, 0 if is_expert else top_k),
+            (torch.int32, 0),
+        ]
+        beside = _C.Beside(words_of(kinds), is_expert)
 
-        def parts_of(num_received: int, num_rows: int) -> Parts:
-            return Parts(
-                [
-                    ((num_received, scales.size(1)), scales.dtype) if scales is not None and is_in_place else None,
-                    None if idx is None else ((num_received, top_k), torch.int32 if is_expert else torch.int64),
-                    None if weights is None else ((num_rows,) if is_expert else (num_rows, top_k), torch.float32),
-                    ((num_received,), torch.int32),
-                ]
-            )
+        def wanted(num_received: int, num_rows: int) -> list[Any]:
+            return [((num_rows, hidden), data.dtype), ((beside.measure(num_received, num_rows),), torch.int32)]
 
-        counts, quickly = None, None
+        def launch(landings: list[Landing | None], *slot_scales: int) -> None:
+            rows, along = landings
+            assert rows is not None and along is not None
+            offset = self._arena.offset
+            beside.place(d, offset(rows.visible), rows.visible.nbytes, offset(along.visible), *slot_scales)
+            self._comm.dispatch(d, stream)
+            self._owed = ""
+
+        counts, landings, slot_scales = None, None, None
         num_received = num_rows = request.num_worst_tokens
         if not request.num_worst_tokens:
-            with self._arena.ahead() as land:
+            with self._arena.ahead():
                 counts = self._wait_counts(ticket, num_local, stream)
                 if counts is not None and not counts.bad:
                     num_received, num_rows = counts.num_received, counts.num_rows
-                    parts = parts_of(num_received, num_rows)
-                    quickly = land([((num_rows, data.size(1)), data.dtype), parts.whole])
+                    landings = self._arena.land_quickly(wanted(num_received, num_rows))
+                    if landings is not None and blocks is None:
+                        launch(landings)
             if counts is None or counts.bad:
                 self._owed = ""  # nobody waits for them
                 self.check()
-                self._explain(prepared, layout.checked[0])
-        else:
-            parts = parts_of(num_received, num_rows)
-        landings = quickly or self._arena.land([((num_rows, data.size(1)), data.dtype), parts.whole])
-        rows, along = landings
+                self._explain(prepared, fresh)
+        if landings is None or blocks is not None:
+            landings = landings or self._arena.land(wanted(num_received, num_rows))
+            if scales is not None and blocks is not None:
+                slot_scales = self._arena.temporary((num_received, scales.shape[1]), scales.dtype)
+                launch(landings, self._arena.offset(slot_scales), slot_scales.nbytes)
+            else:
+                launch(landings)
+        # The rows are on their way; the rest is this rank's own business.
+        return self._receive(fresh, counts, num_received, landings, beside, kinds, slot_scales, num_sms, stream)
+
+    def _receive(
+        self,
+        fresh: _Fresh,
+        counts: Any,
+        num_received: int,
+        landings: list[Landing | None],
+        beside: _C.Beside,
+        kinds: Kinds,
+        slot_scales: Tensor | None,
+        num_sms: int,
+        stream: int,
+    ) -> Received:
+        """What a dispatch gives whose rows are coming. `counts`: None with `num_worst_tokens`; `slot_scales`: where scales come
+        that are then put into blocks, or columns."""
+        request, block, tables, _, _, idx, _, ticket = fresh
+        is_expert, num_experts = request.arrangement == "expert", request.num_experts
+        (rows, along), top_k, has_tail = landings, 0 if idx is None else idx.shape[1], counts is None
         assert rows is not None and along is not None
-        slot_scales = None
-        if scales is not None and not is_in_place:
-            slot_scales = self._arena.temporary((num_received, scales.size(1)), scales.dtype)
-        offset = self._arena.offset
-        offsets = [offset(rows.visible), *parts.offsets(offset(along.visible))]
-        sizes = [rows.visible.nbytes, *parts.sizes]
-        if slot_scales is not None:
-            offsets[1], sizes[1] = offset(slot_scales), slot_scales.nbytes
-        d.offsets, d.sizes = offsets, sizes
-        self._comm.dispatch(d, stream)
-        self._owed = ""
-        self._arena.watch(landings)
-        visible = [rows.visible, *parts.split(along.visible)]
+        num_rows = rows.visible.shape[0]
+        visible = [rows.visible, *parts_of(along.visible, beside, kinds)]
         if slot_scales is not None:
             visible[1] = slot_scales
-        experts: ExpertPlan | None = None
+        kept: tuple[Tensor, ...] = (block,)
         if is_expert:
-            assert visible[2] is not None
-            experts = ExpertPlan(
-                **expert_tables,
-                rows_of=visible[2],
-                row_slot=torch.full((num_rows,), -1, dtype=torch.int32, device=self.device),
-                several=self._ints(num_received),
-                num_several=torch.zeros(1, dtype=torch.int32, device=self.device),
-                summed=self._ints(num_received),
-                num_summed=torch.zeros(1, dtype=torch.int32, device=self.device),
-                group_rows=tokens_per_expert,
-            )
-            self._arrange(experts, counting, top_k, request.num_sms, stream)
-        self._expand(visible, experts, received, num_rows, top_k, request.num_sms, bool(request.num_worst_tokens), stream)
-        if blocks is not None and scales is not None:
-            splits = [num_rows] if counts is None or not is_expert else counts.per_expert
-            assert visible[1] is not None
-            scales = self._place_scales(visible[1], blocks, splits, experts, received, request.num_sms, stream)
-        for landing in landings:
-            if landing is not None and landing.tensor is not landing.visible:
-                landing.tensor.copy_(landing.visible)
-        got = [rows.tensor, *parts.split(along.tensor)] if along.tensor is not along.visible else [rows.tensor, *visible[1:]]
-        if experts is not None and got[2] is not experts.rows_of:
-            experts = ExpertPlan(**{**vars(experts), "rows_of": got[2]})
-        if counts is not None:
-            tokens_per_expert = torch.tensor(counts.per_expert, dtype=torch.int64)
+            lists = self._ints(num_rows + 2 * num_received)
+            tables.rows_of, tables.row_slot = _address(visible[2]), lists.data_ptr()
+            tables.several = tables.row_slot + 4 * num_rows
+            tables.summed = tables.several + 4 * num_received
+            kept = block, lists, along.tensor
+            self._comm.arrange(tables, num_rows, num_sms, stream)
+        if is_expert or has_tail:
+            self._expand(visible, tables, is_expert, top_k, num_sms, stream)
+        if counts is None:
+            num_local = num_experts // self.peers.size
+            tokens_per_expert = words_at(block.view(torch.int64), tables.tokens_per_expert, 1, num_local)[0]
+        else:
+            tokens_per_expert = torch.frombuffer(counts.per_expert, dtype=torch.int64)
+        scales = None
+        if slot_scales is not None:
+            blocks = _blocks_of(request.payload, is_expert)
+            assert blocks is not None
+            splits = tokens_per_expert.tolist() if is_expert and counts is not None else [num_rows]
+            scales = self._place_scales(slot_scales, blocks, splits, tables, is_expert, num_sms, stream)
+        self._arrive(landings)
+        if along.tensor is not along.visible:
+            visible[1:] = parts_of(along.tensor, beside, kinds)
+            tables.rows_of = _address(visible[2])
+        _, row_scales, picks, row_weights, source = visible
+        assert source is not None
         plan = NvlinkPlan(
             number=(self.peers.number << 40) + ticket,
-            num_tokens=data.size(0),
+            num_tokens=request.payload.data.shape[0],
             num_received=num_received,
             num_rows=num_rows,
             num_experts=num_experts,
@@ -437,108 +292,54 @@ class NvlinkEngine(Engine):
             layout=request.arrangement,
             alignment=request.alignment,
             tokens_per_expert=tokens_per_expert,
-            recv_topk_idx=None if is_expert else got[2],
-            send_slot=send_slot,
-            received=received,
-            experts=experts,
-            has_tail=bool(request.num_worst_tokens),
+            recv_topk_idx=None if is_expert else picks,
+            tables=tables,
+            kept=kept,
+            has_tail=has_tail,
             stream=stream,
         )
-        received_rows, source = got[0], got[4]
-        assert received_rows is not None and source is not None
-        tensors = self._handle_tensors(counting.prefix_RR, request.layout, source, send_slot)
+        tensors = self._handle_tensors(fresh, source)
         remember(tensors, plan, self._token)  # V1's callers may hand these back as a plain tuple
-        return Received(
-            payload=Payload(received_rows, got[1] if is_in_place else scales, request.payload.blocks),
-            topk_idx=plan.recv_topk_idx,
-            topk_weights=got[3],
-            plan=plan,
-            tensors=tensors,
-        )
+        payload = Payload(rows.tensor, row_scales if scales is None else scales, request.payload.blocks)
+        return Received(payload, plan.recv_topk_idx, row_weights, plan, tensors)
 
-    def _described(self, request: DispatchRequest) -> dict[str, object]:
-        return {"buffer": self.peers.number, "num_worst_tokens given": bool(request.num_worst_tokens)} | request.signature()
-
-    def _place(
-        self,
-        request: DispatchRequest,
-        layout: NvlinkLayout,
-        idx: Tensor | None,
-        send_base: Tensor,
-        expert_base: Tensor | None,
-        stream: int,
-    ) -> dict[str, Any]:
-        """The tables of every token's rows, made while the CPU waits for the counts."""
-        num_tokens, size = request.payload.data.size(0), self.peers.size
-        p = _C.PlaceParams()
-        p.num_tokens, p.num_experts, p.num_ranks = num_tokens, request.num_experts, size
-        send_slot = self._ints(num_tokens, size)
-        p.send_base, p.send_slot = send_base.data_ptr(), send_slot.data_ptr()
-        p.send_index = layout.checked.data_ptr() + layout.checked.element_size()
-        tables: dict[str, Any] = {"send_slot": send_slot}
-        if expert_base is not None:
-            assert idx is not None
-            names = ("send_row", "pull_row", "pick_row", "pick_rank")
-            widths = (size, size, idx.size(1), idx.size(1))
-            tables["experts"] = {n: self._ints(num_tokens, w) for n, w in zip(names, widths, strict=True)}
-            for name, table in tables["experts"].items():
-                setattr(p, name, table.data_ptr())
-            chunk_counts = self._ints(_CHUNKS, request.num_experts)
-            p.topk_idx, p.top_k = idx.data_ptr(), idx.size(1)
-            p.expert_base, p.chunk_counts = expert_base.data_ptr(), chunk_counts.data_ptr()
-        self._comm.place(p, stream)
-        return tables
-
-    def _describe_rows(self, d: _C.DispatchParams, payload: Payload, send_slot: Tensor, send_row: Tensor, num_sms: int) -> None:
-        data, scales, _ = payload
-        d.x, d.row_bytes, d.num_tokens = data.data_ptr(), data.size(1) * data.element_size(), data.size(0)
-        d.send_slot, d.send_row = send_slot.data_ptr(), send_row.data_ptr()
+    def _rows(self, data: Tensor, scales: Tensor | None, tables: Any, num_sms: int) -> _C.DispatchParams:
+        """What a dispatch of these rows is, but where they go."""
+        d = _C.DispatchParams()
+        num_tokens, hidden = data.shape
+        d.x, d.row_bytes, d.num_tokens = data.data_ptr(), hidden * data.element_size(), num_tokens
+        d.send_slot, d.send_row = tables.send_slot, tables.send_row
         if scales is not None:
-            d.scales, d.scale_words = scales.data_ptr(), scales.size(1)
-            d.scale_row_stride, d.scale_word_stride = scales.stride(0), scales.stride(1)
-        d.num_sms = self._sms(num_sms)
+            d.scales, d.scale_words = scales.data_ptr(), scales.shape[1]
+            d.scale_row_stride, d.scale_word_stride = scales.stride()
+        d.num_sms = num_sms
+        return d
 
-    def _point(self, d: _C.DispatchParams, visible: Sequence[Tensor | None]) -> None:
-        """Where the peers' rows go here."""
-        d.offsets = [self._arena.offset(t) for t in visible]
-        d.sizes = [0 if t is None else t.nbytes for t in visible]
-
-    def _arrange(self, experts: ExpertPlan, counting: Counting, top_k: int, num_sms: int, stream: int) -> None:
-        p = _C.ArrangeParams()
-        for table in ("rows_of", "row_slot", "several", "num_several", "summed", "num_summed"):
-            setattr(p, table, getattr(experts, table).data_ptr())
-        p.own_first = counting.send_base[self.rank :].data_ptr()
-        p.num_own = counting.layout.num_tokens_per_rank[self.rank :].data_ptr()
-        p.num_received, p.top_k, p.num_sms = counting.received.data_ptr(), top_k, self._sms(num_sms)
-        self._comm.arrange(p, stream)
+    def _arrive(self, landings: Sequence[Landing | None]) -> None:
+        """What could only land in staging goes on from there."""
+        self._arena.watch(landings)
+        for landing in landings:
+            if landing is not None and landing.tensor is not landing.visible:
+                landing.tensor.copy_(landing.visible)
 
     def _expand(
-        self,
-        visible: Sequence[Tensor | None],
-        experts: ExpertPlan | None,
-        received: Tensor,
-        num_rows: int,
-        top_k: int,
-        num_sms: int,
-        has_tail: bool,
-        stream: int,
+        self, visible: Sequence[Tensor | None], tables: Any, is_expert: bool, top_k: int, num_sms: int, stream: int
     ) -> None:
         """The rows that are not sent."""
-        if experts is None and not has_tail:
-            return
         x, row_scales, indices, weights, _ = visible
         assert x is not None
         p = _C.ExpandParams()
-        p.x, p.row_bytes, p.num_rows = x.data_ptr(), x.size(1) * x.element_size(), num_rows
-        p.num_received, p.top_k, p.num_sms = received.data_ptr(), top_k, self._sms(num_sms)
+        p.num_rows, hidden = x.shape
+        p.x, p.row_bytes = x.data_ptr(), hidden * x.element_size()
+        p.num_received, p.top_k, p.num_sms = tables.num_received, top_k, num_sms
         p.weights = _address(weights)
-        if experts is None:
+        if is_expert:
+            p.rows_of, p.row_slot = tables.rows_of, tables.row_slot
+            p.several, p.num_several = tables.several, tables.num_several
+        else:
             p.indices = _address(indices)
             if row_scales is not None:
-                p.scales, p.scale_words = row_scales.data_ptr(), row_scales.size(1)
-        else:
-            p.rows_of, p.row_slot = experts.rows_of.data_ptr(), experts.row_slot.data_ptr()
-            p.several, p.num_several = experts.several.data_ptr(), experts.num_several.data_ptr()
+                p.scales, p.scale_words = row_scales.data_ptr(), row_scales.shape[1]
         self._comm.expand(p, stream)
 
     def _place_scales(
@@ -546,127 +347,142 @@ class NvlinkEngine(Engine):
         slot_scales: Tensor,
         blocks: ScaleBlocks,
         splits: list[int],
-        experts: ExpertPlan | None,
-        received: Tensor,
+        tables: Any,
+        is_expert: bool,
         num_sms: int,
         stream: int,
     ) -> Tensor:
         """The received tokens' scales [N, n] at their rows: flat blocks; or, with `_COLUMNS`, [M, n], column by column in
         memory."""
-        num_rows, num_words = sum(splits), slot_scales.size(1)
+        num_rows, num_words = sum(splits), slot_scales.shape[1]
         if blocks is _COLUMNS:
             splits = [num_rows]
         flat = torch.empty(blocks.size(splits, num_words), dtype=slot_scales.dtype, device=self.device)
         p = _C.ScalesParams()
         p.scales, p.num_words, p.num_rows = flat.data_ptr(), flat.numel(), num_rows
-        p.slot_scales, p.scale_words, p.num_received = slot_scales.data_ptr(), num_words, received.data_ptr()
+        p.slot_scales, p.scale_words, p.num_received = slot_scales.data_ptr(), num_words, tables.num_received
         p.multiple, p.tokens_innermost, p.padding_word = blocks.multiple, int(blocks.tokens_innermost), blocks.padding_word
-        if experts is not None:
-            p.row_slot = experts.row_slot.data_ptr()
+        if is_expert:
+            p.row_slot = tables.row_slot
             if blocks is not _COLUMNS:
-                p.group_rows, p.num_groups = experts.group_rows.data_ptr(), len(splits)
-        p.num_sms = self._sms(num_sms)
+                p.group_rows, p.num_groups = tables.tokens_per_expert, len(splits)
+        p.num_sms = num_sms
         self._comm.scales(p, stream)
         return flat.view(blocks.shape(num_rows, num_words)).t()[:num_rows] if blocks is _COLUMNS else flat
 
     def redispatch(self, prepared: Prepared[RedispatchRequest]) -> Payload:
-        self.check()
         with self._operation() as stream:
             self._owed = "dispatch"
             request = prepared.require()
             plan = self._plan_for(request.plan, stream)
-            data, scales = _aligned(request.payload.data), request.payload.scales
-            wanted: list[Any] = [((plan.num_rows, data.size(1)), data.dtype), None, None, None, None]
-            blocks = _blocks_of(request.payload, plan.experts is not None)
+            tables, is_expert, num_sms = plan.tables, plan.layout == "expert", self._sms(request.num_sms)
+            data, scales, blocks = (
+                _aligned(request.payload.data),
+                request.payload.scales,
+                _blocks_of(request.payload, is_expert),
+            )
+            wanted: list[Any] = [((plan.num_rows, data.shape[1]), data.dtype), None]
             if scales is not None and blocks is None:
-                wanted[1] = ((plan.num_rows, scales.size(1)), scales.dtype)
+                wanted[1] = ((plan.num_rows, scales.shape[1]), scales.dtype)
             landings = self._arena.land(wanted)
-            visible = [None if one is None else one.visible for one in landings]
+            rows, row_scales = (None if one is None else one.visible for one in landings)
             if scales is not None and blocks is not None:
-                visible[1] = self._arena.temporary((plan.num_received, scales.size(1)), scales.dtype)
-            d = _C.DispatchParams()
-            send_row = plan.send_slot if plan.experts is None else plan.experts.send_row
-            self._describe_rows(d, Payload(data, scales), plan.send_slot, send_row, request.num_sms)
-            self._point(d, visible)
-            d.signature = _signature("cached rows", {"number": plan.number} | request.signature())
+                row_scales = self._arena.temporary((plan.num_received, scales.shape[1]), scales.dtype)
+            assert rows is not None
+            d = self._rows(data, scales, tables, num_sms)
+            offset = self._arena.offset
+            d.offsets = [offset(rows), offset(row_scales), 0, 0, 0]
+            d.sizes = [rows.nbytes, 0 if row_scales is None else row_scales.nbytes, 0, 0, 0]
+            d.signature = _numbered(_hash("cached rows", request.agreement()), plan.number)
             self._comm.dispatch(d, stream)
             self._owed = ""
-            self._arena.watch(landings)
-            self._expand(
-                visible, plan.experts, plan.received, plan.num_rows, plan.top_k, request.num_sms, plan.has_tail, stream
-            )
-            if visible[1] is not None and blocks is not None:
-                is_grouped = plan.experts is not None and blocks is not _COLUMNS
+            if is_expert or plan.has_tail:
+                self._expand([rows, row_scales, None, None, None], tables, is_expert, plan.top_k, num_sms, stream)
+            if row_scales is not None and blocks is not None:
+                is_grouped = is_expert and blocks is not _COLUMNS
                 splits = plan.tokens_per_expert.tolist() if is_grouped else [plan.num_rows]
-                scales = self._place_scales(visible[1], blocks, splits, plan.experts, plan.received, request.num_sms, stream)
-            for landing in landings:
-                if landing is not None and landing.tensor is not landing.visible:
-                    landing.tensor.copy_(landing.visible)
-            got = [None if one is None else one.tensor for one in landings]
-            assert got[0] is not None
-            return Payload(got[0], got[1] if blocks is None else scales, request.payload.blocks)
+                scales = self._place_scales(row_scales, blocks, splits, tables, is_expert, num_sms, stream)
+            self._arrive(landings)
+            got, got_scales = (None if one is None else one.tensor for one in landings)
+            assert got is not None
+            return Payload(got, got_scales if blocks is None else scales, request.payload.blocks)
 
     # Combine -----------------------------------------------------------------------------------------------------------
 
     def combine(self, prepared: Prepared[CombineRequest]) -> tuple[Tensor, Tensor | None]:
-        self.check()
         with self._operation() as stream:
             self._owed = "combine"
             request = prepared.require()
             plan = self._plan_for(request.plan, stream)
+            tables, is_expert = plan.tables, plan.layout == "expert"
             rows, weights = _aligned(request.rows), request.weights
-            experts = plan.experts
-            row_bytes = rows.size(1) * rows.element_size()
+            hidden, num_sms = rows.shape[1], self._sms(request.num_sms, "combine")
+            row_bytes, dtype = hidden * rows.element_size(), _DTYPES[rows.dtype]
             is_visible = self._arena.holds(rows) or not rows.numel()
             partials = None
-            if experts is not None:
-                partials = self._arena.temporary((plan.num_received, rows.size(1)), rows.dtype)
+            if is_expert:
+                partials = self._arena.temporary((plan.num_received, hidden), rows.dtype)
                 r = _C.ReduceParams()
-                r.y, r.partials, r.rows_of = rows.data_ptr(), partials.data_ptr(), experts.rows_of.data_ptr()
+                r.y, r.partials, r.rows_of = rows.data_ptr(), partials.data_ptr(), tables.rows_of
                 if is_visible:  # single rows are pulled from where they are
-                    r.tokens, r.num_tokens = experts.several.data_ptr(), experts.num_several.data_ptr()
+                    r.tokens, r.num_tokens = tables.several, tables.num_several
                 else:  # this rank's own alone are
-                    r.tokens, r.num_tokens = experts.summed.data_ptr(), experts.num_summed.data_ptr()
-                r.row_bytes, r.top_k, r.dtype = row_bytes, plan.top_k, _DTYPES[rows.dtype]
-                r.num_sms = self._sms(request.num_sms, "combine")
+                    r.tokens, r.num_tokens = tables.summed, tables.num_summed
+                r.row_bytes, r.top_k, r.dtype, r.num_sms = row_bytes, plan.top_k, dtype, num_sms
                 self._comm.reduce(r, stream)
             source = rows
             if not is_visible:
                 source = self._arena.temporary(rows.shape, rows.dtype).copy_(rows) if partials is None else partials
+            p = _C.CombineParams()
+            out_weights = None
             if weights is not None:
                 weights = weights.contiguous()
                 if not self._arena.holds(weights) and weights.numel():
                     weights = self._arena.temporary(weights.shape, weights.dtype).copy_(weights)
-            bias = [_aligned(b) for b in request.bias]
-            out = torch.empty(plan.num_tokens, rows.size(1), dtype=rows.dtype, device=self.device)
-            out_weights = None
-            p = _C.CombineParams()
-            if weights is not None:
-                width = plan.top_k if experts is not None else weights.size(1)
-                out_weights = torch.empty(plan.num_tokens, width, dtype=torch.float32, device=self.device)
+                width = plan.top_k if is_expert else weights.shape[1]
+                out_weights = torch.empty((plan.num_tokens, width), dtype=torch.float32, device=self.device)
                 p.out_weights, p.top_k = out_weights.data_ptr(), width
-                if experts is not None:
-                    p.pick_row, p.pick_rank = experts.pick_row.data_ptr(), experts.pick_rank.data_ptr()
+                p.pick_row, p.pick_rank = tables.pick_row, tables.pick_rank
+            if request.bias:
+                bias = [_aligned(b) for b in request.bias]
+                p.bias_0, p.bias_1 = bias[0].data_ptr(), bias[1].data_ptr() if len(bias) > 1 else 0
+            out = torch.empty((plan.num_tokens, hidden), dtype=rows.dtype, device=self.device)
             p.y, p.out, p.row_bytes, p.num_tokens = rows.data_ptr(), out.data_ptr(), row_bytes, plan.num_tokens
-            p.bias_0 = bias[0].data_ptr() if bias else 0
-            p.bias_1 = bias[1].data_ptr() if len(bias) > 1 else 0
-            p.send_slot = plan.send_slot.data_ptr()
-            p.pull_row = (plan.send_slot if experts is None else experts.pull_row).data_ptr()
+            p.send_slot, p.pull_row = tables.send_slot, tables.pull_row
             offset = self._arena.offset
             all_summed = int(partials is not None and not is_visible)
             p.offsets = [offset(source), offset(partials), all_summed, offset(weights), 0]
-            p.signature = _signature("combine", {"number": plan.number} | request.signature())
-            p.dtype, p.num_sms = _DTYPES[rows.dtype], self._sms(request.num_sms, "combine")
+            p.signature = _numbered(_hash("combine", request.agreement()), plan.number)
+            p.dtype, p.num_sms = dtype, num_sms
             self._comm.combine(p, stream)
             self._owed = ""
             return out, out_weights
 
-    # Handles and life --------------------------------------------------------------------------------------------------
+    # Handles -----------------------------------------------------------------------------------------------------------
 
-    def _handle_tensors(self, prefix_RR: Tensor, layout: RankLayout, source: Tensor, send_slot: Tensor) -> tuple[Tensor, ...]:
+    def _plan_for(self, plan: Plan, stream: int) -> NvlinkPlan:
+        """A handle may die as soon as a call that uses it returns, on whatever stream: its tables must not."""
+        assert isinstance(plan, NvlinkPlan)
+        if self._is_capturing:
+            self._arena.keep(plan)
+        elif plan.stream != stream:  # None, of a handle rebuilt from copies: nobody knows
+            current = torch.cuda.current_stream(self.device)
+            for memory in plan.kept:
+                memory.record_stream(current)
+        return plan
+
+    def _handle_tensors(self, fresh: _Fresh, source: Tensor) -> tuple[Tensor, ...]:
         """DeepEP V1's six tensors; V1's channels are one here."""
-        sent_R1 = layout.num_tokens_per_rank.unsqueeze(1)
-        return prefix_RR, sent_R1, self._no_offset_R1, source, layout.is_token_in_rank, send_slot
+        request, block, tables, layout, *_ = fresh
+        size, num_tokens = self.peers.size, request.payload.data.shape[0]
+        prefix_RR = words_at(block, tables.rank_prefix_matrix, size, size)
+        send_slot = words_at(block, tables.send_slot, num_tokens, size)
+        if layout is not None:
+            sent_R1, in_rank = layout.num_tokens_per_rank.unsqueeze(1), layout.is_token_in_rank
+        else:
+            sent_R1 = words_at(block, tables.num_tokens_per_rank, size, 1)
+            in_rank = words_at(block.view(torch.bool), tables.is_token_in_rank, num_tokens, size)
+        return prefix_RR, sent_R1, self._no_offset_R1, source, in_rank, send_slot
 
     def plan_of(self, tensors: tuple[Tensor, ...]) -> Plan:
         if (plan := remembered(tensors, self._token)) is not None:
@@ -682,6 +498,10 @@ class NvlinkEngine(Engine):
                 "handle",
             )
         prefix = checked_prefix(tensors, self.rank, is_slot=True)
+        send_slot, received = send_slot.contiguous(), prefix_RR[-1, self.rank].reshape(1)
+        tables = _C.Tables(send_slot.shape[0], 0, 0, self.peers.size, False, False)
+        tables.send_slot = tables.send_row = tables.pull_row = send_slot.data_ptr()
+        tables.num_received = received.data_ptr()
         return NvlinkPlan(
             number=_hash("copied handle", *prefix.flatten().tolist()),
             num_tokens=send_slot.size(0),
@@ -693,45 +513,36 @@ class NvlinkEngine(Engine):
             alignment=1,
             tokens_per_expert=torch.empty(0, dtype=torch.int64),
             recv_topk_idx=None,
-            send_slot=send_slot.contiguous(),
-            received=prefix_RR[-1, self.rank].reshape(1),
-            experts=None,
+            tables=tables,
+            kept=(send_slot, received),
             has_tail=True,  # it may: nobody knows any more
             stream=None,
         )
 
-    def _explain(self, prepared: Prepared[DispatchRequest], out_of_range: Tensor | None) -> NoReturn:
+    def _explain(self, prepared: Prepared[DispatchRequest], fresh: _Fresh | None) -> NoReturn:
         """Some rank's arguments are wrong or differ: exchange texts, raise the same everywhere."""
-        if prepared.error is None and out_of_range is not None and out_of_range.item():
-            request = prepared.request
-            assert request is not None
-            prepared.error = layout_error(request)
-        fields = {} if prepared.request is None else self._described(prepared.request)
+        request = prepared.request
+        fields: dict[str, object] = {}
+        if request is not None and fresh is not None:
+            checked = words_at(fresh.block, fresh.tables.checked, 1, 1) if fresh.checked is None else fresh.checked
+            if checked.flatten()[0].item():
+                prepared.error = layout_error(request)
+            fields = {"buffer": self.peers.number, "num_worst_tokens given": bool(request.num_worst_tokens)}
+            fields |= request.signature()
         self.peers.raise_disagreement("dispatch", {"operation": "dispatch"} | fields, prepared.error)
         raise DeepEPError("dispatch: the ranks disagree, but not on anything that can be told")
 
-    def check(self) -> None:
-        self.peers.check()
-        if not self._comm.is_well():
-            raise device_error(self._comm.failure(), self.rank, self.peers.timeout, self._processes)
-        self._check_cuda()
-        self.low_latency.check()
 
-    def _check_cuda(self, error: BaseException | None = None) -> None:
-        """Raise if CUDA has failed for good."""
-        if text := self._comm.cuda_error(self._stream()):
-            raise cuda_failed(text, self.rank, self._processes) from error
-
-    def destroy(self) -> None:
-        with self._lock:
-            try:
-                self.low_latency.close()
-                self._comm.close(self._arena.was_captured)
-            except RuntimeError as error:
-                self._check_cuda(error)
-                raise
-            finally:
-                del self._arena, self.low_latency
+def _need_routing(num_experts: int, topk_idx: Tensor | None, alignment: int = 1) -> None:
+    if num_experts > MAX_EXPERTS or alignment > _MAX_ALIGNMENT:
+        raise ArgumentError(
+            f"the nvlink engine serves up to {MAX_EXPERTS} experts and alignments up to {_MAX_ALIGNMENT}, got "
+            f"num_experts={num_experts} and alignment={alignment}",
+            "num_experts" if num_experts > MAX_EXPERTS else "alignment",
+        )
+    if topk_idx is not None and topk_idx.shape[1] > MAX_TOP_K:
+        shape = list(topk_idx.shape)
+        raise ArgumentError(f"the nvlink engine serves up to top-{MAX_TOP_K}, got topk_idx {shape}", "topk_idx")
 
 
 def _blocks_of(payload: Payload, is_expert: bool) -> ScaleBlocks | None:
@@ -750,10 +561,11 @@ def _aligned(t: Tensor) -> Tensor:
     return t if t.data_ptr() % 16 == 0 else t.clone()
 
 
-def _signature(operation: str, fields: dict[str, object]) -> int:
-    return _hash(operation, *fields.items())
+def _numbered(signature: int, number: int) -> int:
+    """Of one call among those with that signature: two numbers give two results."""
+    return (signature + number * 0x9E3779B97F4A7C15) & _SIGNATURES
 
 
 @functools.lru_cache(maxsize=4096)
 def _hash(*parts: object) -> int:
-    return int.from_bytes(hashlib.blake2b(json.dumps(parts).encode(), digest_size=7).digest(), "big")
+    return int.from_bytes(hashlib.blake2b(json.dumps(parts, default=str).encode(), digest_size=7).digest(), "big")

@@ -61,14 +61,16 @@ def who_ended(peers: Sequence[Sequence[str]]) -> str:
 
 def layout_error(request: DispatchRequest) -> ArgumentError:
     """What the flag `out_of_range` of a count exchange stands for."""
-    counted = request.layout.is_token_in_rank.sum(0, dtype=torch.int32)
-    if not torch.equal(counted, request.layout.num_tokens_per_rank):
-        return wrong_counts(request.layout.num_tokens_per_rank, counted)
+    layout = request.layout
+    if layout is not None:
+        counted = layout.is_token_in_rank.sum(0, dtype=torch.int32)
+        if not torch.equal(counted, layout.num_tokens_per_rank):
+            return wrong_counts(layout.num_tokens_per_rank, counted)
     assert request.topk_idx is not None
     low, high = (int(v) for v in torch.aminmax(request.topk_idx)) if request.topk_idx.numel() else (-1, -1)
-    if low >= -1 and high < request.num_experts:
+    if layout is not None and low >= -1 and high < request.num_experts:
         counted = count_picks(request.topk_idx, request.num_experts)
-        return wrong_counts(request.layout.num_tokens_per_expert, counted, "num_tokens_per_expert", "topk_idx")
+        return wrong_counts(layout.num_tokens_per_expert, counted, "num_tokens_per_expert", "topk_idx")
     return ArgumentError(
         f"topk_idx must lie in [-1, {request.num_experts}) (num_experts={request.num_experts}), "
         f"got values from {low} to {high}",

@@ -1,36 +1,20 @@
-"""What the nvlink engine remembers between calls: plans, layouts, counts under way.
+"""What the nvlink engine remembers between calls: plans and layouts.
 
 The tables' meanings stand in csrc/nvlink/params.hpp.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from deepep_train.errors import ArgumentError
 from deepep_train.handle import Plan
-from deepep_train.routing import RankLayout
-
-
-@dataclass(frozen=True)
-class ExpertPlan:
-    """The expert layout's part of a plan; see csrc/nvlink/params.hpp for what the tables mean. `group_rows`: int64 [L], the
-    padded counts, on the GPU."""
-
-    send_row: Tensor
-    pull_row: Tensor
-    pick_row: Tensor
-    pick_rank: Tensor
-    rows_of: Tensor
-    row_slot: Tensor
-    several: Tensor
-    num_several: Tensor
-    summed: Tensor
-    num_summed: Tensor
-    group_rows: Tensor
+from deepep_train.routing import RankLayout, count_picks
 
 
 @dataclass(frozen=True)
@@ -38,21 +22,16 @@ class NvlinkPlan(Plan):
     """`num_received` is the bound with `num_worst_tokens`; the true number stays on the GPU.
 
     Attributes:
-        send_slot: int32 [T, R], see csrc/nvlink/params.hpp.
-        received: int32 [1], the number of rows that arrived.
-        experts: None in rank layout.
+        tables: where they lie, `_C.Tables`; csrc/nvlink/params.hpp says what they mean.
+        kept: the memory in which they lie.
         has_tail: whether the received tensor may have more rows than arrived.
         stream: the id of the stream that its tables were made on; None: unknown.
     """
 
-    send_slot: Tensor
-    received: Tensor
-    experts: ExpertPlan | None
+    tables: Any
+    kept: tuple[Tensor, ...]
     has_tail: bool
     stream: int | None
-
-    def tables(self) -> list[Tensor]:
-        return [self.send_slot, self.received, *(vars(self.experts).values() if self.experts is not None else ())]
 
 
 Seen = tuple[tuple[int, int] | None, ...] | None
@@ -61,26 +40,46 @@ Seen = tuple[tuple[int, int] | None, ...] | None
 def seen(*tensors: Tensor | None) -> Seen:
     """Where the tensors lie and how often they were written to, as far as torch counts that (a write through `.data` it does
     not); None: it does not count writes to `inference_mode`'s tensors."""
-    if any(t is not None and t.is_inference() for t in tensors):
-        return None
-    return tuple(None if t is None else (t.data_ptr(), t._version) for t in tensors)
-
-
-class NvlinkLayout(RankLayout):
-    """A `RankLayout` that carries along `checked`, int32 [1 + T * R]: `out_of_range`, then `send_index` (params.hpp); and what
-    it was checked against, kept, so that nothing else can come to lie there."""
-
-    checked: Tensor
-    seen: Seen
-    kept: tuple[Tensor | None, ...]
+    marks: list[tuple[int, int] | None] = []
+    for t in tensors:
+        if t is None:
+            marks.append(None)
+        elif t.is_inference():
+            return None
+        else:
+            marks.append((t.data_ptr(), t._version))
+    return tuple(marks)
 
 
 class Known(NamedTuple):
-    """What `is_token_in_rank` remembers of its layout: V1's callers hand the tensors back one by one."""
+    """What `is_token_in_rank` remembers of its layout: V1's callers hand the tensors back one by one.
+
+    Attributes:
+        checked: int32 [1 + T * R], `out_of_range`, then `send_index` (params.hpp).
+        seen: what it was checked against.
+        kept: the same, so that nothing else can come to lie there.
+    """
 
     checked: Tensor
     seen: Seen
     kept: tuple[Tensor | None, ...]
+
+
+def checked_of(layout: RankLayout, topk_idx: Tensor | None, num_experts: int) -> Tensor:
+    """What the layout's tensors alone do not say, see `Known`. Indices out of range, and counts that are not those of
+    `is_token_in_rank` and `topk_idx`, are flagged for the exchange of counts to find: with these rows would land outside their
+    tensors."""
+    per_rank, _, per_expert, in_rank = layout
+    known: Known | None = getattr(in_rank, "deepep_train_layout", None)
+    if known is not None and known.seen is not None and known.seen == seen(per_rank, per_expert, in_rank, topk_idx):
+        return known.checked
+    position = in_rank.cumsum(0, dtype=torch.int32) - 1
+    wrong = (in_rank.sum(0, dtype=torch.int32) != per_rank).any()
+    if topk_idx is not None:
+        wrong = wrong | ((topk_idx < -1) | (topk_idx >= num_experts)).any()
+        wrong = wrong | (count_picks(topk_idx, num_experts) != per_expert).any()
+    send_index = torch.where(in_rank, position, -1).to(torch.int32)
+    return torch.cat([wrong.to(torch.int32).view(1), send_index.view(-1)])
 
 
 def remember(handle: tuple[Tensor, ...], plan: NvlinkPlan, maker: object) -> None:
@@ -102,15 +101,32 @@ def remembered(handle: tuple[Tensor, ...], maker: object) -> NvlinkPlan | None:
     return plan
 
 
-@dataclass
-class Counting:
-    """An exchange of counts under way: a checked layout, and what the exchange fills in (csrc/nvlink/params.hpp)."""
+def words_at(block: Tensor, address: int, rows: int, width: int) -> Tensor:
+    """The table [rows, width] at `address` within `block`, one-dimensional, of words of the table's dtype."""
+    return block.as_strided((rows, width), (width, 1), (address - block.data_ptr()) // block.element_size())
 
-    layout: NvlinkLayout
-    prefix_RR: Tensor
-    send_base: Tensor
-    received: Tensor
-    expert_base: Tensor | None
-    tokens_per_expert: Tensor
-    signature: int
-    ticket: int
+
+# What comes beside a dispatch's rows, part by part: the dtype and the width of its rows, 0 for a one-dimensional one. They come
+# in one piece of int32 memory (csrc/nvlink/beside.hpp), since every allocation costs several microseconds; none of it is free
+# before all of them are.
+Kinds = Sequence[tuple[torch.dtype, int] | None]
+
+
+def words_of(kinds: Kinds) -> list[int]:
+    """int32 words of one row of each."""
+    return [0 if kind is None else kind[0].itemsize // 4 * (kind[1] or 1) for kind in kinds]
+
+
+def parts_of(whole: Tensor, beside: Any, kinds: Kinds) -> list[Tensor | None]:
+    """Each as a tensor; `beside`: `_C.Beside`, measured."""
+    parts: list[Tensor | None] = []
+    rooms = beside.rooms
+    for kind, part, words, room in zip(kinds, whole.split_with_sizes(rooms), beside.words, rooms, strict=True):
+        if kind is None:
+            parts.append(None)
+            continue
+        dtype, width = kind
+        t = part if words == room else part[:words]
+        t = t if dtype is torch.int32 else t.view(dtype)
+        parts.append(t.view(-1, width) if width else t)
+    return parts

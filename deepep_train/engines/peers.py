@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
 from deepep_train.engines import outboxes
 from deepep_train.engines.base import Prepared
@@ -211,7 +212,7 @@ class Peers:
         others = [r for r in range(self.size) if r != self.rank]
         try:
             assert self.group is not None
-            store = self.group.get_group_store()
+            store = distributed_c10d._get_process_group_store(self.group)  # torch < 2.9 has no public way to it
             prefix = f"deepep_train/roll_call/{self._calls}/"
             store.set(f"{prefix}{self.rank}", "here")
             deadline = time.monotonic() + _ROLL_CALL_SECONDS

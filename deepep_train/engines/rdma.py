@@ -72,7 +72,7 @@ class RdmaEngine(CollectiveEngine):
     def _open(
         self, request: DispatchRequest, counts_RR: list[list[int]], per_node_RN: Tensor, recv_counts: list[int]
     ) -> Opened:
-        in_rank = request.layout.is_token_in_rank
+        in_rank = request.counted.is_token_in_rank
         counts = counts_of(self.rank, self.num_local_ranks, torch.tensor(counts_RR), per_node_RN)
         tables, words = self.rails.open(counts, in_rank, words_along(request), sum(recv_counts))
         forwarding = Forwarding(counts.recv, tables.slot >= 0)

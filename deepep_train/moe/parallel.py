@@ -45,7 +45,8 @@ def dense_parameters(model: nn.Module) -> list[nn.Parameter]:
 def ignore_experts_in_ddp(model: nn.Module) -> None:
     """Call before `DistributedDataParallel(model)`, which then leaves expert parameters to `reduce_expert_gradients`.
 
-    For FSDP2 pass `ignored_params=set(expert_parameters(model))` to `fully_shard` instead.
+    For FSDP2 pass `ignored_params=set(expert_parameters(model))` to `fully_shard` instead; that of torch 2.8 does not divide
+    gradients by the number of ranks over gloo.
     """
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(expert_parameter_names(model)))
 

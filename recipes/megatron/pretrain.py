@@ -3,8 +3,9 @@
     torchrun --standalone --nproc-per-node 2 recipes/megatron/pretrain.py --steps 60          # CPUs
     torchrun --standalone --nproc-per-node 8 recipes/megatron/pretrain.py --dispatcher alltoall  # to compare
 
-Bytes of text are the tokens. The optimizer, gradient reduction, schedules and checkpoints are Megatron's own; only two
-configuration fields say that tokens travel through this library. --help lists the options.
+Bytes of text are the tokens. On GPUs the layers are Transformer Engine's, where that is installed. The optimizer, gradient
+reduction, schedules and checkpoints are Megatron's own; only two configuration fields say that tokens travel through this
+library. --help lists the options.
 """
 
 from __future__ import annotations
@@ -23,26 +24,15 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # compiling Megatron's small 
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from megatron.core import parallel_state, tensor_parallel
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from gpt import DISPATCHERS, WITH_TE, build, device
+from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.transformer.transformer_config import TransformerConfig
 from saving import load, save
 from text import Text
 from torch import Tensor
 from tqdm import tqdm
 
 from deepep_train.megatron import cpu, install
-
-DISPATCHERS = {
-    "deepep_train": {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "deepep_train"},
-    "alltoall": {"moe_token_dispatcher_type": "alltoall"},
-}
-VOCABULARY = 256  # bytes
 
 
 def options() -> argparse.Namespace:
@@ -52,57 +42,31 @@ def options() -> argparse.Namespace:
     parser.add_argument("--dispatcher", choices=DISPATCHERS, default="deepep_train")
     for name, default in (("layers", 2), ("hidden", 128), ("heads", 4), ("experts", 8), ("top-k", 2), ("ffn", 128)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    on_gpu = torch.cuda.is_available()
+    parser.add_argument(
+        "--precision", choices=("bf16", "fp32"), default="bf16" if on_gpu else "fp32", help="default: %(default)s"
+    )
     parser.add_argument("--sequence", type=int, default=128, help="bytes")
     parser.add_argument("--micro-batch", type=int, default=4, help="sequences a rank and micro-batch")
     parser.add_argument("--micro-batches", type=int, default=2, help="a step")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/megatron"), help="for checkpoints, log.json and loss_curve.png")
-    parser.add_argument("--save-every", type=int, default=200, help="steps")
+    parser.add_argument("--save-every", type=int, default=200, help="steps; one is saved at the end besides; 0: none at all")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     found = parser.parse_args()
     for name, value in vars(found).items():
-        if isinstance(value, int) and not isinstance(value, bool) and name != "seed" and value < 1:
+        if (
+            isinstance(value, int)
+            and not isinstance(value, bool)
+            and value < 1
+            and not (name == "seed" or (name == "save_every" and value == 0))
+        ):
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if found.experts % size or found.top_k > found.experts:
         parser.error(f"--experts {found.experts} must be divisible by the {size} ranks and at least --top-k {found.top_k}")
     return found
-
-
-def build(given: argparse.Namespace) -> tuple[Any, Any, Any]:
-    """The model with Megatron's data parallelism around it, its optimizer and its configuration."""
-    torch.manual_seed(given.seed)
-    tensor_parallel.model_parallel_cuda_manual_seed(given.seed)
-    fields: dict[str, Any] = {
-        "num_layers": given.layers,
-        "hidden_size": given.hidden,
-        "num_attention_heads": given.heads,
-        "num_moe_experts": given.experts,
-        "moe_router_topk": given.top_k,
-        "moe_ffn_hidden_size": given.ffn,
-        "moe_router_load_balancing_type": "aux_loss",
-        "moe_aux_loss_coeff": 1e-2,
-        "moe_router_dtype": "fp32",
-        "expert_model_parallel_size": dist.get_world_size(),
-        "add_bias_linear": False,
-        "gated_linear_unit": True,
-        "activation_func": F.silu,
-        "hidden_dropout": 0.0,
-        "attention_dropout": 0.0,
-    }
-    config = TransformerConfig(**(cpu.CONFIG | fields | DISPATCHERS[given.dispatcher]))
-    config.finalize_model_grads_func = finalize_model_grads
-    spec = get_gpt_layer_local_spec(num_experts=given.experts, moe_grouped_gemm=False)
-    model = GPTModel(config, spec, VOCABULARY, given.sequence, position_embedding_type="rope")
-    model = DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model.to(device()))
-    model.broadcast_params()
-    optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=given.lr, clip_grad=1.0), [model])
-    return model, optimizer, config
-
-
-def device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def forward_step(batches: Iterator[Tensor], model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
@@ -121,7 +85,7 @@ def mean_loss(losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
 def train(given: argparse.Namespace) -> None:
     rank, size = dist.get_rank(), dist.get_world_size()
     text = Text(given.data, given.sequence, given.seed)
-    model, optimizer, config = build(given)
+    model, optimizer = build(given)
     history: list[dict[str, float]] = load(given.out, model, optimizer) if given.resume else []
     run = get_forward_backward_func()
     progress = tqdm(
@@ -146,13 +110,13 @@ def train(given: argparse.Namespace) -> None:
         entry = {"step": step, "loss": float(loss) / size, "grad_norm": float(norm), "seconds": time.perf_counter() - began}
         history.append(entry)
         progress.set_postfix(loss=f"{entry['loss']:.3f}")
-        if (step + 1) % given.save_every == 0 or step + 1 == given.steps:
+        if given.save_every and ((step + 1) % given.save_every == 0 or step + 1 == given.steps):
             save(given.out, model, optimizer, history)
     if rank == 0 and history:
-        report(given, config, history)
+        report(given, history)
 
 
-def report(given: argparse.Namespace, config: Any, history: list[dict[str, float]]) -> None:
+def report(given: argparse.Namespace, history: list[dict[str, float]]) -> None:
     """log.json and loss_curve.png."""
     import matplotlib as mpl
 
@@ -161,7 +125,10 @@ def report(given: argparse.Namespace, config: Any, history: list[dict[str, float
 
     tokens = given.micro_batches * given.micro_batch * given.sequence * dist.get_world_size()
     speed = tokens / statistics.median(e["seconds"] for e in history)
-    log = {"dispatcher": given.dispatcher, "tokens_per_second": speed, "steps": history}
+    layers = "Transformer Engine" if WITH_TE else "local"
+    given.out.mkdir(parents=True, exist_ok=True)
+    log = {"dispatcher": given.dispatcher, "precision": given.precision, "layers": layers, "tokens_per_second": speed}
+    log |= {"options": {name: str(value) for name, value in vars(given).items()}, "steps": history}
     (given.out / "log.json").write_text(json.dumps(log, indent=1) + "\n")
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     axes.plot([e["step"] for e in history], [e["loss"] for e in history])

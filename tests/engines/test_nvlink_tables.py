@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from deepep_train.engines.nvlink_tables import Known, NvlinkLayout, remember, remembered, seen
+from deepep_train.engines.nvlink_tables import (
+    Known,
+    checked_of,
+    parts_of,
+    remember,
+    remembered,
+    seen,
+    words_at,
+    words_of,
+)
 from deepep_train.errors import ArgumentError
 from deepep_train.routing import RankLayout, rank_layout
 
@@ -24,8 +33,8 @@ def given() -> RankLayout:
     return layout
 
 
-def known(layout: RankLayout, topk_idx: torch.Tensor | None = None) -> NvlinkLayout:
-    return nvlink.NvlinkEngine._known(None, layout, topk_idx, 2)
+def checked(layout: RankLayout, topk_idx: torch.Tensor | None = None) -> torch.Tensor:
+    return checked_of(layout, topk_idx, 2)
 
 
 def test_a_plain_tuple_knows_its_buffer() -> None:
@@ -41,29 +50,82 @@ def test_a_plain_tuple_knows_its_buffer() -> None:
 
 
 def test_an_untouched_layout_is_trusted() -> None:
-    assert known(given()).checked.tolist() == [0, 77]
+    assert checked(given()).tolist() == [0, 77]
 
 
 def test_a_changed_layout_is_counted_again() -> None:
     layout = given()
     layout.is_token_in_rank[2, 1] = True
-    found = known(layout)
-    assert found.checked[1:].tolist() == [0, -1, -1, 0, -1, 1]
-    assert found.checked[0].item() == 1  # its counts are no longer those of num_tokens_per_rank
+    found = checked(layout)
+    assert found[1:].tolist() == [0, -1, -1, 0, -1, 1]
+    assert found[0].item() == 1  # its counts are no longer those of num_tokens_per_rank
 
 
 def test_writes_in_inference_mode_cannot_be_seen_so_it_is_counted_again() -> None:
     with torch.inference_mode():
         layout = given()
         assert marks(layout) is None
-        assert known(layout).checked[1:].tolist() == [0, -1, -1, 0, -1, -1]
+        assert checked(layout)[1:].tolist() == [0, -1, -1, 0, -1, -1]
         layout.is_token_in_rank[2, 1] = True
-        assert known(layout).checked[0].item() == 1
+        assert checked(layout)[0].item() == 1
 
 
 @pytest.mark.parametrize("wrong", [-2, 2])
 def test_a_recount_looks_at_the_indices_too(wrong: int) -> None:
     with torch.inference_mode():
         layout = given()
-        assert known(layout, torch.tensor([[0], [1], [-1]])).checked[0].item() == 0
-        assert known(layout, torch.tensor([[0], [1], [wrong]])).checked[0].item() == 1
+        assert checked(layout, torch.tensor([[0], [1], [-1]]))[0].item() == 0
+        assert checked(layout, torch.tensor([[0], [1], [wrong]]))[0].item() == 1
+
+
+@pytest.mark.parametrize("counts_tokens", [False, True])
+@pytest.mark.parametrize("expert_layout", [False, True])
+def test_a_dispatchs_tables_lie_side_by_side(expert_layout: bool, counts_tokens: bool) -> None:
+    """Every table has its own words of the block, in which nothing is left over but what makes their number even."""
+    tokens, top_k, experts, ranks, chunks = 5, 3, 6, 2, 128
+    tables = nvlink._C.Tables(tokens, top_k, experts, ranks, expert_layout, counts_tokens)
+    block = torch.zeros(tables.words, dtype=torch.int32)
+    assert tables.lay_out(block.data_ptr()) == tables.words
+    words = {"tokens_per_expert": 2 * experts // ranks, "rank_prefix_matrix": ranks * ranks, "num_received": 1}
+    words |= {"num_several": 1, "num_summed": 1, "send_slot": tokens * ranks}
+    unseen = ranks + experts  # send_base and expert_base, which only kernels read
+    if counts_tokens:
+        words |= {"num_tokens_per_rank": ranks, "num_tokens_per_expert": experts, "checked": 1 + tokens * ranks}
+        words |= {"is_token_in_rank": -(-tokens * ranks // 4)}
+    if expert_layout:
+        words |= {
+            "send_row": tokens * ranks,
+            "pull_row": tokens * ranks,
+            "pick_row": tokens * top_k,
+            "pick_rank": tokens * top_k,
+        }
+        unseen += chunks * experts
+    for name, count in words.items():
+        words_at(block, getattr(tables, name), 1, count).add_(1)
+    assert block.max() == 1
+    assert block.sum() == sum(words.values())
+    assert tables.words == (sum(words.values()) + unseen + 1) // 2 * 2
+    if not expert_layout:
+        assert tables.send_slot == tables.send_row == tables.pull_row
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+def test_what_comes_beside_the_rows_shares_an_allocation(by_row: bool) -> None:
+    kinds = [(torch.float32, 3), None, (torch.float32, 0), (torch.int64, 2)]
+    beside, dispatch = nvlink._C.Beside(words_of(kinds), by_row), nvlink._C.DispatchParams()
+    whole = torch.zeros(beside.measure(5, 7), dtype=torch.int32)
+    beside.place(dispatch, 64, 700, whole.data_ptr())
+    made = parts_of(whole, beside, kinds)
+    assert [None if t is None else tuple(t.shape) for t in made] == [(5, 3), None, (7 if by_row else 5,), (5, 2)]
+    assert [None if t is None else t.dtype for t in made] == [None if kind is None else kind[0] for kind in kinds]
+    assert dispatch.offsets == [64, *(0 if t is None else t.data_ptr() for t in made)]
+    assert dispatch.sizes == [700, *(0 if t is None else t.nbytes for t in made)]
+    assert all(t is None or (t.data_ptr() - whole.data_ptr()) % 16 == 0 for t in made)
+
+
+def test_scales_that_go_on_from_where_they_come() -> None:
+    beside, dispatch = nvlink._C.Beside([0, 2, 0, 1], False), nvlink._C.DispatchParams()
+    assert beside.measure(3, 3) == 12
+    beside.place(dispatch, 64, 700, 1024, 4096, 24)
+    assert dispatch.offsets == [64, 4096, 1024, 0, 1056]
+    assert dispatch.sizes == [700, 24, 24, 0, 12]

@@ -114,7 +114,7 @@ def unexpected(rank: int, size: int, group: dist.ProcessGroup) -> None:
     """Errors that nobody foresaw, before and after the counts: no rank waits for the deadline."""
     x, idx, w = (t.cuda() for t in inputs(rank, size, 19))
     how: dict[str, Any] = {"num_experts": size * LOCAL_EXPERTS}
-    for name in ("_known", "_place"):
+    for name in ("_ints", "_rows"):
         buffer = small_buffer(group, timeout=1000)
         if rank == 0:
 
@@ -124,14 +124,14 @@ def unexpected(rank: int, size: int, group: dist.ProcessGroup) -> None:
             setattr(buffer._engine, name, raises)
             with pytest.raises(torch.OutOfMemoryError, match="made up"):
                 dt.dispatch(x, idx, w, buffer=buffer, **how)
-        elif name == "_known":
+        elif name == "_ints":
             with pytest.raises(dt.ArgumentError, match="made up"):
                 dt.dispatch(x, idx, w, buffer=buffer, **how)
         else:
             out = dt.dispatch(x, idx, w, buffer=buffer, **how)
             torch.cuda.synchronize()
             assert out.x.isnan().all()
-        if name == "_known":
+        if name == "_ints":
             buffer.check()
             buffer.destroy()
         else:

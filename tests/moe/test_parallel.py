@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from harness import run_ranks
+from harness import run_ranks, torch_release
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -90,6 +90,8 @@ def _rank(rank: int, size: int, group: dist.ProcessGroup, how: str, ep: int) -> 
 @pytest.mark.parametrize("how", ["plain", "ddp", "fsdp2"])
 @pytest.mark.parametrize("size,ep", [(2, 2), (4, 2)])
 def test_trains_like_one_process(how: str, size: int, ep: int) -> None:
+    if how == "fsdp2" and torch_release() < (2, 9):
+        pytest.skip("fully_shard of torch 2.8 adds gradients up over gloo, and before it has no ignored_params")
     results = run_ranks(size, _rank, how, ep, timeout=120)
     for rank, result in enumerate(results):
         assert result["norms"] == pytest.approx(result["expected_norms"], rel=1e-4)

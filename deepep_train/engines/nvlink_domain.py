@@ -1,0 +1,201 @@
+"""One rank's end of an NVLink domain: its life, its memory, the order of its operations, and what has failed in it.
+
+What the operations are stands in nvlink.py; docs/kernels.md explains the protocol.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepep_train import _C  # type: ignore[attr-defined]
+from deepep_train.engines import processes
+from deepep_train.engines.arena import Arena, ArenaFull
+from deepep_train.engines.base import MAX_NVLINK_RANKS, Engine, NoPeerAccess, need_own_device
+from deepep_train.engines.low_latency import LowLatency
+from deepep_train.engines.nvlink_failures import cuda_failed, device_error
+from deepep_train.engines.peers import Peers, raise_if_broken
+from deepep_train.engines.sms import default_sms, most_sms
+from deepep_train.errors import ArgumentError, DeepEPError
+
+_PROCESS = secrets.token_hex(8)  # containers may share host names and process numbers
+_NOTHING = nullcontext()
+
+
+class NvlinkDomain(Engine):
+    """See the module.
+
+    Args:
+        peers: bootstrap, and carry the texts of errors; these ranks must reach each other's memory.
+        arena_bytes: memory that peers can reach; received tensors live in it.
+        num_sms: gives the SMs that a call may occupy; 0: what the links need, see `sms.default_sms`.
+        name: that it goes by; the low-latency kernels come with it under any.
+    """
+
+    checks_layout = True
+
+    def __init__(self, peers: Peers, arena_bytes: int, num_sms: Callable[[], int], name: str = "nvlink") -> None:
+        self.peers = peers
+        self.name = name
+        self.rank = self.peers.rank
+        self.device: torch.device = torch.device("cuda", torch.cuda.current_device())
+        self._num_sms = num_sms
+        self._lock = threading.RLock()
+        self._owed = ""  # the operation in which peers wait for this rank
+        self._is_capturing = False  # whether the current operation is captured into a CUDA graph
+        size = self.peers.size
+        if size > MAX_NVLINK_RANKS:
+            raise ArgumentError(f"engine='nvlink' serves up to {MAX_NVLINK_RANKS} ranks, the group has {size}", "engine")
+        total = _C.Communicator.control_bytes() + arena_bytes
+        mine: dict[str, Any] = {"process": f"{_PROCESS}/{os.getpid()}", "error": "", "handle": "", "base": 0}
+        mine["index"], mine["identity"] = self.device.index, processes.identity()
+        properties = torch.cuda.get_device_properties(self.device)
+        mine["device"] = str(properties.uuid)  # without the host's name: containers that share a GPU may differ in it
+        try:
+            self._comm = _C.Communicator(self.device.index, self.rank, size, total, float(peers.timeout))
+            mine["base"] = self._comm.base
+            mine["handle"] = self._comm.ipc_handle().hex() if size > 1 else ""
+        except RuntimeError as error:
+            mine["error"] = f"no arena of {total} bytes: {error}"
+        everyone = self.peers.gather_objects(mine, "Buffer")
+        raise_if_broken(everyone)
+        mine["error"] = ""
+        try:
+            self._comm.open(
+                [
+                    (b"" if o["process"] == mine["process"] else bytes.fromhex(o["handle"]), o["base"], o["index"])
+                    for o in everyone
+                ]
+            )
+        except RuntimeError as error:
+            mine["error"] = str(error)
+        try:
+            raise_if_broken(self.peers.gather_objects(mine, "Buffer"))  # besides: nobody starts before all have mapped all
+        except DeepEPError as error:
+            raise NoPeerAccess(str(error)) from None
+        self._processes = [o["identity"] for o in everyone]
+        self._arena = Arena(self._comm, self.device)
+        sharing = sum(o["device"] == mine["device"] for o in everyone)
+        sms = properties.multi_processor_count
+        self._max_sms = most_sms(sms, sharing)
+        self._default_sms = {
+            operation: default_sms(operation, properties.major, sms, size, sharing) for operation in ("dispatch", "combine")
+        }
+        self.low_latency = LowLatency(
+            self.peers, self._arena, self._comm.addresses(), self._max_sms, sharing == size, self._ordered, self.device
+        )
+
+    # Memory ------------------------------------------------------------------------------------------------------------
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device | None) -> Tensor:
+        need_own_device(device, self.device)
+        with self._lock, self._here():
+            try:
+                return self._arena.empty(shape, dtype)
+            except ArenaFull as full:
+                raise self._arena.too_small(self.rank, full.num_bytes) from None
+
+    def memory_stats(self) -> dict[str, int]:
+        return self._arena.stats()
+
+    def _operation(self) -> _Operation:
+        return _Operation(self)
+
+    @contextmanager
+    def _ordered(self) -> Iterator[int]:
+        """Around launches and uses of the arena that nobody waits for at once; as `_operation` else."""
+        with self._lock, self._here():
+            stream = self._stream()
+            self._comm.enter(stream)
+            try:
+                yield stream
+            finally:
+                self._comm.leave(stream)
+
+    def _here(self) -> AbstractContextManager[Any]:
+        """Makes the engine's device the current one."""
+        return _NOTHING if torch.cuda.current_device() == self.device.index else torch.cuda.device(self.device)
+
+    def _stream(self) -> int:
+        return torch._C._cuda_getCurrentRawStream(self.device.index)  # torch.cuda.current_stream costs 4 us
+
+    def _sms(self, asked: int, operation: str = "dispatch") -> int:
+        return min(asked or self._num_sms() or self._default_sms[operation], self._max_sms)
+
+    # Failures ----------------------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        self.peers.check()
+        if not self._comm.is_well():
+            raise device_error(self._comm.failure(), self.rank, self.peers.timeout, self._processes)
+        self._check_cuda()
+        self.low_latency.check()
+
+    def _check_cuda(self, error: BaseException | None = None) -> None:
+        """Raise if CUDA has failed for good."""
+        if text := self._comm.cuda_error(self._stream()):
+            raise cuda_failed(text, self.rank, self._processes) from error
+
+    def destroy(self) -> None:
+        with self._lock:
+            try:
+                self.low_latency.close()
+                self._comm.close(self._arena.was_captured)
+            except RuntimeError as error:
+                self._check_cuda(error)
+                raise
+            finally:
+                del self._arena, self.low_latency
+
+
+class _Operation:
+    """One operation: gives the stream; operations of all streams follow each other.
+
+    If it raises while peers wait for this rank's rows (`_owed`), they are told that there will be none. Whatever the caller's
+    current device is, here it is the engine's: torch's questions about "the current stream" are about that one's. A class: a
+    context made of a generator costs 2 us, in every call.
+    """
+
+    def __init__(self, domain: NvlinkDomain) -> None:
+        self._domain = domain
+
+    def __enter__(self) -> int:
+        domain = self._domain
+        domain._lock.acquire()
+        self._here = domain._here()
+        self._here.__enter__()
+        try:
+            self._stream = domain._stream()
+            domain._is_capturing = domain._comm.enter(self._stream)
+        except BaseException:
+            self._exit()
+            raise
+        domain._arena.begin_operation()
+        domain._owed = ""
+        return self._stream
+
+    def _exit(self) -> None:
+        self._here.__exit__(None, None, None)
+        self._domain._lock.release()
+
+    def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
+        domain = self._domain
+        try:
+            if error is not None:
+                domain._check_cuda(error)  # if so, nothing can be launched any more, and there is no order to keep
+                if domain._owed:
+                    num_bytes = error.num_bytes if isinstance(error, ArenaFull) else 0
+                    domain._comm.refuse(domain._owed, num_bytes, self._stream)
+            domain._owed = ""
+            domain._comm.leave(self._stream)
+            if isinstance(error, ArenaFull):
+                raise domain._arena.too_small(domain.rank, error.num_bytes) from None
+        finally:
+            self._exit()
