@@ -237,13 +237,22 @@ PYBIND11_MODULE(_C, m) {
         .def("close", &C::close, py::arg("keep") = false, no_gil)
         .def("enter_pool", &C::enter_pool)
         .def_static("leave_pool", &C::leave_pool)
+        .def("begin_settling", &C::begin_settling)
         .def("settle", &C::settle)
         .def("enter", &C::enter)
         .def("leave", &C::leave)
         .def("layout", &C::layout)
         .def("route", &C::route)
         .def("route_nothing", &C::route_nothing)
-        .def("wait_counts", &C::wait_counts, no_gil)
+        .def(
+            "wait_counts",
+            [](const C& c, uint32_t ticket, int num_local_experts, uint64_t stream) {
+                return c.wait_counts(ticket, num_local_experts, stream, [] {
+                    const py::gil_scoped_acquire gil;
+                    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+                });
+            },
+            no_gil)
         .def("dispatch", &C::dispatch)
         .def("refuse", &C::refuse)
         .def("arrange", &C::arrange)

@@ -193,8 +193,8 @@ class Buffer(CheckedCalls, LowLatencyCalls):
             device: the engine's (the GPU's) or, for engines that serve any, torch's default one, if None.
         """
         self.check()
-        fits = isinstance(shape, (tuple, list)) and all(isinstance(n, int) and 0 <= n <= checks.LARGEST for n in shape)
-        checks.need(fits, "shape", "a sequence of ints from 0 on", shape)
+        fits = isinstance(shape, (tuple, list)) and all(type(n) is int and n >= 0 for n in shape)
+        checks.need(fits and math.prod(shape) <= checks.LARGEST, "shape", "a sequence of ints from 0 on, at most 2**48", shape)
         checks.need(isinstance(dtype, torch.dtype), "dtype", "a torch.dtype", dtype)
         try:
             where = None if device is None else torch.device(device)
@@ -263,6 +263,7 @@ class Buffer(CheckedCalls, LowLatencyCalls):
         """
         self.check()
         checks.integer(offset, "offset")
+        checks.need(isinstance(dtype, torch.dtype), "dtype", "a torch.dtype", dtype)
         num_bytes = self.num_rdma_bytes if use_rdma_buffer else self.num_nvl_bytes
         if use_rdma_buffer not in self._local_bytes:
             self._local_bytes[use_rdma_buffer] = torch.zeros(num_bytes, dtype=torch.uint8)
@@ -353,6 +354,8 @@ class Buffer(CheckedCalls, LowLatencyCalls):
             names = ("num_tokens_per_rank", "num_tokens_per_rdma_rank", "is_token_in_rank", "num_tokens_per_expert")
             for name, value in zip(names, counts, strict=True):
                 checks.need(value is None, name, "None with a handle", value)
+            checks.integer(num_worst_tokens, "num_worst_tokens")  # neither means anything here, but V1's callers pass them
+            checks.integer(expert_alignment, "expert_alignment", 1)
 
         if handle is not None:
             again, event = self._comm.run(

@@ -65,8 +65,13 @@ _WITH_MEMORY = (Tensor, torch.nn.Parameter)
 
 
 def _has_memory(value: Any) -> bool:
-    """Whether its `data_ptr()` is where its elements lie: that of a DTensor, say, is 0."""
-    return isinstance(value, Tensor) and not is_traceable_wrapper_subclass(value) and not hasattr(value, "fake_mode")
+    """Whether its elements are what lies at its `data_ptr()`: that of a DTensor, say, is 0, and so is that of a tensor whose
+    storage was freed; what a negated view has there is not its elements."""
+    if type(value) not in _WITH_MEMORY and (
+        not isinstance(value, Tensor) or is_traceable_wrapper_subclass(value) or hasattr(value, "fake_mode")
+    ):
+        return False
+    return (value.data_ptr() != 0 or not value.numel()) and not value.is_neg()
 
 
 def tensor(
@@ -80,22 +85,25 @@ def tensor(
     """A dense tensor of this shape (None: any size), one of these dtypes, on this device (None: any), with memory if its
     elements are to be read."""
     if (
-        (type(value) in _WITH_MEMORY or _has_memory(value) or (not is_read and isinstance(value, Tensor)))
+        isinstance(value, Tensor)
         and value.dtype in dtypes
         and _fits(shape, value.shape)
         and (device is None or value.device == device)
         and value.layout == torch.strided
+        and (not is_read or _has_memory(value))
     ):
         return value  # before any text is made: this is on the way of every call
     names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
     wanted = f"a {names} tensor of shape [{', '.join('any' if n is None else str(n) for n in shape)}]"
     wanted += f" on {device}" if device is not None else ""
     need(isinstance(value, Tensor), argument, wanted, value)
+    need(value.layout == torch.strided, argument, f"{wanted}, dense (layout torch.strided, not {value.layout})", value)
     if is_read and not _has_memory(value):
         text = f"{argument} must be {wanted} with memory of its own, got a {type(value).__name__}"
         text += "; pass its local part, x.to_local()" if hasattr(value, "to_local") else ""
+        text += " whose storage is empty" if type(value) in _WITH_MEMORY and not value.is_neg() else ""
+        text += " that is a negated view: pass x.resolve_neg()" if value.is_neg() else ""
         raise ArgumentError(text, argument.partition(":")[0])
-    need(value.layout == torch.strided, argument, f"{wanted}, dense (layout torch.strided, not {value.layout})", value)
     need(value.dtype in dtypes, argument, wanted, value)
     need(_fits(shape, value.shape), argument, wanted, value)
     need(device is None or value.device == device, argument, wanted, value)
@@ -178,7 +186,7 @@ def _scale_blocks(value: Any, argument: str) -> None:
     need(isinstance(value, ScaleBlocks), argument, "fp8.ScaleBlocks or None", value)
     flag(value.tokens_innermost, f"{argument}.tokens_innermost")
     integer(value.multiple, f"{argument}.multiple", 1)
-    need(value.multiple < 2**20, f"{argument}.multiple", "below 2**20", value.multiple)
+    need(value.multiple <= 2**16, f"{argument}.multiple", "at most 2**16", value.multiple)
     is_word = isinstance(value.padding_word, int) and -(2**31) <= value.padding_word < 2**31
     need(is_word, f"{argument}.padding_word", "an int of 32 bits", value.padding_word)
 
@@ -195,7 +203,9 @@ def topk_idx(
 ) -> Tensor:
     """int64 [tokens, top_k] in [-1, num_experts). Reading the range waits for the GPU if the tensor is there."""
     known = isinstance(value, Tensor) and value.dtype is torch.int64 and value.dim() == 2 and value.layout is torch.strided
-    if not known or num_tokens is not None or device is not None:  # else: the layout call, whose time is the CPU's
+    if (
+        not known or num_tokens is not None or device is not None or not _has_memory(value)
+    ):  # else: the layout call, whose time is the CPU's
         tensor(value, "topk_idx", [num_tokens, None], (torch.int64,), device)
     need(value.shape[1] >= 1, "topk_idx", "at least one choice wide", value)
     if check_range and value.numel():

@@ -94,7 +94,8 @@ def dispatch(
         data, scales, weights, _ = _Dispatch.apply(data, scales, topk_weights, call)
         rows = data if scales is None else (data, scales)
     assert call.handle is not None
-    return Dispatched(rows, call.recv_topk_idx, weights, call.handle.plan.tokens_per_expert, call.handle)
+    tokens_per_expert = call.handle.plan.tokens_per_expert.clone()  # the caller may do with it what he likes
+    return Dispatched(rows, call.recv_topk_idx, weights, tokens_per_expert, call.handle)
 
 
 def _dispatch_quantized(x: Any, topk_weights: Tensor | None, call: _DispatchCall) -> tuple[Any, Tensor | None]:

@@ -21,6 +21,12 @@ def _x(change: Any, argument: str = "x", **how: Any) -> Misuse:
     return Misuse("dispatch", argument, lambda s: {"x": change(s)}, **how)
 
 
+def _freed(t: torch.Tensor) -> torch.Tensor:
+    t = t.clone()
+    t.untyped_storage().resize_(0)
+    return t
+
+
 def _idx(change: Any, **how: Any) -> Misuse:
     return Misuse("dispatch", "topk_idx", lambda s: {"topk_idx": change(s)}, **how)
 
@@ -60,6 +66,8 @@ PAYLOAD = {
     "x is sparse CSR": _x(lambda s: s.x.to_sparse_csr()),
     "x is nested": _x(lambda s: torch.nested.nested_tensor([s.x, s.x[:1]], layout=torch.jagged)),
     "x has no memory of its own, as a DTensor": _x(lambda s: TwoTensor(s.x, s.x)),
+    "x's storage was freed": _x(lambda s: _freed(s.x)),
+    "x is a negated view": _x(lambda s: torch._neg_view(s.x)),
     "x has no columns": _x(lambda s: s.x[:, :0]),
     "x is wrong on two ranks": _x(lambda s: s.x[0], ranks=(0, 2), size=3),
     "x is wrong on all ranks": _x(lambda s: None, ranks=(0, 1, 2), size=3),
@@ -87,6 +95,7 @@ ROUTING = {
     "topk_idx is int32": _idx(lambda s: s.idx.int()),
     "topk_idx is float": _idx(lambda s: s.idx.float()),
     "topk_idx is bool": _idx(lambda s: s.idx > 0),
+    "topk_idx has no memory of its own": _idx(lambda s: TwoTensor(s.idx, s.idx)),
     "topk_idx is 1-D": _idx(lambda s: s.idx[:, 0]),
     "topk_idx is 3-D": _idx(lambda s: s.idx.unsqueeze(2)),
     "topk_idx is sparse": _idx(lambda s: s.idx.to_sparse()),

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from misuses import Misuse, altered, outcomes
+from torch.testing._internal.two_tensor import TwoTensor
 
 from deepep_train import ArgumentError, Buffer, Config, DeepEPError, EventOverlap
 
@@ -140,6 +141,7 @@ LOCAL: dict[str, tuple[str, Callable[[Buffer], Any]]] = {
     "layout: topk_idx is a list": ("topk_idx", lambda b: b.get_dispatch_layout(IDX.tolist(), 4)),
     "layout: topk_idx is int32": ("topk_idx", lambda b: b.get_dispatch_layout(IDX.int(), 4)),
     "layout: topk_idx is 1-D": ("topk_idx", lambda b: b.get_dispatch_layout(IDX[0], 4)),
+    "layout: topk_idx has no memory of its own": ("topk_idx", lambda b: b.get_dispatch_layout(TwoTensor(IDX, IDX), 4)),
     "layout: topk_idx is too large": ("topk_idx", lambda b: b.get_dispatch_layout(IDX, 2)),
     "layout: topk_idx is below -1": ("topk_idx", lambda b: b.get_dispatch_layout(IDX - 1, 4)),
     "layout: num_experts is 0": ("num_experts", lambda b: b.get_dispatch_layout(IDX, 0)),

@@ -120,9 +120,14 @@ bool Arena::release(void* pointer) {
     return true;
 }
 
+void Arena::begin_settling() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    settling_.merge(unsettled_);
+}
+
 void Arena::settle() {
     const std::lock_guard<std::mutex> lock(mutex_);
-    for (const auto& range : unsettled_) {
+    for (const auto& range : settling_) {
         size_t offset = range.first, size = range.second;
         auto next = free_.lower_bound(offset);
         if (next != free_.end() && offset + size == next->first) {
@@ -139,7 +144,7 @@ void Arena::settle() {
         }
         free_[offset] = size;
     }
-    unsettled_.clear();
+    settling_.clear();
 }
 
 void set_current_arena(Arena* arena) { current_arena = arena; }

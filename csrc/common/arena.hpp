@@ -29,9 +29,9 @@ public:
     // Null if no free range is large enough.
     void* allocate(size_t bytes);
     // False if `pointer` was not given out by this arena. Kernels of the stream that used it may still run, and torch does not
-    // say which: the range is given out again only after `settle`.
+    // say which: the range is given out again only after `begin_settling`, a synchronization of the device, and `settle`.
     bool release(void* pointer);
-    // To be called when the device has been synchronized since.
+    void begin_settling();
     void settle();
 
     // Finds the arena that gave `pointer` out.
@@ -55,6 +55,7 @@ private:
     std::map<size_t, size_t> free_;   // offset -> size
     std::map<size_t, size_t> taken_;  // offset -> size
     std::map<size_t, size_t> unsettled_;
+    std::map<size_t, size_t> settling_;
     size_t used_ = 0;
     size_t peak_ = 0;
 };

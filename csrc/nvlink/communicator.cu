@@ -134,6 +134,16 @@ Communicator::Communicator(int device, int rank, int num_ranks, double timeout_s
 Communicator::~Communicator() {
     // No collective, no exception, no waiting: a process may be on its way out. What a kernel may still use is kept.
     const OnDevice on(device_);
+    if (!closed_ && state_->kept && arena_) {
+        // A graph of this buffer may live on: as after `close`, its replays touch no peer, and no table that is gone.
+        cudaStream_t stream = nullptr;
+        auto* control = reinterpret_cast<Control*>(arena_->base());
+        if (cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking) == cudaSuccess) {
+            cudaMemsetAsync(&control->failed, 1, sizeof(control->failed), stream);
+            cudaStreamDestroy(stream);
+        }
+        cudaGetLastError();
+    }
     if (!closed_ && state_->any_eager && cudaEventQuery(state_->eager) != cudaSuccess) {
         cudaGetLastError();
         state_->kept = true;
@@ -297,7 +307,8 @@ uint32_t Communicator::route_nothing(uint64_t stream) {
     return c.ticket;
 }
 
-std::optional<CountResult> Communicator::wait_counts(uint32_t ticket, int num_local_experts, uint64_t stream) const {
+std::optional<CountResult> Communicator::wait_counts(uint32_t ticket, int num_local_experts, uint64_t stream,
+                                                     const std::function<void()>& now_and_then) const {
     const HostPage* page = state_->host;
     // The kernel keeps the deadline; here only a kernel that cannot run, or has crashed, is looked for.
     const auto deadline = std::chrono::steady_clock::now() + std::chrono::duration<double>(timeout_seconds_ + 30);
@@ -308,6 +319,7 @@ std::optional<CountResult> Communicator::wait_counts(uint32_t ticket, int num_lo
             check_cuda(status, "a kernel before the exchange of counts, or the exchange itself", __FILE__, __LINE__);
         if (std::chrono::steady_clock::now() > deadline)
             throw std::runtime_error("the exchange of counts has not run; the GPU may be busy with an earlier kernel");
+        if (spins % (1 << 22) == (1 << 22) - 1) now_and_then();
         std::this_thread::yield();
     }
     std::atomic_thread_fence(std::memory_order_acquire);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -69,6 +70,7 @@ public:
     void enter_pool();
     static void leave_pool();
     // After a synchronization of the device: what torch has given back may be given out again, to any stream.
+    void begin_settling() { arena_->begin_settling(); }
     void settle() { arena_->settle(); }
 
     // Around every operation and every use of memory that operations share: they follow each other, whatever streams they
@@ -85,8 +87,10 @@ public:
     uint32_t route(const Tables& t, uint64_t topk_idx, int alignment, int64_t bound, int64_t signature, uint64_t stream);
     // Take part in the exchange of counts only to say that this rank's arguments are wrong.
     uint32_t route_nothing(uint64_t stream);
-    // Waits on the CPU; to be called without the GIL. Gives nothing if the domain has failed.
-    std::optional<CountResult> wait_counts(uint32_t ticket, int num_local_experts, uint64_t stream) const;
+    // Waits on the CPU; to be called without the GIL. Gives nothing if the domain has failed. `now_and_then`, some ten times a
+    // second or more often, may end it by an exception.
+    std::optional<CountResult> wait_counts(uint32_t ticket, int num_local_experts, uint64_t stream,
+                                           const std::function<void()>& now_and_then) const;
     void dispatch(const DispatchParams& p, uint64_t stream) const;
     // Take part in the next operation only to refuse it: for wrong arguments, or because `bytes` did not fit. Unless every rank
     // does, the domain has failed.

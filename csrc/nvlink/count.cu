@@ -112,12 +112,16 @@ __device__ void clear_results(const Domain& d, const CountParams& p) {
 
 __global__ void __launch_bounds__(kThreads, 1)
     count_kernel(const __grid_constant__ Domain d, const __grid_constant__ CountParams p) {
-    __shared__ bool came, good;
+    __shared__ bool came, good, is_well;
     Control* mine = d.control(d.rank);
     const uint32_t epoch = mine->epoch + 1;
-    if (threadIdx.x == 0) good = false;
+    if (threadIdx.x == 0) {
+        good = false;
+        is_well = mine->failed == 0;  // read once: a thread of this block may set it while others have still to look
+    }
+    __syncthreads();
     const bool bad = p.status != 0 || (p.out_of_range != 0 && *reinterpret_cast<const int32_t*>(p.out_of_range) != 0);
-    if (mine->failed == 0) {
+    if (is_well) {
         send_counts(d, p, epoch, bad);
         if (threadIdx.x < 32) {
             const bool all = wait_for_flags(d, mine->counted_flag, mine->ready_flag, epoch, kCount, kMeetCounted);

@@ -77,6 +77,11 @@ def _new_pool(device: torch.device) -> torch.cuda.MemPool:
         return torch.cuda.MemPool(_allocator().allocator())
 
 
+def _count_death(arena: weakref.ref[Arena], pool: int) -> None:
+    if (alive := arena()) is not None:
+        alive.count_death(pool)
+
+
 class Arena:
     """See the module. Not thread-safe: the engine's lock covers it.
 
@@ -286,15 +291,17 @@ class Arena:
         if self._has_orphans:
             self._has_orphans = False
             torch.cuda.empty_cache()
+        self._comm.begin_settling()  # what other threads release after this may still be in use
         torch.cuda.synchronize(self._device)
         self._comm.settle()
 
     def _watch(self, t: Tensor) -> None:
         """Large tensors' deaths are counted; it is the storage that counts, which views keep alive."""
         if t.nbytes >= _LARGE and not self._is_staged(t):
-            weakref.finalize(t.untyped_storage(), self._count_death, self._pools).atexit = False
+            # Of this arena by a weak reference: what it keeps for graphs would else keep it, and so itself, for ever.
+            weakref.finalize(t.untyped_storage(), _count_death, weakref.ref(self), self._pools).atexit = False
 
-    def _count_death(self, pool: int) -> None:
+    def count_death(self, pool: int) -> None:
         self._deaths += 1
         if pool != self._pools:  # finalizers run on any thread
             self._has_orphans = True

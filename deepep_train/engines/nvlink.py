@@ -297,6 +297,7 @@ class NvlinkEngine(NvlinkDomain):
             kept=kept,
             has_tail=has_tail,
             stream=stream,
+            as_made=seen(block),
         )
         tensors = self._handle_tensors(fresh, source)
         remember(tensors, plan, self._token)  # V1's callers may hand these back as a plain tuple
@@ -463,6 +464,8 @@ class NvlinkEngine(NvlinkDomain):
     def _plan_for(self, plan: Plan, stream: int) -> NvlinkPlan:
         """A handle may die as soon as a call that uses it returns, on whatever stream: its tables must not."""
         assert isinstance(plan, NvlinkPlan)
+        if plan.as_made is not None and plan.as_made != seen(plan.kept[0]):
+            raise ArgumentError("handle: its tensors have been written to since dispatch returned them", "handle")
         if self._is_capturing:
             self._arena.keep(plan)
         elif plan.stream != stream:  # None, of a handle rebuilt from copies: nobody knows
@@ -517,6 +520,7 @@ class NvlinkEngine(NvlinkDomain):
             kept=(send_slot, received),
             has_tail=True,  # it may: nobody knows any more
             stream=None,
+            as_made=None,
         )
 
     def _explain(self, prepared: Prepared[DispatchRequest], fresh: _Fresh | None) -> NoReturn:

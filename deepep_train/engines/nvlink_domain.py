@@ -48,6 +48,7 @@ class NvlinkDomain(Engine):
         self.device: torch.device = torch.device("cuda", torch.cuda.current_device())
         self._num_sms = num_sms
         self._lock = threading.RLock()
+        self._is_destroyed = False
         self._owed = ""  # the operation in which peers wait for this rank
         self._is_capturing = False  # whether the current operation is captured into a CUDA graph
         size = self.peers.size
@@ -152,6 +153,7 @@ class NvlinkDomain(Engine):
                 self._check_cuda(error)
                 raise
             finally:
+                self._is_destroyed = True
                 del self._arena, self.low_latency
 
 
@@ -169,6 +171,9 @@ class _Operation:
     def __enter__(self) -> int:
         domain = self._domain
         domain._lock.acquire()
+        if domain._is_destroyed:  # by another thread, while this one waited
+            domain._lock.release()
+            raise DeepEPError("this Buffer has been destroyed")
         self._here = domain._here()
         self._here.__enter__()
         try:

@@ -26,12 +26,14 @@ class NvlinkPlan(Plan):
         kept: the memory in which they lie.
         has_tail: whether the received tensor may have more rows than arrived.
         stream: the id of the stream that its tables were made on; None: unknown.
+        as_made: `seen` of the memory of the tables that the caller has tensors of; None: nobody knows.
     """
 
     tables: Any
     kept: tuple[Tensor, ...]
     has_tail: bool
     stream: int | None
+    as_made: Seen
 
 
 Seen = tuple[tuple[int, int] | None, ...] | None
@@ -71,7 +73,12 @@ def checked_of(layout: RankLayout, topk_idx: Tensor | None, num_experts: int) ->
     tensors."""
     per_rank, _, per_expert, in_rank = layout
     known: Known | None = getattr(in_rank, "deepep_train_layout", None)
-    if known is not None and known.seen is not None and known.seen == seen(per_rank, per_expert, in_rank, topk_idx):
+    if (
+        known is not None
+        and known.seen is not None
+        and known.seen == seen(per_rank, per_expert, in_rank, topk_idx)
+        and all(_same_view(a, b) for a, b in zip((per_rank, per_expert, topk_idx), known.kept, strict=True))
+    ):
         return known.checked
     position = in_rank.cumsum(0, dtype=torch.int32) - 1
     wrong = (in_rank.sum(0, dtype=torch.int32) != per_rank).any()
@@ -80,6 +87,11 @@ def checked_of(layout: RankLayout, topk_idx: Tensor | None, num_experts: int) ->
         wrong = wrong | (count_picks(topk_idx, num_experts) != per_expert).any()
     send_index = torch.where(in_rank, position, -1).to(torch.int32)
     return torch.cat([wrong.to(torch.int32).view(1), send_index.view(-1)])
+
+
+def _same_view(a: Tensor | None, b: Tensor | None) -> bool:
+    """Of two tensors that begin at one address."""
+    return a is b or (a is not None and b is not None and a.shape == b.shape and a.stride() == b.stride())
 
 
 def remember(handle: tuple[Tensor, ...], plan: NvlinkPlan, maker: object) -> None:

@@ -29,7 +29,9 @@ def given() -> RankLayout:
     """As V1's callers hand it back, with what `is_token_in_rank` remembers: numbers that no recount would give."""
     layout = rank_layout(torch.tensor([[0], [1], [-1]]), 2, 2)
     mark = torch.tensor([0, 77], dtype=torch.int32)
-    layout.is_token_in_rank.deepep_train_layout = Known(mark, marks(layout), ())
+    layout.is_token_in_rank.deepep_train_layout = Known(
+        mark, marks(layout), (layout.num_tokens_per_rank, layout.num_tokens_per_expert, None)
+    )
     return layout
 
 
@@ -51,6 +53,18 @@ def test_a_plain_tuple_knows_its_buffer() -> None:
 
 def test_an_untouched_layout_is_trusted() -> None:
     assert checked(given()).tolist() == [0, 77]
+
+
+def test_another_view_of_the_counts_is_counted_again() -> None:
+    layout = given()
+    other = layout._replace(num_tokens_per_rank=layout.num_tokens_per_rank[:1].expand(2))
+    assert other.num_tokens_per_rank.data_ptr() == layout.num_tokens_per_rank.data_ptr()
+    assert checked(other)[1:].tolist() == [0, -1, -1, 0, -1, -1]
+    halves = rank_layout(torch.tensor([[0], [0], [-1]]), 2, 2)
+    halves.is_token_in_rank.deepep_train_layout = Known(
+        torch.tensor([0, 77]), marks(halves), (halves.num_tokens_per_rank, halves.num_tokens_per_expert, None)
+    )
+    assert checked(halves._replace(num_tokens_per_rank=halves.num_tokens_per_rank[:1].expand(2)))[0].item() == 1
 
 
 def test_a_changed_layout_is_counted_again() -> None:
