@@ -76,6 +76,51 @@ def test_flags_are_polled_and_raised_for_the_whole_system(kernel: str) -> None:
         assert not narrow, "flags of the whole system are all that is polled and raised; blocks count by atomics"
 
 
+# Where a peer's flags lie in its `Control` (csrc/nvlink/protocol.cuh), by kernel: those that it raises and polls.
+COUNTED, READY, DONE = "", r"\+0x100", r"\+0x200"
+FLAGS = {
+    "dispatch_kernel": (READY, DONE),
+    "combine_kernel": (READY, DONE),
+    "count_kernel": (COUNTED,),
+    "refuse_kernel": (READY,),
+}
+# Polled by `refuse_kernel`: none, it says that there is nothing to wait for.
+POLLED = FLAGS | {"refuse_kernel": ()}
+FENCE = r"MEMBAR\.(ALL|SC)\.SYS"
+
+
+@pytest.mark.parametrize("kernel", FLAGS)
+def test_flags_are_raised_by_a_release(kernel: str) -> None:
+    """Behind a fence, which nothing separates from the store but what belongs to it."""
+    for body in of_kernel(kernel):
+        for flag in FLAGS[kernel]:
+            stores = [i for i, one in enumerate(body) if re.match(rf"STG?\.E\.STRONG\.SYS \S+\[\w+\.64{flag}\]", one)]
+            assert any(has(body[i - 4 : i], FENCE) for i in stores), f"the flag at {flag or 0} is raised without order"
+
+
+@pytest.mark.parametrize("kernel", POLLED)
+def test_flags_are_polled_by_an_acquire(kernel: str) -> None:
+    """What L1 holds is invalid behind it."""
+    for body in of_kernel(kernel):
+        for flag in POLLED[kernel]:
+            polls = [i for i, one in enumerate(body) if re.match(rf"LDG?\.E\.STRONG\.SYS \w+, \S+\[\w+\.64{flag}\]", one)]
+            assert polls, f"the flag at {flag or 0} is not polled"
+            acquired = [body[i + 1].startswith("CCTL.IVALL") for i in polls]
+            # `failed`, this rank's own, is read without order from no offset that this pattern could tell from a flag's.
+            assert all(acquired) or (flag == COUNTED and any(acquired)), f"the flag at {flag or 0} is polled without order"
+
+
+@pytest.mark.parametrize("kernel", ["dispatch_kernel", "combine_kernel"])
+def test_blocks_join_behind_a_fence_of_the_whole_system(kernel: str) -> None:
+    """The last block raises the flags for what all blocks have written."""
+    for body in of_kernel(kernel):
+        joins = [i for i, one in enumerate(body) if one.startswith("ATOMG.E.ADD.STRONG.GPU")]
+        assert joins
+        for join in joins:
+            barrier = max(i for i, one in enumerate(body[:join]) if one.startswith("BAR.SYNC"))
+            assert has(body[barrier - 8 : barrier], FENCE), "blocks join without a fence"
+
+
 # In dispatch and combine one stands behind the meeting: what peers wrote is read by bulk copies, and what they read is
 # overwritten by them. The others are the pipelines' own.
 PROXY_FENCES = {"dispatch_kernel": 6, "combine_kernel": 2, "expand_kernel": 5, "reduce_kernel": 1}

@@ -25,12 +25,6 @@ constexpr int kThreads = 768;  // with 1024 there are too few registers
 constexpr int kWarps = kThreads / 32;
 constexpr int kAtOnce = 4;  // 16-byte words that a thread asks memory for before it stores the first
 
-DT_DEVICE uint64_t load_acquire_sys(const uint64_t* address) {
-    uint64_t value;
-    asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");
-    return value;
-}
-
 DT_DEVICE bool has_failed(const End& end) { return *static_cast<const volatile uint32_t*>(end.failed) != 0; }
 
 // What a rank says of the exchange that it is in: its number and the call's signature.
@@ -290,6 +284,13 @@ void* allocate(size_t bytes) {
         throw std::runtime_error("NVSHMEM has no " + std::to_string(bytes) +
                                  " bytes more; NVSHMEM_SYMMETRIC_SIZE says how many it has");
     return memory;
+}
+
+void* of_peer(const void* symmetric, int rank) {
+    void* there = nvshmem_ptr(symmetric, rank);
+    if (there == nullptr)
+        throw std::runtime_error("NVSHMEM cannot map the memory of rank " + std::to_string(rank) + ", which is of this node");
+    return there;
 }
 
 int* queue_pairs(int count) {

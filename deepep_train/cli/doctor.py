@@ -109,7 +109,8 @@ def as_text(report: dict[str, Any]) -> str:
 
 def _between_hosts() -> dict[str, Any]:
     """What auto takes among several machines like this one."""
-    why = engines.whereabouts()["across"]
+    here = engines.whereabouts()
+    why = here["no rdma"] or here["no puts"]
     return {"engine": "collective", "reasons": [f"rdma: {why}"]} if why else {"engine": "rdma", "reasons": []}
 
 

@@ -21,6 +21,8 @@ from torch import Tensor
 from deepep_train import _C  # type: ignore[attr-defined]
 from deepep_train.engines import nvshmem, processes
 from deepep_train.engines.arena import Arena, ArenaFull, Landing
+from deepep_train.engines.low_latency import MAX_RANKS, LowLatency
+from deepep_train.engines.low_latency_far import OtherNodes, tensor_at
 from deepep_train.engines.nvlink_failures import AWAITED, cuda_failed, device_error, rail_error, who_ended
 from deepep_train.engines.peers import Peers, raise_if_broken
 from deepep_train.engines.rail_rows import as_elements, as_rows
@@ -88,13 +90,12 @@ class Rails:
         raise_if_broken([{"error": text} for text in peers.gather_objects(error, "Buffer")])
         self._everyone = to_everyone(peers.rank, num_local_ranks, self.nodes, self.device, self._stream())
         self._look_at_memory()
+        self.low_latency = self._low_latency(kernels)
 
     def _look_at_memory(self) -> None:
         """Python's eyes on the memory that the rail writes to."""
         self._segment = self._end.segment_bytes
-        size = self.nodes * self._segment
-        storage = torch._C._construct_storage_from_data_pointer(self._end.recv, self.device, size)
-        self._received = torch.empty(0, dtype=torch.uint8, device=self.device).set_(storage)
+        self._received = tensor_at(self._end.recv, self.nodes * self._segment, self.device)
 
     def _open_node(self, arena_bytes: int) -> None:
         """Map the memory of this node's ranks."""
@@ -125,11 +126,22 @@ class Rails:
         self._processes = [o["identity"] for o in everyone]
         self._arena = Arena(self._comm, self.device)
         sharing = sum(o["device"] == mine["device"] for o in everyone)
+        self._one_gpu = len({o["device"] for o in everyone[first : first + self.local]}) == 1
         sms = properties.multi_processor_count
         self._max_sms = most_sms(sms, sharing)
         self._default_sms = {
             what: default_sms(what, properties.major, sms, peers.size, sharing) for what in ("dispatch", "combine")
         }
+
+    def _low_latency(self, kernels: Any) -> LowLatency | None:
+        if self.peers.size > MAX_RANKS:
+            return None
+        first, size = self.node * self.local, self.peers.size
+        arenas = [0] * size
+        arenas[first : first + self.local] = self._comm.addresses()
+        far = OtherNodes(kernels, self._end, first, self.local, size, self.device)
+        how = (self._max_sms, self._one_gpu, lambda: self._operation(None), self.device, far)
+        return LowLatency(self.peers, self._arena, arenas, *how)
 
     # What a route needs ------------------------------------------------------------------------------------------------
 
@@ -475,5 +487,7 @@ class Rails:
 
     def close(self) -> None:
         with self._lock:
+            if self.low_latency is not None:
+                self.low_latency.close()
             self._comm.close(self._arena.was_captured)
             del self._arena

@@ -72,7 +72,7 @@ class RdmaEngine(CollectiveEngine):
         self._row_words = _HEAD + self.peers.size + self.num_nodes + MAX_EXPERTS  # of an exchange of counts
         rail_bytes = max(rail_bytes, 2 * self.num_nodes * 8 * self._row_words)
         self.rails = Rails(self.peers, num_local_ranks, arena_bytes, rail_bytes, num_qps, num_sms)
-        self.device = self.rails.device
+        self.device, self.low_latency = self.rails.device, self.rails.low_latency
         self._token = object()  # of this engine, for what travels with tensors
         self._zeros = torch.zeros(MAX_EXPERTS, dtype=torch.int32, device=self.device)
 
@@ -271,6 +271,8 @@ class RdmaEngine(CollectiveEngine):
         if (failure := self.rails.failure()) is not None:
             self.peers.failure = failure
             raise failure
+        if self.low_latency is not None:
+            self.low_latency.check()
 
     def destroy(self) -> None:
         self.rails.close()
