@@ -90,8 +90,9 @@ void bind_low_latency(py::module_ m) {
     namespace ll = deepep_train::low_latency;
     {
         using P = ll::Common;
-        ParamsBinding<P>(m, "Common") DT_FIELD(spaces) DT_FIELD(mask) DT_FIELD(timeout_ns) DT_FIELD(rank) DT_FIELD(num_ranks)
-            DT_FIELD(num_experts) DT_FIELD(max_tokens) DT_FIELD(hidden) DT_FIELD(top_k) DT_FIELD(set) DT_FIELD(num_sms);
+        ParamsBinding<P>(m, "Common") DT_FIELD(spaces) DT_FIELD(own) DT_FIELD(arenas) DT_FIELD(mask) DT_FIELD(timeout_ns)
+            DT_FIELD(rank) DT_FIELD(num_ranks) DT_FIELD(first_local) DT_FIELD(num_local) DT_FIELD(num_experts)
+                DT_FIELD(max_tokens) DT_FIELD(hidden) DT_FIELD(top_k) DT_FIELD(set) DT_FIELD(num_sms);
     }
     {
         using P = ll::DispatchParams;
@@ -109,6 +110,7 @@ void bind_low_latency(py::module_ m) {
     m.def("control_bytes", &ll::control_bytes);
     m.def("closed_offset", &ll::closed_offset);
     m.def("forget", [=](const ll::Common& c, int peer, uint64_t s) { ll::launch_forget(c, peer, as_stream(s)); });
+    m.attr("max_ranks") = ll::kMaxRanks;
     m.attr("max_experts") = ll::kMaxExperts;
     m.attr("max_top_k") = ll::kMaxTopK;
     m.attr("max_hidden") = ll::kMaxHidden;

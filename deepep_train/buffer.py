@@ -40,6 +40,8 @@ class Buffer(CheckedCalls, LowLatencyCalls):
         two_level: whether a token crosses the network once for each node, to be forwarded there, with combines that first
             sum within each node (docs/architecture.md, "Across nodes"), on the collective engine. None: with at least two
             nodes of at least two ranks. True needs at least two nodes.
+        low_latency_mode: with engine "auto", take what has kernels for the low-latency calls: nvlink within a node, and rdma
+            across nodes where every rank has NVSHMEM. What these calls keep gets `num_rdma_bytes` more.
 
     The other arguments are DeepEP V1's and tune hardware that the chosen engine may not use. V1 wants
     `explicitly_destroy=True` before `destroy()`; here `destroy()` always works and is never needed to exit cleanly.
@@ -128,16 +130,18 @@ class Buffer(CheckedCalls, LowLatencyCalls):
         self.num_nodes = self.group_size // local
         if engine == "auto":
             choice = self._agree_on_engine(choice, everyone, timeout)
+            if low_latency_mode and self.num_nodes > 1 and two_level is not False:
+                choice = engines.low_latency_across_nodes(everyone, choice)
             if choice.name == "nvlink" and low_latency_mode:
                 choice = engines.Choice("low_latency", choice.reasons)
         how = (group, timeout, local, two_level, num_nvl_bytes, num_rdma_bytes, Buffer._chosen_sms, everyone[0]["made"])
         try:
-            self._engine = engines.create(choice.name, *how)
-        except engines.NoPeerAccess as obstacle:
-            if engine != "auto":
+            self._engine = engines.create(choice.name, *how, low_latency_mode)
+        except DeepEPError as obstacle:
+            if engine != "auto" or not (choice.name == "rdma" or isinstance(obstacle, engines.NoPeerAccess)):
                 raise
-            choice = engines.Choice("collective", [f"nvlink: {obstacle}"])
-            self._engine = engines.create(choice.name, *how)
+            choice = engines.Choice("collective", [f"{'rdma' if choice.name == 'rdma' else 'nvlink'}: {obstacle}"])
+            self._engine = engines.create(choice.name, *how, low_latency_mode)
         self.engine = choice.name
         self.two_level = self._engine.forwards
         self.engine_reasons = choice.reasons

@@ -21,9 +21,9 @@ PayloadArgument = Tensor | tuple[Tensor, Tensor] | Payload
 class LowLatencyCalls:
     """A part of `Buffer`.
 
-    L local experts, R ranks, M most tokens of a rank, H hidden. On peers that reach each other's memory (the nvlink and
-    low_latency engines) these calls have kernels of their own, described in docs/low_latency.md; the first call of a shape (M,
-    H, experts, top-k) is then a collective one. On the collective engine they go over its dispatch, all data has arrived when
+    L local experts, R ranks, M most tokens of a rank, H hidden. On the nvlink, low_latency and rdma engines these calls have
+    kernels of their own, described in docs/low_latency.md; the first call of a shape (M, H, experts, top-k) is then a
+    collective one. On the collective engine they go over its dispatch, all data has arrived when
     the call returns, hooks do nothing, and wait statistics stay as they are.
     """
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from harness import run_ranks
 
 from deepep_train import Buffer, DeepEPError, buffer, engines
 from deepep_train.cli import doctor
@@ -34,6 +35,34 @@ def test_auto_takes_collective_where_memory_cannot_be_opened(closed: None) -> No
 def test_nvlink_asked_for_by_name_is_an_error_there(closed: None) -> None:
     with pytest.raises(DeepEPError, match="cudaIpcOpenMemHandle failed"):
         Buffer(engine="nvlink")
+
+
+def across_nodes(rank: int, size: int, group: Any, has_nvshmem: bool, refused: bool) -> tuple[str, list[str]]:
+    """The engine of low-latency calls between two nodes of one rank, as far as it is chosen: no GPU is needed for that."""
+    create, asked = engines.create, []
+
+    def noted(name: str, *how: Any) -> Any:
+        asked.append(name)
+        if name == "rdma" and refused:
+            raise DeepEPError("rank 1: NVSHMEM has no 7 bytes more")
+        return create("collective", *how)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engines, "create", noted)
+        found = engines.Surveyed("rdma", has_nvshmem or rank == 0, "there is no NVSHMEM")
+        patch.setattr(engines, "_survey_rdma", lambda _: found)
+        made = Buffer(group, low_latency_mode=True, num_local_ranks=1, timeout=20)
+    return f"{made.engine}, asked for {', '.join(asked)}", made.engine_reasons
+
+
+def test_low_latency_calls_across_nodes_want_nvshmem_on_every_rank() -> None:
+    for chosen, _ in run_ranks(2, across_nodes, True, False):
+        assert chosen == "rdma, asked for rdma"
+    for chosen, reasons in run_ranks(2, across_nodes, False, False):
+        assert chosen == "collective, asked for collective"
+        assert reasons[-1] == "rdma on rank 1: there is no NVSHMEM"
+    for chosen, reasons in run_ranks(2, across_nodes, True, True):
+        assert (chosen, reasons) == ("collective, asked for rdma, collective", ["rdma: rank 1: NVSHMEM has no 7 bytes more"])
 
 
 def test_doctor_looks_at_the_pairs_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ NVCC = setup.find_nvcc()
 CSRC = Path(__file__).parents[1] / "csrc"
 NVSHMEM = None if NVCC is None else setup.nvshmem()
 # Only what includes NVSHMEM's headers needs them; functions of those spill a little, so our kernels are looked at by name.
-OVER_NVSHMEM = ("rdma/rail.cu",)
+OVER_NVSHMEM = ("rdma/low_latency.cu", "rdma/rail.cu")
 KERNELS = sorted(p.relative_to(CSRC).as_posix() for p in CSRC.rglob("*.cu"))
 
 

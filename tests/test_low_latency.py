@@ -3,7 +3,8 @@
     python tests/test_low_latency.py --num-processes 8 --num-tokens 128 --hidden 7168 --num-topk 8 --num-experts 256
 
 Rank r takes GPU r modulo their number; without a GPU the ranks talk through gloo and the collective engine, and the defaults
-are small. pytest runs the checks on two CPU processes.
+are small. With --num-local-ranks one machine plays several nodes, between which NVSHMEM puts. pytest runs the checks on two CPU
+processes.
 """
 
 from __future__ import annotations
@@ -31,12 +32,14 @@ PRESSURE_ROUNDS = 100
 @dataclass(frozen=True)
 class Work(v1_runner.Work):
     pressure: bool
+    num_local_ranks: int | None
 
 
 def on_every_rank(work: Work) -> None:
     rank, size = dist.get_rank(), dist.get_world_size()
     hint = Buffer.get_low_latency_rdma_size_hint(work.num_tokens, work.hidden, size, work.num_experts)
-    buffer = Buffer(dist.group.WORLD, num_rdma_bytes=hint, low_latency_mode=True, num_qps_per_rank=work.num_experts // size)
+    how = {"num_qps_per_rank": work.num_experts // size, "num_local_ranks": work.num_local_ranks}
+    buffer = Buffer(dist.group.WORLD, num_rdma_bytes=hint, low_latency_mode=True, **how)
     if rank == 0:
         print(f"{size} ranks, {buffer.engine} engine; {work}", flush=True)
     say(f"checks passed: {check(buffer, work, rank, size)} exchanges", rank)
@@ -120,8 +123,12 @@ def tune(buffer: Buffer, case: Case, rank: int) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = v1_runner.Parser(__doc__, GPU_SIZES, CPU_SIZES)
     parser.add_argument("--pressure-test", action="store_true", help=f"besides, {PRESSURE_ROUNDS} exchanges twice each")
+    parser.add_argument(
+        "--num-local-ranks", type=int, help="ranks of a node, which must divide all; default: those of a machine"
+    )
     args = parser.parse(argv)
-    return v1_runner.start(args, on_every_rank, Work.of(args, pressure=args.pressure_test))
+    work = Work.of(args, pressure=args.pressure_test, num_local_ranks=args.num_local_ranks)
+    return v1_runner.start(args, on_every_rank, work)
 
 
 def test_checks_pass_on_two_cpu_processes() -> None:

@@ -1,6 +1,6 @@
 // The PTX that the kernels' protocol rests on, a name for each instruction.
 //
-// Flags between GPUs are 32-bit words written with st.release.sys and read with ld.acquire.sys. Rows written by a peer while a
+// Flags between GPUs are words written with st.release.sys and read with ld.acquire.sys. Rows written by a peer while a
 // kernel runs are read with plain loads, never with .nc ones: the non-coherent path may hold what was there before.
 #pragma once
 
@@ -20,8 +20,18 @@ DT_DEVICE uint32_t load_acquire_sys(const uint32_t* address) {
     return value;
 }
 
+DT_DEVICE uint64_t load_acquire_sys(const uint64_t* address) {
+    uint64_t value;
+    asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");
+    return value;
+}
+
 DT_DEVICE void store_release_sys(uint32_t* address, uint32_t value) {
     asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
+}
+
+DT_DEVICE void store_release_sys(uint64_t* address, uint64_t value) {
+    asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
 }
 
 DT_DEVICE uint32_t add_acq_rel_gpu(uint32_t* address, uint32_t value) {

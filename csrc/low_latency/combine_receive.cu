@@ -12,14 +12,14 @@ constexpr int kNear = 4;  // neighbouring parts of a row are pulled by neighbour
 
 __global__ void __launch_bounds__(kThreads, 1) combine_receive_kernel(const __grid_constant__ CombineParams p) {
     __shared__ Pulling shared;
-    Control* mine = control_of(p, p.rank);
-    if (mine->closed != 0) return;
+    Control* mine = own_control(p);
     const uint32_t number = mine->combines[p.set];
+    if (mine->closed != 0) return;
     if (threadIdx.x < 32) find_rows(p, mine, number, blockIdx.x == 0 ? p.wait_ns : 0, shared);
     __syncthreads();
     const Items items(p);
     const int lane = threadIdx.x % 32, groups = ((items.parts + items.shares - 1) / items.shares + kNear - 1) / kNear;
-    for (int64_t first = blockIdx.x; first < items.all; first += int64_t{kBatch} * gridDim.x) {
+    for (int first = blockIdx.x; first < items.all; first += kBatch * gridDim.x) {
         const int count = items.from(first), units = groups * count * kNear;
         find_picks(p, items, first, count, shared);
         // What was copied last is in the caches, and is pulled first.

@@ -22,7 +22,7 @@ struct Shared {
 
 // Reads the lists' heads.
 __device__ void count_rows(const DispatchParams& p, const Layout& layout, Shared& shared) {
-    const char* own = space_of(p, p.rank);
+    const char* own = own_space(p);
     const int ranks = p.num_ranks, local = p.num_experts / ranks;
     for (int i = threadIdx.x; i < p.num_experts; i += kThreads) {
         const int source = i / local, e = i % local;
@@ -66,6 +66,10 @@ __device__ void report(const DispatchParams& p, const Layout& layout, Control* m
         const int begin = shared.begin[e * ranks + source];
         const Place place{begin, (e == 0 ? 0 : shared.all[e - 1]) + begin};
         if (!is_in(shared.came, source)) continue;
+        if (!is_local(p, source)) {
+            begins_of(p, layout, source)[e] = place;
+            continue;
+        }
         auto* places = reinterpret_cast<Place*>(space_of(p, source) + layout.places + p.set * layout.place_bytes);
         places[p.rank * local + e] = place;
         if (e == 0) control_of(p, source)->placed[p.set].at[p.rank] = number;
@@ -74,9 +78,9 @@ __device__ void report(const DispatchParams& p, const Layout& layout, Control* m
 
 __global__ void __launch_bounds__(kThreads, 1) dispatch_receive_kernel(const __grid_constant__ DispatchParams p) {
     __shared__ Shared shared;
-    Control* mine = control_of(p, p.rank);
-    if (mine->closed != 0) return;
+    Control* mine = own_control(p);
     const uint32_t number = mine->dispatches[p.set];
+    if (mine->closed != 0) return;
     if (threadIdx.x < 32) {
         const uint64_t wait_ns = blockIdx.x == 0 ? p.wait_ns : 0;
         const uint64_t came = wait_for_peers(p, mine->sent[p.set], number, mine->decided[p.set][0], number, wait_ns);
@@ -93,19 +97,18 @@ __global__ void __launch_bounds__(kThreads, 1) dispatch_receive_kernel(const __g
     static_assert(Part::kBytes / kBlock <= 32 && Part::kBytes % (4 * kBlock) == 0);  // a piece's: one for each lane, at most
     const int lane = threadIdx.x % 32, ranks = p.num_ranks, pieces = Part::in(row_bytes);
     const int slots = ranks * p.max_tokens;  // of an expert
-    const int64_t units = int64_t{shared.tokens[ranks]} * pieces;
-    char* own = space_of(p, p.rank);
+    const int units = shared.tokens[ranks] * pieces;
+    char* own = own_space(p);
     // Units differ in how often they are written: a block's warps take them as they come. Of the next unit, this lane's pick
     // and the token are looked up a turn ahead.
-    int64_t unit = 0;
-    int source = 0, next_token = 0;
+    int unit = 0, source = 0, next_token = 0;
     uint32_t next_place = kNoPlace;
     const auto look = [&]() {
         int taken = lane == 0 ? atomicAdd(&shared.next, 1) : 0;
         taken = __shfl_sync(0xffffffffu, taken, 0);
-        unit = blockIdx.x + int64_t{taken} * gridDim.x;
+        unit = blockIdx.x + taken * gridDim.x;
         if (unit >= units) return;
-        const int listed = static_cast<int>(unit / pieces);
+        const int listed = unit / pieces;
         while (shared.tokens[source + 1] <= listed) ++source;
         const List list(own + layout.list(p.set, source), p);
         const int64_t i = listed - shared.tokens[source];
@@ -114,7 +117,7 @@ __global__ void __launch_bounds__(kThreads, 1) dispatch_receive_kernel(const __g
     };
     look();
     while (unit < units) {
-        const int from = source, token = next_token, piece = static_cast<int>(unit % pieces);
+        const int from = source, token = next_token, piece = unit % pieces;
         const uint32_t place = next_place;
         const char* slot = shared.spaces[from] + layout.slot(p.set, from, token);
         Part part;
@@ -142,7 +145,8 @@ __global__ void __launch_bounds__(kThreads, 1) dispatch_receive_kernel(const __g
     if (blockIdx.x == gridDim.x - 1) report(p, layout, mine, number, shared);
     if (!is_last_block(mine, p, kDispatchReceive)) return;
     for (int peer = threadIdx.x; peer < ranks; peer += kThreads)
-        if (is_in(shared.came, peer)) store_release_sys(&control_of(p, peer)->taken[p.set].at[p.rank], number);
+        if (is_in(shared.came, peer) && is_local(p, peer))
+            store_release_sys(&control_of(p, peer)->taken[p.set].at[p.rank], uint64_t{number});
 }
 
 }  // namespace

@@ -43,6 +43,7 @@ struct Shared {
     int32_t listed[kMaxRanks];      // tokens on the rank's list, likewise
     uint64_t present;
     char* spaces[kMaxRanks];
+    char* lists[kMaxRanks];  // the rank's list of what comes from here; of other nodes' ranks the one to be put there
 };
 
 // -1 for what is no expert.
@@ -53,7 +54,7 @@ DT_DEVICE int expert_of(const DispatchParams& p, int64_t pick) {
 
 // By one block: everything that goes beside the rows. A token that names an expert twice has one row there, or a source could
 // have more rows than the expert has room for: both picks get one number.
-__device__ void plan(const DispatchParams& p, const Layout& layout, Shared& shared, uint64_t present) {
+__device__ void plan(const DispatchParams& p, Shared& shared, uint64_t present) {
     const int local = p.num_experts / p.num_ranks, top_k = p.top_k;
     for (int e = threadIdx.x; e < p.num_experts; e += kThreads) shared.counts[e] = 0;
     if (threadIdx.x < kMaxRanks) shared.listed[threadIdx.x] = 0;
@@ -83,7 +84,7 @@ __device__ void plan(const DispatchParams& p, const Layout& layout, Shared& shar
             reinterpret_cast<int32_t*>(p.pick_index)[first_pick + i] = index;
             for (uint64_t left = shared.to[t]; left != 0; left &= left - 1) {
                 const int rank = __ffsll(static_cast<long long>(left)) - 1, here = e - rank * local;
-                const List list(shared.spaces[rank] + layout.list(p.set, p.rank), p);
+                const List list(shared.lists[rank], p);
                 const int64_t at = shared.listed[rank] + shared.sent[rank].before(t);
                 if (k == 0) list.tokens[at] = first + t;
                 list.places[at * top_k + k] =
@@ -96,24 +97,26 @@ __device__ void plan(const DispatchParams& p, const Layout& layout, Shared& shar
         __syncthreads();
     }
     for (int e = threadIdx.x; e < p.num_experts; e += kThreads)
-        if (is_in(present, e / local))
-            List(shared.spaces[e / local] + layout.list(p.set, p.rank), p).counts[e % local] = shared.counts[e];
+        if (is_in(present, e / local)) List(shared.lists[e / local], p).counts[e % local] = shared.counts[e];
     for (int peer = threadIdx.x; peer < p.num_ranks; peer += kThreads) {
         if (!is_in(present, peer)) continue;
-        const List list(shared.spaces[peer] + layout.list(p.set, p.rank), p);
+        const List list(shared.lists[peer], p);
         list.head[0] = shared.listed[peer];
-        list.head[1] = p.keep;
+        list.head[1] = is_local(p, peer) ? p.keep : 0;
     }
 }
 
-// By a warp: the ranks that token t goes to.
+// By a warp: the ranks in whose space token t is stored. What other nodes get is put to them from this rank's own.
 DT_DEVICE uint64_t destinations(const DispatchParams& p, int64_t t, uint64_t present) {
     const int lane = threadIdx.x % 32, local = p.num_experts / p.num_ranks;
     const int e = lane < p.top_k ? expert_of(p, t * p.top_k + lane) : -1;
     const uint64_t mine = e < 0 ? 0 : 1ull << (e / local);
     const uint64_t low = __reduce_or_sync(0xffffffffu, static_cast<uint32_t>(mine));
     const uint64_t high = __reduce_or_sync(0xffffffffu, static_cast<uint32_t>(mine >> 32));
-    return (high << 32 | low) & present;
+    const uint64_t to = (high << 32 | low) & present;
+    if (p.num_local == p.num_ranks) return to;
+    const uint64_t near = (p.num_local == 64 ? ~0ull : (1ull << p.num_local) - 1) << p.first_local;
+    return (to & near) | ((to & ~near) != 0 ? 1ull << p.rank : 0);
 }
 
 // Rows as they are.
@@ -222,41 +225,44 @@ struct Quantized {
 template <typename Row>
 __global__ void __launch_bounds__(kThreads, 1) dispatch_send_kernel(const __grid_constant__ DispatchParams p) {
     __shared__ Shared shared;
-    Control* mine = control_of(p, p.rank);
-    if (mine->closed != 0) return;
+    Control* mine = own_control(p);
     const uint32_t number = mine->dispatches[p.set] + 1;
+    if (mine->closed != 0) return;
     // The first block makes the lists, and, unless it is the only one, nothing else.
     const int first = gridDim.x > 1 ? 1 : 0, warps = (gridDim.x - first) * kWarps;
     const int pieces = Row::pieces(p);
-    const int64_t units = int64_t{p.num_tokens} * pieces;
-    int64_t unit = (static_cast<int64_t>(blockIdx.x) - first) + static_cast<int64_t>(threadIdx.x / 32) * (gridDim.x - first);
-    if (static_cast<int>(blockIdx.x) < first) unit = units;
+    const int units = p.num_tokens * pieces;
+    int unit = static_cast<int>(blockIdx.x) < first ? units : blockIdx.x - first + threadIdx.x / 32 * (gridDim.x - first);
     Row row;
-    if (unit < units) row.read(p, unit / pieces, static_cast<int>(unit % pieces));
-    if (threadIdx.x >= 64 && threadIdx.x - 64 < p.num_ranks) shared.spaces[threadIdx.x - 64] = space_of(p, threadIdx.x - 64);
+    if (unit < units) row.read(p, unit / pieces, unit % pieces);
+    const Layout layout(p);
+    if (const int peer = static_cast<int>(threadIdx.x) - 64; peer >= 0 && peer < p.num_ranks) {
+        shared.spaces[peer] = space_of(p, peer);
+        shared.lists[peer] =
+            is_local(p, peer) ? space_of(p, peer) + layout.list(p.set, p.rank) : own_space(p) + layout.outgoing_list(peer);
+    }
     if (threadIdx.x < 32) {
         const uint64_t present = wait_for_answers(p, mine->sent_to[p.set], mine->taken[p.set]);
         if (threadIdx.x == 0) shared.present = present;
     }
     __syncthreads();
     const uint64_t present = shared.present;
-    const Layout layout(p);
-    if (blockIdx.x == 0) plan(p, layout, shared, present);
+    if (blockIdx.x == 0) plan(p, shared, present);
     while (unit < units) {
-        const int64_t t = unit / pieces;
-        const int piece = static_cast<int>(unit % pieces);
+        const int t = unit / pieces, piece = unit % pieces;
         const int64_t slot = layout.slot(p.set, p.rank, t);
         // Rows that stay are stored even if they go nowhere: to ask takes longer.
         const uint64_t to = p.keep != 0 ? 1ull << p.rank : destinations(p, t, present);
         row.prepare(p);
         for (uint64_t left = to; left != 0; left &= left - 1) row.write(p, shared.spaces[__ffsll(left) - 1] + slot, piece);
         unit += warps;
-        if (unit < units) row.read(p, unit / pieces, static_cast<int>(unit % pieces));
+        if (unit < units) row.read(p, unit / pieces, unit % pieces);
     }
     if (!is_last_block(mine, p, kDispatchSend)) return;
     for (int peer = threadIdx.x; peer < p.num_ranks; peer += kThreads) {
         if (is_masked(p, peer)) continue;
-        store_release_sys(&reinterpret_cast<Control*>(shared.spaces[peer])->sent[p.set].at[p.rank], number);
+        if (is_local(p, peer))
+            store_release_sys(&reinterpret_cast<Control*>(shared.spaces[peer])->sent[p.set].at[p.rank], uint64_t{number});
         mine->sent_to[p.set].at[peer] = number;
     }
     if (threadIdx.x == 0) mine->dispatches[p.set] = number;

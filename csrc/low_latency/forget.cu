@@ -10,10 +10,10 @@ namespace deepep_train::low_latency {
 namespace {
 
 __global__ void forget_kernel(const __grid_constant__ Common c, const int peer) {
-    Control* mine = control_of(c, c.rank);
+    Control* mine = own_control(c);
     const int set = threadIdx.x;
-    mine->sent_to[set].at[peer] = load_acquire_sys(&mine->taken[set].at[peer]);
-    mine->shown_to[set].at[peer] = load_acquire_sys(&mine->pulled[set].at[peer]);
+    mine->sent_to[set].at[peer] = static_cast<uint32_t>(load_acquire_sys(&mine->taken[set].at[peer]));
+    mine->shown_to[set].at[peer] = static_cast<uint32_t>(load_acquire_sys(&mine->pulled[set].at[peer]));
 }
 
 }  // namespace

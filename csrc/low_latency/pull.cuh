@@ -20,10 +20,9 @@ struct Pick {
 };
 
 struct Pulling {
-    uint64_t came;
     uint32_t coded;  // whether some rows are in LogFMT
     const char* rows[kMaxRanks];
-    int how[kMaxRanks];  // enum Shown
+    Shown how[kMaxRanks];
     // A batch of items: tokens, or parts of such.
     int32_t token[kBatch], share[kBatch];
     Pick picks[kBatch][kMaxTopK];
@@ -33,18 +32,25 @@ struct Pulling {
 DT_DEVICE void find_rows(const CombineParams& p, Control* mine, uint32_t number, uint64_t wait_ns, Pulling& shared) {
     const uint64_t present = wait_for_peers(p, mine->shown[p.set], number, mine->decided[p.set][1], number, wait_ns);
     const uint32_t dispatch = mine->dispatches[p.set];
+    const Layout layout(p);
     bool coded = false;
     for (int peer = threadIdx.x % 32; peer < p.num_ranks; peer += 32) {
-        const bool has = is_in(present, peer) && mine->placed[p.set].at[peer] == dispatch;
-        shared.rows[peer] = has ? space_of(p, peer) + mine->shown_at[p.set][peer] : nullptr;
-        shared.how[peer] = mine->shown_how[p.set][peer];
-        coded |= has && shared.how[peer] == kCompactLogfmt;
+        const auto how = static_cast<Shown>(mine->shown[p.set].at[peer] >> 32);
+        const char* rows;
+        if (!is_local(p, peer))
+            rows = how == kNowhere ? nullptr : own_space(p) + layout.came + p.set * layout.came_bytes;
+        else if (mine->placed[p.set].at[peer] != dispatch)
+            rows = nullptr;
+        else if (how == kSpread)
+            rows = arena_of(p, peer) + mine->shown_at[p.set][peer];
+        else
+            rows = space_of(p, peer) + layout.rows + p.set * layout.rows_bytes;
+        shared.rows[peer] = is_in(present, peer) ? rows : nullptr;
+        shared.how[peer] = how;
+        coded |= shared.rows[peer] != nullptr && how == kCompactLogfmt;
     }
     coded = __any_sync(0xffffffffu, coded);
-    if (threadIdx.x % 32 == 0) {
-        shared.came = present;
-        shared.coded = coded;
-    }
+    if (threadIdx.x % 32 == 0) shared.coded = coded;
 }
 
 // A pick of token t.
@@ -57,10 +63,14 @@ DT_DEVICE Pick find_pick(const CombineParams& p, const Pulling& shared, const Pl
     if (e < 0 || e >= p.num_experts || index < 0) return found;
     const int local = p.num_experts / p.num_ranks, rank = static_cast<int>(e) / local;
     if (shared.rows[rank] == nullptr) return found;
+    found.logfmt = shared.how[rank] == kCompactLogfmt;
+    if (!is_local(p, rank)) {
+        found.row = shared.rows[rank] + pick * p.hidden * 2;
+        return found;
+    }
     const Place place = places[e];
     const int64_t slots = int64_t{p.num_ranks} * p.max_tokens;
     const int64_t first = shared.how[rank] == kSpread ? e % local * slots + place.begin : place.compact;
-    found.logfmt = shared.how[rank] == kCompactLogfmt;
     found.row = shared.rows[rank] + (first + index) * (found.logfmt != 0 ? Logfmt::row_bytes(p.hidden) : p.hidden * 2);
     return found;
 }
@@ -117,33 +127,31 @@ DT_DEVICE void pull_part(const CombineParams& p, const Pick* picks, int64_t t, i
 // Tokens, or shares of such, of the launch that are dealt to its blocks. Where there are fewer tokens than blocks, several
 // share a token: each has every `shares`-th part of the row.
 struct Items {
-    int parts, shares;
-    int64_t all;
+    int parts, shares, all;
 
     DT_DEVICE explicit Items(const CombineParams& p) {
         const int blocks = gridDim.x;
         parts = (2 * p.hidden + kPart - 1) / kPart;
         shares = p.num_tokens == 0 ? 1 : blocks / p.num_tokens;
         shares = shares < 1 ? 1 : shares > parts ? parts : shares;
-        all = int64_t{p.num_tokens} * shares;
+        all = p.num_tokens * shares;
     }
     // Of this block, from item `first` on, at most a batch.
-    DT_DEVICE int from(int64_t first) const {
-        const int64_t left = (all - first + gridDim.x - 1) / gridDim.x;
-        return left < 0 ? 0 : left < kBatch ? static_cast<int>(left) : kBatch;
+    DT_DEVICE int from(int first) const {
+        return min((all - first + static_cast<int>(gridDim.x) - 1) / static_cast<int>(gridDim.x), kBatch);
     }
 };
 
 // By every thread: looks up the picks of `count` of this block's items, from item `first` on.
-DT_DEVICE void find_picks(const CombineParams& p, const Items& items, int64_t first, int count, Pulling& shared) {
+DT_DEVICE void find_picks(const CombineParams& p, const Items& items, int first, int count, Pulling& shared) {
     const Layout layout(p);
-    const auto* places = reinterpret_cast<const Place*>(space_of(p, p.rank) + layout.places + p.set * layout.place_bytes);
+    const auto* places = reinterpret_cast<const Place*>(own_space(p) + layout.places + p.set * layout.place_bytes);
     for (int i = threadIdx.x; i < count * kMaxTopK; i += blockDim.x) {
-        const int64_t item = first + int64_t{i / kMaxTopK} * gridDim.x, t = item / items.shares;
+        const int item = first + i / kMaxTopK * static_cast<int>(gridDim.x), t = item / items.shares;
         shared.picks[i / kMaxTopK][i % kMaxTopK] = find_pick(p, shared, places, t, i % kMaxTopK);
         if (i % kMaxTopK != 0) continue;
-        shared.token[i / kMaxTopK] = static_cast<int32_t>(t);
-        shared.share[i / kMaxTopK] = static_cast<int32_t>(item % items.shares);
+        shared.token[i / kMaxTopK] = t;
+        shared.share[i / kMaxTopK] = item % items.shares;
     }
     __syncthreads();
 }
@@ -152,8 +160,8 @@ DT_DEVICE void find_picks(const CombineParams& p, const Items& items, int64_t fi
 DT_DEVICE void tell_pulled(const CombineParams& p, const Control* mine, uint32_t number) {
     const auto* decided = static_cast<const volatile uint32_t*>(mine->decided[p.set][1].at);
     for (int peer = threadIdx.x; peer < p.num_ranks; peer += blockDim.x)
-        if (decided[peer] == number << 1 && !is_masked(p, peer))
-            store_release_sys(&control_of(p, peer)->pulled[p.set].at[p.rank], number);
+        if (decided[peer] == number << 1 && !is_masked(p, peer) && is_local(p, peer))
+            store_release_sys(&control_of(p, peer)->pulled[p.set].at[p.rank], uint64_t{number});
 }
 
 }  // namespace deepep_train::low_latency

@@ -4,6 +4,9 @@
 // the tokens it sends and a slot for each of its tokens; then by where this rank's own rows went (`Place`), and by the rows of
 // its experts that peers pull. A set serves one result at a time: a dispatch, then combines of it. The sets know nothing of
 // each other. Flags hold the number of the dispatch, or combine, of their set, and only ever grow.
+//
+// With ranks on other nodes, which are reached by puts alone (csrc/rdma/low_latency.cu), follow what is put to them from here,
+// and what they put here beside rows and lists.
 #pragma once
 
 #include <cstdint>
@@ -18,30 +21,34 @@ constexpr uint32_t kNoPlace = 0xffffffffu;
 constexpr int kIndexBits = 22;  // of a pick's place: local expert << kIndexBits | its number among the source's picks of it
 
 struct Control {
-    // Written by peer p at index p.
+    // Written by peer p at index p. Flags have 64 bits, as NVSHMEM's signals: the number is the lower half.
     struct alignas(128) Flags {
+        uint64_t at[kMaxRanks];
+    };
+    struct alignas(128) Numbers {
         uint32_t at[kMaxRanks];
     };
-    Flags sent[2];                                 // its rows are here
-    Flags taken[2];                                // it has read the rows sent to it
-    Flags shown[2];                                // its experts' rows may be pulled
-    Flags pulled[2];                               // it has pulled this rank's rows
-    Flags placed[2];                               // the dispatch for which it has written `Place`s
-    alignas(128) int64_t shown_at[2][kMaxRanks];   // where they lie, relative to its space; see `Shown`
-    alignas(128) int32_t shown_how[2][kMaxRanks];  // enum Shown
+    Flags sent[2];                                // its rows are here
+    Flags taken[2];                               // it has read the rows sent to it
+    Flags shown[2];                               // its experts' rows may be pulled; upper half: enum Shown
+    Flags pulled[2];                              // it has pulled this rank's rows
+    Numbers placed[2];                            // the dispatch for which it has written `Place`s; of this node
+    alignas(128) int64_t shown_at[2][kMaxRanks];  // where in its arena they lie, if they are `kSpread`
     // Written by the owner.
     alignas(128) uint32_t closed;  // the buffer has been destroyed
     uint32_t dispatches[2];        // sent so far
     uint32_t combines[2];
-    uint32_t arrived[2][4];  // blocks that have finished the current launch, by phase
-    Flags decided[2][2];     // by phase and source: number << 1 | 1 if it was given up
-    Flags sent_to[2];        // the last dispatch that went to a peer
-    Flags shown_to[2];
+    uint32_t arrived[2][6];  // blocks that have finished the current launch, by phase
+    Numbers decided[2][2];   // by phase and source: number << 1 | 1 if it was given up
+    Numbers sent_to[2];      // the last dispatch that went to a peer
+    Numbers shown_to[2];
     alignas(128) int32_t num_rows[2][kMaxExperts];  // received, by local expert
 };
 
-enum Phase { kDispatchSend = 0, kDispatchReceive = 1, kCombineSend = 2, kCombineReceive = 3 };
-enum Shown : int32_t { kSpread = 0, kCompact = 1, kCompactLogfmt = 2 };
+enum Phase { kDispatchSend, kDispatchReceive, kCombineSend, kCombineReceive, kDispatchPut, kCombinePut };
+// How rows lie: as the experts have left them; one after another in the set; those in LogFMT. Of another node they come alone,
+// to the place of their pick. Nowhere: the dispatch did not come.
+enum Shown : uint32_t { kSpread, kCompact, kCompactLogfmt, kNowhere };
 
 // Where a source's rows of one expert begin: among that expert's rows, and among all rows of the expert's rank.
 struct Place {
@@ -56,7 +63,10 @@ DT_BOTH int64_t aligned(int64_t bytes) { return (bytes + 127) / 128 * 128; }
 // Offsets in a space.
 struct Layout {
     int64_t list_bytes, slot_bytes, place_bytes, rows_bytes;
-    int64_t lists, slots, places, rows, end;
+    int64_t came_bytes;
+    int64_t lists, slots, places, rows;
+    int64_t outgoing, begins, came;  // only with ranks on other nodes
+    int64_t end;
     int ranks, tokens;
 
     DT_BOTH explicit Layout(const Common& c) {
@@ -71,13 +81,20 @@ struct Layout {
         slots = lists + 2 * ranks * list_bytes;
         places = slots + 2 * ranks * tokens * slot_bytes;
         rows = places + 2 * place_bytes;
-        end = rows + 2 * rows_bytes;
+        outgoing = rows + 2 * rows_bytes;
+        end = outgoing;
+        came_bytes = int64_t{c.max_tokens} * c.top_k * 2 * c.hidden;
+        begins = outgoing + ranks * list_bytes;
+        came = begins + 2 * place_bytes;
+        if (c.num_local < c.num_ranks) end = came + 2 * came_bytes;
     }
 
     DT_BOTH int64_t list(int set, int source) const { return lists + (set * ranks + source) * list_bytes; }
     DT_BOTH int64_t slot(int set, int source, int64_t token) const {
         return slots + ((int64_t{set} * ranks + source) * tokens + token) * slot_bytes;
     }
+    // Where the list for a rank of another node is put from.
+    DT_BOTH int64_t outgoing_list(int peer) const { return outgoing + peer * list_bytes; }
 };
 
 // The parts of the list at `address`.
@@ -95,11 +112,30 @@ struct List {
     }
 };
 
-// The one place where a peer's memory is found.
+// The one place where the memory of a rank of this node is found.
 DT_DEVICE char* space_of(const Common& c, int rank) { return reinterpret_cast<char* const*>(c.spaces)[rank]; }
 DT_DEVICE Control* control_of(const Common& c, int rank) { return reinterpret_cast<Control*>(space_of(c, rank)); }
+DT_DEVICE char* own_space(const Common& c) { return reinterpret_cast<char*>(c.own); }
+DT_DEVICE Control* own_control(const Common& c) { return reinterpret_cast<Control*>(c.own); }
 
-DT_DEVICE bool reached(uint32_t flag, uint32_t number) { return static_cast<int32_t>(flag - number) >= 0; }
+DT_DEVICE char* arena_of(const Common& c, int rank) { return reinterpret_cast<char* const*>(c.arenas)[rank]; }
+DT_DEVICE bool is_local(const Common& c, int rank) {
+    return static_cast<unsigned>(rank - c.first_local) < static_cast<unsigned>(c.num_local);
+}
+// Bytes of a row as it travels, with its scales.
+DT_DEVICE int slot_bytes(const DispatchParams& p) {
+    if (p.scales == kBf16) return 2 * p.hidden;
+    return p.hidden + p.hidden / (p.scales == kPackedScales ? 4 * kBlock : kBlock) * 4;
+}
+// The places of a source on another node, [L], which stay here.
+DT_DEVICE Place* begins_of(const Common& c, const Layout& layout, int source) {
+    return reinterpret_cast<Place*>(own_space(c) + layout.begins + c.set * layout.place_bytes) +
+           source * (c.num_experts / c.num_ranks);
+}
+
+DT_DEVICE bool reached(uint64_t flag, uint32_t number) {
+    return static_cast<int32_t>(static_cast<uint32_t>(flag) - number) >= 0;
+}
 DT_DEVICE bool is_in(uint64_t ranks, int rank) { return (ranks >> rank & 1) != 0; }
 
 DT_DEVICE bool is_masked(const Common& c, int rank) { return reinterpret_cast<const volatile int32_t*>(c.mask)[rank] != 0; }
@@ -107,20 +143,21 @@ DT_DEVICE void give_up(const Common& c, int rank) { reinterpret_cast<volatile in
 
 // By one warp: waits until each peer that is not masked has answered what was last given to it, so that it may be overwritten.
 // Peers that do not in time are masked. Returns those that are left.
-DT_DEVICE uint64_t wait_for_answers(const Common& c, const Control::Flags& given, const Control::Flags& answered) {
+DT_DEVICE uint64_t wait_for_answers(const Common& c, const Control::Numbers& given, const Control::Flags& answered) {
     const uint64_t start = global_timer();
     uint64_t present = 0;
     for (int base = 0; base < c.num_ranks; base += 32) {
         const int peer = base + threadIdx.x % 32;
-        bool here = peer < c.num_ranks && !is_masked(c, peer);
-        if (here) {
+        bool here = false;
+        if (peer < c.num_ranks) {
             const uint32_t number = given.at[peer];
+            here = !is_masked(c, peer);
             delay_at_random(number);
-            while (!reached(load_acquire_sys(answered.at + peer), number))
+            uint64_t flag = load_acquire_sys(answered.at + peer);
+            for (; here && !reached(flag, number); flag = load_acquire_sys(answered.at + peer))
                 if (global_timer() - start > c.timeout_ns) {
                     give_up(c, peer);
                     here = false;
-                    break;
                 }
         }
         __syncwarp();
@@ -132,7 +169,7 @@ DT_DEVICE uint64_t wait_for_answers(const Common& c, const Control::Flags& given
 // By one warp of each block: waits for every peer's flag to reach `value`. A peer that is masked, or does not come in time, is
 // given up, and masked; the blocks of a launch, which is the `number`-th of its phase and set, agree on it through `decided`.
 // Returns those that came; adds to `wait_ns`, unless it is 0, how long each was waited for.
-DT_DEVICE uint64_t wait_for_peers(const Common& c, const Control::Flags& flags, uint32_t value, Control::Flags& decided,
+DT_DEVICE uint64_t wait_for_peers(const Common& c, const Control::Flags& flags, uint32_t value, Control::Numbers& decided,
                                   uint32_t number, uint64_t wait_ns) {
     const uint64_t start = global_timer();
     uint64_t present = 0;
@@ -142,6 +179,7 @@ DT_DEVICE uint64_t wait_for_peers(const Common& c, const Control::Flags& flags, 
         if (peer < c.num_ranks) {
             delay_at_random(number);
             const bool masked = is_masked(c, peer);
+            uint32_t verdict = *static_cast<volatile uint32_t*>(decided.at + peer);
             while (!masked && !here) {
                 here = reached(load_acquire_sys(flags.at + peer), value);
                 if (here) break;
@@ -151,7 +189,6 @@ DT_DEVICE uint64_t wait_for_peers(const Common& c, const Control::Flags& flags, 
             const uint64_t waited = global_timer() - start;
             // The first block to see, or to give up, decides for all.
             const uint32_t mine = number << 1 | (here ? 0u : 1u);
-            uint32_t verdict = *static_cast<volatile uint32_t*>(decided.at + peer);
             while (verdict >> 1 != mine >> 1) {
                 const uint32_t before = atomicCAS(decided.at + peer, verdict, mine);
                 verdict = before == verdict ? mine : before;
@@ -169,13 +206,12 @@ DT_DEVICE uint64_t wait_for_peers(const Common& c, const Control::Flags& flags, 
 }
 
 // By every thread of every block, after its writes: whether this block is the last of the launch to come here, all others'
-// writes being visible to it.
+// writes being visible to it, and, by a flag that it releases, to whoever acquires that.
 DT_DEVICE bool is_last_block(Control* mine, const Common& c, Phase phase) {
     __shared__ bool last;
     delay_at_random(phase);
     __syncthreads();
     if (threadIdx.x == 0) {
-        __threadfence_system();
         last = add_acq_rel_gpu(&mine->arrived[c.set][phase], 1) == gridDim.x - 1;
         if (last) mine->arrived[c.set][phase] = 0;
     }

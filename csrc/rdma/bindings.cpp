@@ -11,6 +11,7 @@ using namespace deepep_train::rdma;
 
 PYBIND11_MODULE(_rdma, m) {
     m.doc() = "deepep_train's kernels between nodes, over NVSHMEM";
+    py::module_::import("deepep_train._C");  // has the low-latency calls' arguments
     const auto no_gil = py::call_guard<py::gil_scoped_release>();
     {
         using P = RailParams;
@@ -37,7 +38,13 @@ PYBIND11_MODULE(_rdma, m) {
         .def_property_readonly("segment_bytes", &Endpoint::segment_bytes)
         .def("rail", &Endpoint::rail)
         .def("sum", &Endpoint::sum)
+        .def("put_dispatch", &Endpoint::put_dispatch)
+        .def("put_combine", &Endpoint::put_combine)
+        .def("answer", &Endpoint::answer)
         .def("failure", &Endpoint::failure);
+    const auto address = [](const void* memory) { return reinterpret_cast<uint64_t>(memory); };
+    m.def("allocate", [=](size_t bytes) { return address(allocate(bytes)); }, no_gil);
+    m.def("of_peer", [=](uint64_t symmetric, int rank) { return address(of_peer(reinterpret_cast<void*>(symmetric), rank)); });
     m.def("unique_id", [] { return py::bytes(unique_id()); });
     m.def("start", &start, no_gil);
     m.attr("max_nodes") = kMaxNodes;

@@ -59,6 +59,21 @@ void Endpoint::sum(const SumParams& p, uint64_t stream) const {
     launch_sum(end_, p, reinterpret_cast<cudaStream_t>(stream));
 }
 
+void Endpoint::put_dispatch(const low_latency::DispatchParams& p, uint64_t stream) const {
+    DT_CUDA(cudaSetDevice(device_));
+    launch_put_dispatch({end_.qps, end_.num_qps}, p, reinterpret_cast<cudaStream_t>(stream));
+}
+
+void Endpoint::put_combine(const low_latency::CombineParams& p, uint64_t stream) const {
+    DT_CUDA(cudaSetDevice(device_));
+    launch_put_combine({end_.qps, end_.num_qps}, p, reinterpret_cast<cudaStream_t>(stream));
+}
+
+void Endpoint::answer(const low_latency::Common& c, bool is_combine, uint64_t stream) const {
+    DT_CUDA(cudaSetDevice(device_));
+    launch_answer({end_.qps, end_.num_qps}, c, is_combine, reinterpret_cast<cudaStream_t>(stream));
+}
+
 std::optional<Failure> Endpoint::failure() const {
     if (page_->failed == 0) return std::nullopt;
     std::atomic_thread_fence(std::memory_order_acquire);

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "../low_latency/params.hpp"
 #include "params.hpp"
 
 namespace deepep_train::rdma {
@@ -16,6 +17,8 @@ std::string unique_id();
 void start(int device, int rank, int num_ranks, const std::string& id);
 // Collective among all ranks that were started, as is `queue_pairs`; never freed.
 void* allocate(size_t bytes);
+// Where a rank's copy of what `allocate` gave is in this process; throws if it cannot be reached.
+void* of_peer(const void* symmetric, int rank);
 // int [count], wherever NVSHMEM keeps it.
 int* queue_pairs(int count);
 
@@ -37,6 +40,9 @@ public:
     int64_t segment_bytes() const { return end_.segment_bytes; }
     void rail(const RailParams& p, uint64_t stream) const;
     void sum(const SumParams& p, uint64_t stream) const;
+    void put_dispatch(const low_latency::DispatchParams& p, uint64_t stream) const;
+    void put_combine(const low_latency::CombineParams& p, uint64_t stream) const;
+    void answer(const low_latency::Common& c, bool is_combine, uint64_t stream) const;
     std::optional<Failure> failure() const;
 
 private:

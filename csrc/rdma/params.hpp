@@ -38,6 +38,12 @@ struct SumParams {
     int num_sms = 1;
 };
 
+// Queue pairs, dealt to blocks in turn.
+struct Pairs {
+    const int* qps;
+    int count;
+};
+
 // What a kernel needs to know of this end.
 struct End {
     int node;

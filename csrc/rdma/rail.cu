@@ -24,12 +24,6 @@ constexpr int kThreads = 768;  // with 1024 there are too few registers
 constexpr int kWarps = kThreads / 32;
 constexpr int kAtOnce = 4;  // 16-byte words that a thread asks memory for before it stores the first
 
-DT_DEVICE uint64_t load_acquire_sys(const uint64_t* address) {
-    uint64_t value;
-    asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");
-    return value;
-}
-
 DT_DEVICE bool has_failed(const End& end) { return *static_cast<const volatile uint32_t*>(end.failed) != 0; }
 
 // By one thread. Who is late is found out once, by the first that gives up.
@@ -216,6 +210,13 @@ void* allocate(size_t bytes) {
         throw std::runtime_error("NVSHMEM has no " + std::to_string(bytes) +
                                  " bytes more; NVSHMEM_SYMMETRIC_SIZE says how many it has");
     return memory;
+}
+
+void* of_peer(const void* symmetric, int rank) {
+    void* there = nvshmem_ptr(symmetric, rank);
+    if (there == nullptr)
+        throw std::runtime_error("NVSHMEM cannot map the memory of rank " + std::to_string(rank) + ", which is of this node");
+    return there;
 }
 
 int* queue_pairs(int count) {

@@ -122,10 +122,21 @@ def choose(requested: str) -> Choice:
 
 
 def whereabouts() -> dict[str, str]:
-    """What other ranks must know of this one to choose an engine: its host, its GPU, and why it cannot use nvlink, if so."""
+    """What other ranks must know of this one to choose an engine: its host, its GPU, and why it cannot use nvlink or rdma, if
+    so."""
     nvlink = _survey_nvlink()
+    rdma = _survey_rdma(nvlink)
     gpu = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid) if nvlink.usable else ""
-    return {"host": host_name(), "gpu": gpu, "obstacle": "" if nvlink.usable else nvlink.reason}
+    unusable = {name: "" if found.usable else found.reason for name, found in (("obstacle", nvlink), ("no rdma", rdma))}
+    return {"host": host_name(), "gpu": gpu} | unusable
+
+
+def low_latency_across_nodes(everyone: list[dict[str, str]], otherwise: Choice) -> Choice:
+    """rdma, whose low-latency calls put to other nodes, if all ranks with these `whereabouts` can use it."""
+    without = [f"rdma on rank {r}: {other['no rdma']}" for r, other in enumerate(everyone) if other["no rdma"]]
+    if without:
+        return Choice(otherwise.name, [*otherwise.reasons, *without])
+    return Choice("rdma", ["rdma: low_latency_mode=True and ranks on several nodes"])
 
 
 def obstacle(everyone: list[dict[str, str]]) -> str:
@@ -165,16 +176,18 @@ def create(
     num_rdma_bytes: int,
     num_sms: Callable[[], int],
     number: int,
+    low_latency_mode: bool = False,
 ) -> Engine:
-    """Build the engine that `choose` named; `two_level` and the bytes as in `Buffer`; `num_sms` gives the SMs that a call may
-    occupy, `number` is the buffer's."""
+    """Build the engine that `choose` named; `two_level`, the bytes and the mode as in `Buffer`; `num_sms` gives the SMs that a
+    call may occupy, `number` is the buffer's."""
+    # What low-latency calls keep comes on top.
+    arena_bytes = max(num_nvl_bytes, DEFAULT_ARENA_BYTES)
+    arena_bytes += num_rdma_bytes if name == "low_latency" or low_latency_mode else 0
     if name in ("nvlink", "low_latency"):
         from deepep_train.engines.nvlink import NvlinkEngine
 
         if two_level:
             raise ArgumentError(f"two_level=True needs engine='collective': {name} reaches every rank directly", "two_level")
-        # What low-latency calls keep comes on top.
-        arena_bytes = max(num_nvl_bytes, DEFAULT_ARENA_BYTES) + (num_rdma_bytes if name == "low_latency" else 0)
         return NvlinkEngine(Peers(group, timeout, number), arena_bytes, num_sms, name)
     num_nodes = (1 if group is None else group.size()) // local_ranks
     if name == "rdma":
@@ -184,7 +197,7 @@ def create(
             raise ArgumentError(f"engine='rdma' needs at least 2 nodes, these are {local_ranks} ranks of one", "engine")
         if two_level is False:
             raise ArgumentError("two_level=False needs another engine: rdma always forwards", "two_level")
-        arena_bytes, rail_bytes = max(num_nvl_bytes, DEFAULT_ARENA_BYTES), max(num_rdma_bytes, DEFAULT_RAIL_BYTES)
+        rail_bytes = max(num_rdma_bytes, DEFAULT_RAIL_BYTES)
         return RdmaEngine(group, timeout, local_ranks, number, arena_bytes, rail_bytes, NUM_QUEUE_PAIRS, num_sms)
     assert name == "collective", name
     if two_level and num_nodes < 2:

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from deepep_train import _C, checks, fp8  # type: ignore[attr-defined]
 from deepep_train.engines.arena import Arena, ArenaFull
+from deepep_train.engines.low_latency_far import OtherNodes
 from deepep_train.engines.peers import Peers, raise_if_different
 from deepep_train.errors import ArgumentError, DeepEPError
 
+MAX_RANKS = _C.low_latency.max_ranks
 MAX_HIDDEN, MAX_EXPERTS = _C.low_latency.max_hidden, _C.low_latency.max_experts
 MAX_TOP_K = _C.low_latency.max_top_k
 _MAX_TOKENS = 1 << 16
@@ -62,11 +64,11 @@ class KernelHandle(tuple):
 
 
 class Space:
-    """The memory, in every rank's arena, through which calls of one shape go; see csrc/low_latency/space.cuh.
+    """The memory, of every rank, through which calls of one shape go; see csrc/low_latency/space.cuh.
 
     Args:
         memory: this rank's, uint8.
-        addresses: int64 [R], every rank's, as this process maps them.
+        addresses: int64 [R], every rank's, as this process maps them; 0 for those of other nodes.
     """
 
     def __init__(self, shape: Shape, memory: Tensor, addresses: Tensor) -> None:
@@ -111,11 +113,12 @@ class LowLatency:
 
     Args:
         peers: bootstrap.
-        arena: of this rank; what peers reach lies in it.
-        addresses: of every rank's arena, as this process maps it.
+        arena: of this rank; what this node's peers reach lies in it.
+        addresses: of every rank's arena, as this process maps it; 0 for those of other nodes.
         num_sms: that a launch may occupy.
-        one_gpu: whether all ranks share one; may be changed at any time, for this rank alone.
+        one_gpu: whether all ranks of this node share one; may be changed at any time, for this rank alone.
         ordered: a context in which launches follow each other, whatever streams they are on; gives the stream.
+        far: how ranks of other nodes are reached; None: there are none.
     """
 
     def __init__(
@@ -127,8 +130,10 @@ class LowLatency:
         one_gpu: bool,
         ordered: Callable[[], AbstractContextManager[int]],
         device: torch.device,
+        far: OtherNodes | None = None,
     ) -> None:
-        self._peers, self._arena, self._addresses = peers, arena, addresses
+        self._peers, self._arena, self._far = peers, arena, far
+        self._arenas = torch.tensor(addresses, device=device)
         self._num_sms, self.one_gpu, self._ordered, self._device = num_sms, one_gpu, ordered, device
         self._spaces: dict[Shape, Space] = {}
         self._mask = torch.zeros(peers.size, dtype=torch.int32, device=device)
@@ -244,12 +249,17 @@ class LowLatency:
         self, name: str, p: Any, handle: KernelHandle, used: tuple[Tensor | None, ...], with_hook: bool
     ) -> Callable[[], None] | None:
         """The send phase, and the receive phase, now or as a hook."""
-        send, receive = (getattr(_C.low_latency, name + phase) for phase in ("_send", "_receive"))
         space, slots = handle.space, handle.set
+
+        def launch(phase: str, stream: int) -> None:
+            getattr(_C.low_latency, name + phase)(p, stream)
+            if self._far is not None:
+                self._far.follow(name + phase, p, stream)
+
         with self._ordered() as stream:
-            send(p, stream)
+            launch("_send", stream)
             if not with_hook:
-                receive(p, stream)
+                launch("_receive", stream)
             if torch.cuda.is_current_stream_capturing():
                 self._arena.keep((space, handle.pick_index))
         if not with_hook:
@@ -267,7 +277,7 @@ class LowLatency:
                     if t is not None:
                         t.record_stream(here)
             with self._ordered() as stream:
-                receive(p, stream)
+                launch("_receive", stream)
             space.waiting[slots] = ""
             space.are_over[slots] |= name == "combine"
 
@@ -386,13 +396,16 @@ class LowLatency:
         return handle
 
     def _params(self, p: Any, space: Space, slots: int) -> Any:
-        p.spaces, p.mask = space.addresses.data_ptr(), self._mask.data_ptr()
+        p.spaces, p.own = space.addresses.data_ptr(), space.memory.data_ptr()
+        p.arenas, p.mask = self._arenas.data_ptr(), self._mask.data_ptr()
         p.timeout_ns = int(self._peers.timeout * 1e9)
         p.set, p.num_sms = slots, self._num_sms
         return self._describe(p, space.shape)
 
     def _describe(self, p: Any, shape: Shape) -> Any:
         p.rank, p.num_ranks = self._peers.rank, self._peers.size
+        far = self._far
+        p.first_local, p.num_local = (0, p.num_ranks) if far is None else (far.first_local, far.num_local)
         p.max_tokens, p.hidden, p.num_experts, p.top_k = shape
         return p
 
@@ -411,33 +424,42 @@ class LowLatency:
             return self._spaces[shape]
         if torch.cuda.is_current_stream_capturing():
             raise DeepEPError("the first low_latency_dispatch of a shape cannot be captured in a CUDA graph; make one before")
-        mine: dict[str, Any] = {"error": "" if error is None else str(error), "argument": getattr(error, "argument", "")}
-        mine["agreed"] = {} if shape is None else shape._asdict()
-        memory = None
+        self._agree({"agreed": {} if shape is None else shape._asdict()}, error)
+        assert shape is not None
+        error, memory, offset = None, None, 0
+        where: list[int] = []
         with self._ordered():
-            if shape is not None and error is None:
-                try:
-                    num_bytes = _C.low_latency.space_bytes(self._describe(_C.low_latency.Common(), shape))
+            try:
+                num_bytes = _C.low_latency.space_bytes(self._describe(_C.low_latency.Common(), shape))
+                if self._far is not None:
+                    memory, where = self._far.take(num_bytes)
+                else:
                     memory = self._take((num_bytes,), torch.uint8)
-                    memory[: _C.low_latency.control_bytes()].zero_()
-                    torch.cuda.current_stream(self._device).synchronize()
-                    mine["offset"] = self._arena.offset(memory)
-                except DeepEPError as caught:
-                    error = caught
-                    mine["error"] = str(caught)
+                    offset = self._arena.offset(memory)
+                memory[: _C.low_latency.control_bytes()].zero_()
+                torch.cuda.current_stream(self._device).synchronize()
+            except RuntimeError as caught:
+                error = caught
             # When this returns, every rank's flags are 0.
-            everyone = self._peers.gather_objects(mine, "low_latency_dispatch")
-            broken = [r for r, other in enumerate(everyone) if other["error"]]
-            if broken:
-                what = "low_latency_dispatch: " + "; ".join(f"rank {r}: {everyone[r]['error']}" for r in broken)
-                if all(everyone[r]["argument"] for r in broken):
-                    raise ArgumentError(what, everyone[broken[0]]["argument"], broken) from error
-                raise DeepEPError(what) from error
-            raise_if_different("low_latency_dispatch", [other["agreed"] for other in everyone])
-            assert memory is not None and shape is not None
-            where = [base + other["offset"] for base, other in zip(self._addresses, everyone, strict=True)]
+            everyone = self._agree({"agreed": {}, "offset": offset}, error)
+            assert memory is not None
+            if self._far is None:
+                where = [base + other["offset"] for base, other in zip(self._arenas.tolist(), everyone, strict=True)]
             space = self._spaces[shape] = Space(shape, memory, torch.tensor(where, device=self._device))
         return space
+
+    def _agree(self, mine: dict[str, Any], error: Exception | None) -> list[dict[str, Any]]:
+        """What every rank gives, if none has an error and all have the same "agreed"; else raise, on every rank."""
+        mine |= {"error": "" if error is None else str(error), "argument": getattr(error, "argument", "")}
+        everyone = self._peers.gather_objects(mine, "low_latency_dispatch")
+        broken = [r for r, other in enumerate(everyone) if other["error"]]
+        if broken:
+            what = "low_latency_dispatch: " + "; ".join(f"rank {r}: {everyone[r]['error']}" for r in broken)
+            if all(everyone[r]["argument"] for r in broken):
+                raise ArgumentError(what, everyone[broken[0]]["argument"], broken) from error
+            raise DeepEPError(what) from error
+        raise_if_different("low_latency_dispatch", [other["agreed"] for other in everyone])
+        return everyone
 
 
 def _address(t: Tensor | None) -> int:

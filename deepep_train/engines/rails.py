@@ -23,6 +23,8 @@ from deepep_train import _C  # type: ignore[attr-defined]
 from deepep_train.engines import nvshmem, processes
 from deepep_train.engines.arena import Arena, ArenaFull
 from deepep_train.engines.hops import Route
+from deepep_train.engines.low_latency import MAX_RANKS, LowLatency
+from deepep_train.engines.low_latency_far import OtherNodes, tensor_at
 from deepep_train.engines.nvlink_failures import cuda_failed, device_error, who_ended
 from deepep_train.engines.peers import Peers, raise_if_broken
 from deepep_train.engines.rail_tables import Counts, Tables, leaving, mask_words, masks_of, node_counts, slots
@@ -71,9 +73,8 @@ class Rails:
             error = str(caught)
         raise_if_broken([{"error": text} for text in peers.gather_objects(error, "Buffer")])
         self._segment = segment
-        # Python's eyes on the memory that the rail writes to.
-        storage = torch._C._construct_storage_from_data_pointer(self._end.recv, self.device, self.nodes * segment)
-        self._received = torch.empty(0, dtype=torch.uint8, device=self.device).set_(storage)
+        self._received = tensor_at(self._end.recv, self.nodes * segment, self.device)  # what the rail writes to
+        self.low_latency = self._low_latency(kernels)
 
     def _open_node(self, arena_bytes: int) -> None:
         """Map the memory of this node's ranks."""
@@ -104,11 +105,22 @@ class Rails:
         self._processes = [o["identity"] for o in everyone]
         self._arena = Arena(self._comm, self.device)
         sharing = sum(o["device"] == mine["device"] for o in everyone)
+        self._one_gpu = len({o["device"] for o in everyone[first : first + self.local]}) == 1
         sms = properties.multi_processor_count
         self._max_sms = most_sms(sms, sharing)
         self._default_sms = {
             what: default_sms(what, properties.major, sms, peers.size, sharing) for what in ("dispatch", "combine")
         }
+
+    def _low_latency(self, kernels: Any) -> LowLatency | None:
+        if self.peers.size > MAX_RANKS:
+            return None
+        first, size = self.node * self.local, self.peers.size
+        arenas = [0] * size
+        arenas[first : first + self.local] = self._comm.addresses()
+        far = OtherNodes(kernels, self._end, first, self.local, size, self.device)
+        how = (self._max_sms, self._one_gpu, lambda: self._operation(None), self.device, far)
+        return LowLatency(self.peers, self._arena, arenas, *how)
 
     # What a route needs ------------------------------------------------------------------------------------------------
 
@@ -335,6 +347,8 @@ class Rails:
 
     def close(self) -> None:
         with self._lock:
+            if self.low_latency is not None:
+                self.low_latency.close()
             self._comm.close(self._arena.was_captured)
             del self._arena
 

@@ -52,7 +52,7 @@ class RdmaEngine(CollectiveEngine):
     ) -> None:
         super().__init__(group, timeout, num_local_ranks, True, number)
         self.rails = Rails(self.peers, num_local_ranks, arena_bytes, rail_bytes, num_qps, num_sms)
-        self.device = self.rails.device
+        self.device, self.low_latency = self.rails.device, self.rails.low_latency
 
     def check_payload(self, payload: Payload, argument: str = "x") -> None:
         need_rows_of(payload, argument, self.device, DTYPES, "rdma")
@@ -130,6 +130,8 @@ class RdmaEngine(CollectiveEngine):
     def check(self) -> None:
         super().check()
         self.rails.check()
+        if self.low_latency is not None:
+            self.low_latency.check()
 
     def destroy(self) -> None:
         self.rails.close()

@@ -1,4 +1,7 @@
-"""What the ranks of tests/gpu/test_low_latency_kernels.py do; every function runs on every rank."""
+"""What the ranks of tests/gpu/test_low_latency_kernels.py and test_low_latency_nodes.py do; every function runs on every rank.
+
+`local`: ranks of a node; None: all.
+"""
 
 from __future__ import annotations
 
@@ -18,20 +21,26 @@ import deepep_train as dt
 from deepep_train.cli.live import measure
 from deepep_train.moe import MoELayer
 
-ARENA = 2 << 30
-_buffers: dict[int, dt.Buffer] = {}
+ARENA = 1 << 30
+_buffers: dict[tuple[int, int | None], dt.Buffer] = {}
 
 
-def buffer_of(group: dist.ProcessGroup) -> dt.Buffer:
-    """One per process."""
-    if group.size() not in _buffers:
-        _buffers[group.size()] = dt.Buffer(group, num_nvl_bytes=ARENA, low_latency_mode=True, timeout=10)
-        assert _buffers[group.size()].engine == "low_latency"
-    return _buffers[group.size()]
+def buffer_of(group: dist.ProcessGroup, local: int | None = None) -> dt.Buffer:
+    """One per process and mesh."""
+    key = (group.size(), local)
+    if key not in _buffers:
+        _buffers[key] = new_buffer(group, ARENA if local is None else ARENA // 2, 10, local)  # spaces lie elsewhere then
+    return _buffers[key]
 
 
-def round_trips(rank: int, size: int, group: dist.ProcessGroup, cases: Sequence[Case]) -> list[str]:
-    buffer = buffer_of(group)
+def new_buffer(group: dist.ProcessGroup, num_bytes: int, timeout: float, local: int | None) -> dt.Buffer:
+    made = dt.Buffer(group, num_nvl_bytes=num_bytes, low_latency_mode=True, timeout=timeout, num_local_ranks=local)
+    assert made.engine == ("low_latency" if local is None else "rdma"), made.engine_reasons
+    return made
+
+
+def round_trips(rank: int, size: int, group: dist.ProcessGroup, cases: Sequence[Case], local: int | None = None) -> list[str]:
+    buffer = buffer_of(group, local)
     errors = []
     calls = buffer._engine.low_latency
     here = calls.one_gpu
@@ -52,9 +61,11 @@ def _digest(*tensors: Tensor) -> str:
     return digest.hexdigest()
 
 
-def soak(rank: int, size: int, group: dist.ProcessGroup, case: Case, iterations: int) -> tuple[set[str], list[str]]:
+def soak(
+    rank: int, size: int, group: dist.ProcessGroup, case: Case, iterations: int, local: int | None = None
+) -> tuple[set[str], list[str]]:
     """The hashes of all iterations' results, and what is wrong with the last one's."""
-    buffer = buffer_of(group)
+    buffer = buffer_of(group, local)
     x, idx, weights = (t.cuda() for t in case.inputs(rank))
     shape = (case.num_experts // size, size * case.most, case.hidden)
     y, valid = torch.empty(shape, dtype=torch.bfloat16, device="cuda"), None
@@ -82,9 +93,21 @@ def soak(rank: int, size: int, group: dist.ProcessGroup, case: Case, iterations:
     return seen, check_received(case, rank, recv, count, handle, frozenset()) + wrong("combined", z, case.combined(rank))
 
 
-def graphs(rank: int, size: int, group: dist.ProcessGroup, cases: Sequence[Case]) -> list[str]:
+def combined_bits(rank: int, size: int, group: dist.ProcessGroup, case: Case, local: int | None = None) -> str:
+    """A hash of what combine gives of values at random."""
+    buffer = buffer_of(group, local)
+    x, idx, weights = (t.cuda() for t in case.inputs(rank))
+    *_, handle, _, _ = buffer.low_latency_dispatch(x, idx, case.most, case.num_experts, **case.arguments)
+    shape = (case.num_experts // size, size * case.most, case.hidden)
+    y = torch.randn(shape, generator=torch.Generator().manual_seed(rank)).bfloat16().cuda()
+    if case.zero_copy:
+        y = buffer.get_next_low_latency_combine_buffer(handle).copy_(y)
+    return _digest(buffer.low_latency_combine(y, idx, weights, handle, zero_copy=case.zero_copy)[0])
+
+
+def graphs(rank: int, size: int, group: dist.ProcessGroup, cases: Sequence[Case], local: int | None = None) -> list[str]:
     """Dispatch and combine of two layers in one graph, replayed with the inputs of other cases of the same shape."""
-    buffer = buffer_of(group)
+    buffer = buffer_of(group, local)
     first = cases[0]
     held = [t.cuda() for t in first.inputs(rank)]
     shape = (first.num_experts // size, size * first.most, first.hidden)
@@ -121,9 +144,9 @@ def graphs(rank: int, size: int, group: dist.ProcessGroup, cases: Sequence[Case]
     return errors
 
 
-def overlapping(rank: int, size: int, group: dist.ProcessGroup, cases: Sequence[Case]) -> list[str]:
+def overlapping(rank: int, size: int, group: dist.ProcessGroup, cases: Sequence[Case], local: int | None = None) -> list[str]:
     """Two results in flight: both sent before either is received, hooks late and on another stream."""
-    buffer = buffer_of(group)
+    buffer = buffer_of(group, local)
     other = torch.cuda.Stream()
     errors, flying = [], []
     for case in cases:
@@ -149,9 +172,9 @@ def overlapping(rank: int, size: int, group: dist.ProcessGroup, cases: Sequence[
     return errors
 
 
-def left_out(rank: int, size: int, group: dist.ProcessGroup, case: Case) -> list[str]:
+def left_out(rank: int, size: int, group: dist.ProcessGroup, case: Case, local: int | None = None) -> list[str]:
     """The last rank is masked by the others, and does nothing; then it takes part again."""
-    buffer = dt.Buffer(group, num_nvl_bytes=64 << 20, low_latency_mode=True, timeout=10)
+    buffer = new_buffer(group, 64 << 20, 10, local)
     errors = round_trip(buffer, rank, case, "cuda")
     gone = size - 1
     dist.barrier(group)
@@ -175,9 +198,9 @@ def left_out(rank: int, size: int, group: dist.ProcessGroup, case: Case) -> list
     return errors
 
 
-def stopped(rank: int, size: int, group: dist.ProcessGroup, case: Case) -> list[str]:
+def stopped(rank: int, size: int, group: dist.ProcessGroup, case: Case, local: int | None = None) -> list[str]:
     """The last rank stops coming: the others go on without it, and say so."""
-    buffer = dt.Buffer(group, num_nvl_bytes=64 << 20, low_latency_mode=True, timeout=3.0)
+    buffer = new_buffer(group, 64 << 20, 3.0, local)
     torch.cuda.synchronize()
     dist.barrier(group)
     gone = size - 1
@@ -212,10 +235,13 @@ def stopped(rank: int, size: int, group: dist.ProcessGroup, case: Case) -> list[
     return errors
 
 
-def layer(rank: int, size: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, str]:
+def layer(rank: int, size: int, group: dist.ProcessGroup, local: int | None = None) -> tuple[Tensor, Tensor, str]:
     """What `MoELayer(low_latency=True)` gives without gradients, and with them, by the normal calls."""
     torch.manual_seed(11)
-    made = MoELayer(256, 128, 2 * size, 2, low_latency=True, low_latency_tokens=6, dtype=torch.bfloat16, device="cuda").eval()
+    how: dict[str, Any] = {"dtype": torch.bfloat16, "device": "cuda"} | (
+        {} if local is None else {"buffer": buffer_of(group, local)}
+    )
+    made = MoELayer(256, 128, 2 * size, 2, low_latency=True, low_latency_tokens=6, **how).eval()
     x = torch.randn((5, 0, 6, 1)[rank % 4], 256, generator=torch.Generator().manual_seed(rank)).bfloat16().cuda()
     with torch.no_grad():
         fast = made(x)
@@ -229,9 +255,9 @@ def live(rank: int, size: int, group: dist.ProcessGroup, late_rank: int) -> str:
     return said.getvalue()
 
 
-def refusals(rank: int, size: int, group: dist.ProcessGroup) -> list[str]:
+def refusals(rank: int, size: int, group: dist.ProcessGroup, local: int | None = None) -> list[str]:
     """What wrong calls say; none of them harms the buffer."""
-    buffer = buffer_of(group)
+    buffer = buffer_of(group, local)
     case = Case((4,) * size, 4, 512, 2 * size, 2)
     x, idx, weights = (t.cuda() for t in case.inputs(rank))
     y = torch.zeros(2, size * 4, 512, dtype=torch.bfloat16, device="cuda")

@@ -1,0 +1,33 @@
+"""The low-latency calls' puts, flags and answers between nodes (docs/low_latency.md): spin searches all interleavings."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from searching import NEEDED, assert_nothing_unreached, search
+
+MODEL = "low_latency.pml"
+pytestmark = NEEDED
+
+
+def test_every_interleaving_is_safe(tmp_path: Path) -> None:
+    errors, out = search(MODEL, tmp_path)
+    assert errors == 0, out
+    assert_nothing_unreached(out)
+
+
+@pytest.mark.parametrize(
+    ("broken", "violated"),
+    [
+        ("EARLY_FLAG", r"slot|came"),  # what it announces has not come
+        ("LATE_FLAG", r"unsummed"),  # one of before counts as an answer after beginning anew
+        ("NO_TAKEN", r"unread"),  # a slot is overwritten before it was read
+        ("NO_PULLED", r"unsummed"),  # a row that has come back is overwritten before it was summed
+    ],
+)
+def test_a_protocol_broken_on_purpose_is_found_out(tmp_path: Path, broken: str, violated: str) -> None:
+    errors, out = search(MODEL, tmp_path, broken)
+    assert errors > 0
+    assert re.search(r"pan:1: assertion violated .*" + violated, out), out
