@@ -7,14 +7,17 @@ test starts a new one. Results are compared in the test's own process, where a m
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing import connection, get_context
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +27,7 @@ HOST = "127.0.0.1"
 _START_SECONDS = 90.0  # importing torch on a busy machine
 _GRACE_SECONDS = 3.0  # for the other ranks to tell what they saw, once one has failed
 _LEAVE_SECONDS = 20.0
+_LAST_WORDS = 1500  # characters
 
 
 class RankFailure(AssertionError):
@@ -111,8 +115,10 @@ def _unpack(message: bytes) -> Any:
     return torch.load(io.BytesIO(message), weights_only=False)
 
 
-def _serve(rank: int, size: int, port: int, pipe: connection.Connection) -> None:
-    """A rank's life: join the others, then run what arrives until the pipe closes."""
+def _serve(rank: int, size: int, port: int, pipe: connection.Connection, errors: str) -> None:
+    """A rank's life: join the others, then run what arrives until the pipe closes. `errors`: a file for what it, and libraries
+    that end it, write to the standard error output."""
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     store = dist.TCPStore(HOST, port, is_master=False, timeout=timedelta(seconds=_START_SECONDS))
@@ -136,9 +142,12 @@ class _Pool:
         self._store = dist.TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
         context = get_context("spawn")
         self._pipes, self._processes = [], []
+        self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
         for rank in range(size):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, size, self._store.port, there), daemon=True)
+            process = context.Process(
+                target=_serve, args=(rank, size, self._store.port, there, self._errors(rank)), daemon=True
+            )
             process.start()
             there.close()  # so that a dead rank reads as end of file
             self._pipes.append(here)
@@ -170,7 +179,7 @@ class _Pool:
                     reply = _unpack(pipe.recv_bytes())
                 except (EOFError, OSError):
                     self._processes[rank].join(_GRACE_SECONDS)
-                    reply = _Reply(rank in dead, f"died with exit code {self._processes[rank].exitcode}")
+                    reply = _Reply(rank in dead, self._end_of(rank))
                     replies[rank] = None
                 else:
                     replies[rank] = reply.value
@@ -180,6 +189,15 @@ class _Pool:
         if failures:
             raise RankFailure("\n".join(f"rank {r} of {len(self._pipes)}: {text}" for r, text in failures.items()))
         return [replies[r] for r in range(len(self._pipes))]
+
+    def _errors(self, rank: int) -> str:
+        return str(Path(self._folder.name) / f"{rank}.txt")
+
+    def _end_of(self, rank: int) -> str:
+        with contextlib.suppress(OSError):
+            said = Path(self._errors(rank)).read_text(errors="replace")[-_LAST_WORDS:].strip()
+            return f"died with exit code {self._processes[rank].exitcode}" + (f"; its last words:\n{said}" if said else "")
+        return f"died with exit code {self._processes[rank].exitcode}"
 
     def leave(self, dead: Collection[int]) -> None:
         """Every process must exit on its own once it has nothing to do."""
@@ -198,6 +216,7 @@ class _Pool:
             process.join()
         for pipe in self._pipes:
             pipe.close()
+        self._folder.cleanup()
 
 
 _pools: dict[int, _Pool] = {}

@@ -20,12 +20,18 @@ def fail(rank: int, size: int, group: dist.ProcessGroup, how: str) -> None:
     if how == "raise":
         raise LookupError("no such luck")
     if how == "die":
+        os.write(2, b"it is the store")
         os._exit(7)
     time.sleep(30)
 
 
 @pytest.mark.parametrize(
-    "how,text", [("raise", "LookupError: no such luck"), ("die", "exit code 7"), ("hang", "no answer within 1 s")]
+    "how,text",
+    [
+        ("raise", "LookupError: no such luck"),
+        ("die", "exit code 7; its last words:\nit is the store"),
+        ("hang", "no answer within 1 s"),
+    ],
 )
 def test_failures_are_told_and_the_next_run_works(how: str, text: str) -> None:
     run_ranks(1, add, torch.ones(1))
