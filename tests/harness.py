@@ -27,7 +27,7 @@ HOST = "127.0.0.1"
 _START_SECONDS = 90.0  # importing torch on a busy machine
 _GRACE_SECONDS = 3.0  # for the other ranks to tell what they saw, once one has failed
 _LEAVE_SECONDS = 20.0
-_LAST_WORDS = 1500  # characters
+_LAST_WORDS = 6000  # characters: torch's tracebacks of C++ are long, and the reason stands before them
 
 
 class RankFailure(AssertionError):

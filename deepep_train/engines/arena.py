@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import threading
 import weakref
@@ -45,7 +46,7 @@ class _InPool:
     """This thread's allocations come out of the arena. A class: a context made of a generator costs 2 us, in every call."""
 
     def __init__(self, arena: Arena) -> None:
-        self._comm, self._torchs = arena._comm, torch.cuda.use_mem_pool(arena._pool, arena._device)
+        self._comm, self._torchs = arena._comm, torch.cuda.use_mem_pool(arena._held[-1].torchs, arena._device)
 
     def __enter__(self) -> None:
         self._comm.enter_pool()
@@ -72,14 +73,31 @@ def _allocator() -> torch.cuda.memory.CUDAPluggableAllocator:
     return torch.cuda.memory.CUDAPluggableAllocator(_C.__file__, "deepep_train_allocate", "deepep_train_release")
 
 
-def _new_pool(device: torch.device) -> torch.cuda.MemPool:
-    with torch.cuda.device(device):
-        return torch.cuda.MemPool(_allocator().allocator())
+class _Pool:
+    """One of torch's, whose object is never destroyed: its destructor ends the process (an assertion of torch 2.11) if any pool
+    of the device is in use or a graph is being captured, and the garbage collector may run just then. What is left of it is a
+    few hundred bytes. `give_up` may be called at any time, on any thread."""
+
+    def __init__(self, device: torch.device) -> None:
+        with torch.cuda.device(device):
+            self.torchs = torch.cuda.MemPool(_allocator().allocator())
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.torchs))
+        self._device, self._id, self._is_given_up = device.index, self.torchs.id, False
+
+    def give_up(self) -> None:
+        """What is free of it goes back with torch's next `empty_cache`, or when torch runs out of memory."""
+        if not self._is_given_up:
+            self._is_given_up = True
+            torch._C._cuda_releasePool(self._device, self._id)
 
 
-def _count_death(arena: weakref.ref[Arena], pool: int) -> None:
+def _give_up_last(pools: list[_Pool]) -> None:
+    pools[-1].give_up()
+
+
+def _count_death(arena: weakref.ref[Arena]) -> None:
     if (alive := arena()) is not None:
-        alive.count_death(pool)
+        alive.count_death()
 
 
 class Arena:
@@ -94,9 +112,8 @@ class Arena:
         self._comm = comm
         self._base, self._end = comm.base, comm.base + comm.bytes
         self._device = device
-        self._pool = _new_pool(device)
-        self._pools = 1  # so far
-        self._has_orphans = False  # whether tensors of earlier pools have died since these were given up
+        self._held = [_Pool(device)]  # a list of one: it outlives this object, as its finalizer's
+        weakref.finalize(self, _give_up_last, self._held).atexit = False
         self._aside: torch.cuda.Stream | None = None
         self._capturing = False
         self._captured: list[Any] = []  # what CUDA graphs use lives as long as the buffer
@@ -209,7 +226,7 @@ class Arena:
         try:
             return self._attempt(make)
         except ArenaFull:
-            self._full, self._staged, self._has_orphans = None, staged, True
+            self._full, self._staged = None, staged
         return self._attempt(make)
 
     def _attempt(self, make: Callable[[], T]) -> T:
@@ -283,14 +300,12 @@ class Arena:
         """Take back what torch caches of this memory: it gives nothing back of a pool that is in use, so another pool follows.
 
         What tensors still use stays theirs until they die; then it is torch's cache of a pool that nobody has, which only
-        `empty_cache` gives back. The synchronization is why this is done only when there is no room: the memory may next be
-        used on another stream than before.
+        `empty_cache` gives back, as it does all else that torch caches. The synchronization is why this is done only when there
+        is no room: the memory may next be used on another stream than before.
         """
-        self._pools += 1
-        self._pool = _new_pool(self._device)
-        if self._has_orphans:
-            self._has_orphans = False
-            torch.cuda.empty_cache()
+        self._held[-1].give_up()
+        self._held[:] = [_Pool(self._device)]
+        torch.cuda.empty_cache()
         self._comm.begin_settling()  # what other threads release after this may still be in use
         torch.cuda.synchronize(self._device)
         self._comm.settle()
@@ -299,12 +314,10 @@ class Arena:
         """Large tensors' deaths are counted; it is the storage that counts, which views keep alive."""
         if t.nbytes >= _LARGE and not self._is_staged(t):
             # Of this arena by a weak reference: what it keeps for graphs would else keep it, and so itself, for ever.
-            weakref.finalize(t.untyped_storage(), _count_death, weakref.ref(self), self._pools).atexit = False
+            weakref.finalize(t.untyped_storage(), _count_death, weakref.ref(self)).atexit = False
 
-    def count_death(self, pool: int) -> None:
+    def count_death(self) -> None:
         self._deaths += 1
-        if pool != self._pools:  # finalizers run on any thread
-            self._has_orphans = True
 
     def _from_staging(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
         size = _bytes(shape, dtype)

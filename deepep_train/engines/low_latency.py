@@ -9,7 +9,7 @@ import ctypes
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from deepep_train.engines.peers import Peers, raise_if_different
 from deepep_train.errors import ArgumentError, DeepEPError
 
 MAX_RANKS = _C.low_latency.max_ranks
+T = TypeVar("T")
 MAX_HIDDEN, MAX_EXPERTS = _C.low_latency.max_hidden, _C.low_latency.max_experts
 MAX_TOP_K = _C.low_latency.max_top_k
 _MAX_TOKENS = 1 << 16
@@ -106,6 +107,18 @@ class Space:
     def follow(self, slots: int, handle: KernelHandle) -> None:
         self._lives[slots], self.are_over[slots] = weakref.ref(handle.life), False
         self._next = (slots + 1) % _SETS
+
+
+def weakly(method: Callable[[], T]) -> Callable[[], T]:
+    """Calls a method of an object that it does not keep: engines own their `LowLatency`, and each would keep the other."""
+    alive = weakref.WeakMethod(method)
+
+    def call() -> T:
+        found = alive()
+        assert found is not None
+        return found()
+
+    return call
 
 
 class LowLatency:

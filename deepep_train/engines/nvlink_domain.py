@@ -19,7 +19,7 @@ from deepep_train import _C  # type: ignore[attr-defined]
 from deepep_train.engines import processes
 from deepep_train.engines.arena import Arena, ArenaFull
 from deepep_train.engines.base import MAX_NVLINK_RANKS, Engine, NoPeerAccess, need_own_device
-from deepep_train.engines.low_latency import LowLatency
+from deepep_train.engines.low_latency import LowLatency, weakly
 from deepep_train.engines.nvlink_failures import cuda_failed, device_error
 from deepep_train.engines.peers import Peers, raise_if_broken
 from deepep_train.engines.sms import default_sms, most_sms
@@ -59,6 +59,7 @@ class NvlinkDomain(Engine):
         mine["index"], mine["identity"] = self.device.index, processes.identity()
         properties = torch.cuda.get_device_properties(self.device)
         mine["device"] = str(properties.uuid)  # without the host's name: containers that share a GPU may differ in it
+        torch.cuda.empty_cache()  # arenas of buffers that are gone are in it
         try:
             self._comm = _C.Communicator(self.device.index, self.rank, size, total, float(peers.timeout))
             mine["base"] = self._comm.base
@@ -90,7 +91,13 @@ class NvlinkDomain(Engine):
             operation: default_sms(operation, properties.major, sms, size, sharing) for operation in ("dispatch", "combine")
         }
         self.low_latency = LowLatency(
-            self.peers, self._arena, self._comm.addresses(), self._max_sms, sharing == size, self._ordered, self.device
+            self.peers,
+            self._arena,
+            self._comm.addresses(),
+            self._max_sms,
+            sharing == size,
+            weakly(self._ordered),
+            self.device,
         )
 
     # Memory ------------------------------------------------------------------------------------------------------------
@@ -155,6 +162,7 @@ class NvlinkDomain(Engine):
             finally:
                 self._is_destroyed = True
                 del self._arena, self.low_latency
+                torch.cuda.empty_cache()  # which the arena's memory is in, unless tensors still use it
 
 
 class _Operation:

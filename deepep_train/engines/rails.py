@@ -10,7 +10,7 @@ import os
 import secrets
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, NoReturn
@@ -21,7 +21,7 @@ from torch import Tensor
 from deepep_train import _C  # type: ignore[attr-defined]
 from deepep_train.engines import nvshmem, processes
 from deepep_train.engines.arena import Arena, ArenaFull, Landing
-from deepep_train.engines.low_latency import MAX_RANKS, LowLatency
+from deepep_train.engines.low_latency import MAX_RANKS, LowLatency, weakly
 from deepep_train.engines.low_latency_far import OtherNodes, tensor_at
 from deepep_train.engines.nvlink_failures import AWAITED, cuda_failed, device_error, rail_error, who_ended
 from deepep_train.engines.peers import Peers, raise_if_broken
@@ -105,6 +105,7 @@ class Rails:
         mine: dict[str, Any] = {"process": f"{_PROCESS}/{os.getpid()}", "error": "", "handle": "", "base": 0}
         mine |= {"index": self.device.index, "identity": processes.identity()}
         mine["device"] = f"{os.uname().nodename}/{properties.uuid}"
+        torch.cuda.empty_cache()  # arenas of buffers that are gone are in it
         try:
             self._comm = _C.Communicator(self.device.index, self.rail, self.local, total, float(peers.timeout))
             mine["base"] = self._comm.base
@@ -140,7 +141,7 @@ class Rails:
         arenas = [0] * size
         arenas[first : first + self.local] = self._comm.addresses()
         far = OtherNodes(kernels, self._end, first, self.local, size, self.device)
-        how = (self._max_sms, self._one_gpu, lambda: self._operation(None), self.device, far)
+        how = (self._max_sms, self._one_gpu, weakly(self._ordered), self.device, far)
         return LowLatency(self.peers, self._arena, arenas, *how)
 
     # What a route needs ------------------------------------------------------------------------------------------------
@@ -431,6 +432,9 @@ class Rails:
             finally:
                 self._comm.leave(stream)
 
+    def _ordered(self) -> AbstractContextManager[int]:
+        return self._operation(None)
+
     def keep(self, used: Any) -> None:
         """A CUDA graph is being captured that uses this."""
         self._arena.keep(used)
@@ -490,4 +494,5 @@ class Rails:
             if self.low_latency is not None:
                 self.low_latency.close()
             self._comm.close(self._arena.was_captured)
-            del self._arena
+            del self._arena, self.low_latency
+            torch.cuda.empty_cache()  # which the arena's memory is in, unless tensors still use it

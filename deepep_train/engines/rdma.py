@@ -123,7 +123,8 @@ class RdmaEngine(CollectiveEngine):
             if torch.cuda.is_current_stream_capturing():
                 if not plan.route.tables:
                     raise _copied_in_a_capture()
-                self.rails.keep(plan)
+                # Not the plan, which knows the rails, which would keep it and so themselves.
+                self.rails.keep((plan.route.tables, plan.route.experts, plan.experts))
         except Exception as error:  # noqa: BLE001 - whatever it is, the peers must hear of it
             self.rails.refuse(steps, error)
         if not plan.route.tables:
@@ -275,6 +276,7 @@ class RdmaEngine(CollectiveEngine):
             self.low_latency.check()
 
     def destroy(self) -> None:
+        self.low_latency = None
         self.rails.close()
         super().destroy()
 

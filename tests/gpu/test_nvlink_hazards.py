@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -200,6 +201,37 @@ def callers_pool(rank: int, size: int, group: dist.ProcessGroup) -> None:
 
 def test_inside_the_callers_memory_pool() -> None:
     run_ranks(2, callers_pool, timeout=60)
+
+
+def in_use(rank: int, size: int, group: dist.ProcessGroup, during: str) -> None:
+    """Buffers that nobody has any more may be found by the garbage collector at any time, and the arena may run full at any:
+    torch's pools must not be destroyed while one is in use, or a graph is being captured, which ends the process."""
+    buffer, dead = small_buffer(group), small_buffer(group)
+    x, idx, w = (t.cuda() for t in inputs(rank, size, 12))
+    how: dict[str, Any] = {"buffer": buffer, "num_experts": size * LOCAL_EXPERTS}
+    first = dt.dispatch(x, idx, w, **how)
+    arena = buffer._engine._arena
+    dt.dispatch(x, idx, w, buffer=dead, num_experts=size * LOCAL_EXPERTS)
+    cycle: list[Any] = [dead]
+    cycle.append(cycle)
+    del dead, cycle
+    if during == "the caller's pool":
+        with torch.cuda.use_mem_pool(torch.cuda.MemPool()):
+            arena._rotate()
+            gc.collect()
+    elif during == "its own":
+        with arena._allocating():
+            gc.collect()
+    else:
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            gc.collect()
+            torch.zeros(1, device="cuda")
+    assert_same_bits(dt.dispatch(x, idx, w, **how).x, first.x)
+
+
+@pytest.mark.parametrize("during", ["its own", "the caller's pool", "a capture"])
+def test_pools_are_in_use(during: str) -> None:
+    run_ranks(2, in_use, during, fresh=True, timeout=60)
 
 
 def growing(rank: int, size: int, group: dist.ProcessGroup) -> dict[str, int]:
