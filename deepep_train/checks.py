@@ -203,9 +203,8 @@ def topk_idx(
 ) -> Tensor:
     """int64 [tokens, top_k] in [-1, num_experts). Reading the range waits for the GPU if the tensor is there."""
     known = isinstance(value, Tensor) and value.dtype is torch.int64 and value.dim() == 2 and value.layout is torch.strided
-    if (
-        not known or num_tokens is not None or device is not None or not _has_memory(value)
-    ):  # else: the layout call, whose time is the CPU's
+    is_layout_call = num_tokens is None and device is None  # whose time is the CPU's
+    if not (known and is_layout_call and _has_memory(value)):
         tensor(value, "topk_idx", [num_tokens, None], (torch.int64,), device)
     need(value.shape[1] >= 1, "topk_idx", "at least one choice wide", value)
     if check_range and value.numel():

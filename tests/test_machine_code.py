@@ -84,8 +84,6 @@ FLAGS = {
     "count_kernel": (COUNTED,),
     "refuse_kernel": (READY,),
 }
-# Polled by `refuse_kernel`: none, it says that there is nothing to wait for.
-POLLED = FLAGS | {"refuse_kernel": ()}
 FENCE = r"MEMBAR\.(ALL|SC)\.SYS"
 
 
@@ -98,11 +96,11 @@ def test_flags_are_raised_by_a_release(kernel: str) -> None:
             assert any(has(body[i - 4 : i], FENCE) for i in stores), f"the flag at {flag or 0} is raised without order"
 
 
-@pytest.mark.parametrize("kernel", POLLED)
+@pytest.mark.parametrize("kernel", FLAGS)
 def test_flags_are_polled_by_an_acquire(kernel: str) -> None:
     """What L1 holds is invalid behind it."""
     for body in of_kernel(kernel):
-        for flag in POLLED[kernel]:
+        for flag in FLAGS[kernel]:
             polls = [i for i, one in enumerate(body) if re.match(rf"LDG?\.E\.STRONG\.SYS \w+, \S+\[\w+\.64{flag}\]", one)]
             assert polls, f"the flag at {flag or 0} is not polled"
             acquired = [body[i + 1].startswith("CCTL.IVALL") for i in polls]

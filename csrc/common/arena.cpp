@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "check.hpp"
+#include "relaxed.hpp"
 
 namespace deepep_train {
 
@@ -52,6 +53,7 @@ Arena::Arena(int device, size_t bytes, size_t reserve) : device_(device), bytes_
 }
 
 Arena::~Arena() {
+    const RelaxedCapture relaxed;
     if (!abandoned_) cudaFree(base_);  // at process exit the driver may be gone already, which is no error
 }
 

@@ -9,6 +9,7 @@
 #include <thread>
 
 #include "../common/check.hpp"
+#include "../common/relaxed.hpp"
 #include "kernels.hpp"
 #include "protocol.cuh"
 
@@ -135,6 +136,7 @@ Communicator::Communicator(int device, int rank, int num_ranks, double timeout_s
 Communicator::~Communicator() {
     // No collective, no exception, no waiting: a process may be on its way out. What a kernel may still use is kept.
     const OnDevice on(device_);
+    const RelaxedCapture relaxed;
     if (!closed_ && state_->kept && arena_) {
         // A graph of this buffer may live on: as after `close`, its replays touch no peer, and no table that is gone.
         cudaStream_t stream = nullptr;

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import importlib.util
 import json
 import platform
 import statistics
@@ -48,6 +47,7 @@ def measure(layer: Layer, iterations: int, out: Path) -> None:
     from megatron.core.transformer.transformer_config import TransformerConfig
     from tqdm import tqdm
 
+    from deepep_train.fp8 import te_present
     from deepep_train.megatron import cpu, install
 
     on_gpus = "nccl" in dist.get_backend_config()  # then every rank has a GPU
@@ -55,7 +55,7 @@ def measure(layer: Layer, iterations: int, out: Path) -> None:
     if not on_gpus:
         cpu.enable()
     # Transformer Engine's experts are one grouped GEMM, and alltoall's permutations fused kernels.
-    with_te = on_gpus and importlib.util.find_spec("transformer_engine_torch") is not None
+    with_te = on_gpus and te_present.is_installed()
     kernels: dict[str, Any] = {"moe_grouped_gemm": True, "moe_permute_fusion": True} if with_te else cpu.CONFIG
     install()
     size, rank = dist.get_world_size(), dist.get_rank()

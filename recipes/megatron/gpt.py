@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from deepep_train.fp8 import te_present
 from deepep_train.megatron import cpu
 
 DISPATCHERS = {
@@ -28,7 +28,7 @@ DISPATCHERS = {
 }
 VOCABULARY = 256  # bytes
 # Transformer Engine's layers: experts in one grouped GEMM, and alltoall's permutations in fused kernels.
-WITH_TE = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine_torch") is not None
+WITH_TE = torch.cuda.is_available() and te_present.is_installed()
 _KERNELS: dict[str, Any] = {"moe_grouped_gemm": True, "moe_permute_fusion": True} if WITH_TE else cpu.CONFIG
 
 
