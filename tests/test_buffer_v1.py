@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from reference import Given, Picture, Rows
 from torch import Tensor
 
+import deepep_train as dt
 from deepep_train import ArgumentError, Buffer, Config, DeepEPError, EventHandle, EventOverlap, Handle
 
 CASE = Exchange((5, 0, 6, 2), 16, 3, 2, "mixed", torch.bfloat16)
@@ -226,6 +227,32 @@ def test_previous_event_is_waited_for() -> None:
         Buffer().get_dispatch_layout(torch.zeros(1, 1, dtype=torch.int64), 2, previous_event=EventOverlap(check=fail))
     with pytest.raises(DeepEPError, match="an earlier call failed"), EventOverlap(check=fail):
         pass
+
+
+def by_expert(rank: int, size: int, group: dist.ProcessGroup, local: int) -> list[Any]:
+    """As many rows as tokens arrive, in another order: each token has one expert here, and nothing is padded."""
+    buffer, num_experts = Buffer(group, num_local_ranks=local, timeout=20), 4 * size
+    g = torch.Generator().manual_seed(rank)
+    x, idx = torch.randn(12, 4, generator=g), torch.randint(num_experts, (12, 1), generator=g)
+    out = dt.dispatch(x, idx, torch.rand(12, 1, generator=g), buffer=buffer, num_experts=num_experts, layout="expert")
+    flat = dt.dispatch(x, idx, buffer=buffer, num_experts=num_experts)
+    assert out.x.shape == flat.x.shape
+    assert not torch.equal(out.x, flat.x)
+    z, plain = dt.combine(out.x, out.handle), tuple(out.handle)
+    seen: list[Any] = [torch.equal(buffer.combine(out.x, plain)[0], z), torch.equal(buffer.dispatch(x, handle=plain)[0], out.x)]
+    copies = tuple(t.clone() for t in plain)
+    for call in (lambda: buffer.combine(out.x, copies), lambda: buffer.dispatch(x, handle=copies)):
+        with pytest.raises(
+            ArgumentError, match=rf"handle: recv_\w+ \[{size}, 0\] is that of a dispatch to expert layout"
+        ) as caught:
+            call()
+        seen.append(caught.value.argument)
+    return [*seen, torch.equal(dt.combine(out.x, out.handle), z)]
+
+
+@pytest.mark.parametrize("size,local", [(2, 2), (2, 1), (4, 2)])
+def test_copies_of_an_expert_layout_are_not_taken_for_a_rank_layout(size: int, local: int) -> None:
+    assert run_ranks(size, by_expert, local) == [[True, True, "handle", "handle", True]] * size
 
 
 # The object itself ------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What the nvlink engine remembers between calls: plans and layouts.
+"""What the nvlink engine remembers between calls: layouts, and plans, as the other engines do.
 
 The tables' meanings stand in csrc/nvlink/params.hpp.
 """
