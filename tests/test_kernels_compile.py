@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from needs import ROOT, need, need_built, need_cuobjdump, need_nvcc, need_nvshmem, setup_py
@@ -19,9 +20,9 @@ OVER_NVSHMEM = ("rdma/low_latency.cu", "rdma/rail.cu")
 KERNELS = sorted(p.relative_to(CSRC).as_posix() for p in CSRC.rglob("*.cu"))
 
 
-def stacks(extension: str) -> dict[str, dict[str, int]]:
+def stacks(file: str) -> dict[str, dict[str, int]]:
     """By architecture and function: the bytes of stack that it uses, where registers are spilled to, and of local memory."""
-    command = [need_cuobjdump(), "--dump-resource-usage", need_built(extension)]
+    command = [need_cuobjdump(), "--dump-resource-usage", file]
     told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found: dict[str, dict[str, int]] = {}
     for part in told.split("\narch = ")[1:]:
@@ -32,16 +33,30 @@ def stacks(extension: str) -> dict[str, dict[str, int]]:
 
 
 def test_no_kernel_that_was_built_spills() -> None:
-    by_architecture = stacks("_C")
+    by_architecture = stacks(need_built("_C"))
     assert by_architecture
     for architecture, functions in by_architecture.items():
         assert not {name: size for name, size in functions.items() if size}, architecture
 
 
+def test_that_test_sees_a_spill(tmp_path: Path) -> None:
+    (tmp_path / "a.cu").write_text("""__global__ void f(float* p) {
+        float a[64];
+        for (int i = 0; i < 64; ++i) a[i] = p[i];
+        __syncthreads();
+        for (int i = 0; i < 64; ++i) p[63 - i] = a[i] * a[63 - i];
+    }""")
+    for more, spills in (((), False), (("-maxrregcount=24",), True)):
+        command = [need_nvcc(), "-arch=sm_90", *more, "-c", "a.cu", "-o", "a.o"]
+        subprocess.run(command, cwd=tmp_path, check=True)
+        (functions,) = stacks(str(tmp_path / "a.o")).values()
+        assert any(functions.values()) == spills
+
+
 @pytest.mark.parametrize("extension", ["_C", "_rdma"])
 def test_every_gpu_is_built_for(extension: str) -> None:
     need(not os.environ.get("TORCH_CUDA_ARCH_LIST"), "TORCH_CUDA_ARCH_LIST may have left some out")
-    built, setup = stacks(extension), setup_py()
+    built, setup = stacks(need_built(extension)), setup_py()
     wanted = {f"sm_{a}" for a in setup.architectures(need_nvcc()) if extension == "_C" or int(a) >= setup.RDMA_FROM}
     assert built.keys() == wanted
     assert len({len(functions) for functions in built.values()}) == 1
