@@ -342,8 +342,9 @@ def test_use_after_destroy_raises(name: str) -> None:
         CALLS[name](buffer)
 
 
-def mixed_up(rank: int, size: int, group: dist.ProcessGroup, nodes: int) -> list[tuple[str, list[int] | None]]:
-    """Handles rebuilt from their tensors: rank 0's is of another dispatch than the others'."""
+def mixed_up(rank: int, size: int, group: dist.ProcessGroup, nodes: int, copied: bool) -> list[tuple[str, list[int] | None]]:
+    """Handles rebuilt from their tensors: rank 0's is of another dispatch than the others'. Copies tell so by counts alone."""
+    text = "handle expects" if copied else "handles of different dispatches"
     buffer = Buffer(group, num_local_ranks=size // nodes)
     call = buffer.dispatch if nodes == 1 else buffer.internode_dispatch
     handles = []
@@ -351,11 +352,11 @@ def mixed_up(rank: int, size: int, group: dist.ProcessGroup, nodes: int) -> list
         x, idx = torch.ones(tokens, 8), torch.arange(tokens * 2).view(tokens, 2) % (2 * size)
         layout = dict(zip(LAYOUT, buffer.get_dispatch_layout(idx, 2 * size), strict=False))
         recv, *_, handle, _ = call(x, topk_idx=idx, topk_weights=torch.ones(tokens, 2), **layout)
-        handles.append((x, recv, tuple(handle)))
+        handles.append((x, recv, tuple(t.clone() for t in handle) if copied else tuple(handle)))
     x, recv, handle = handles[rank > 0]
     raised = []
     for misuse in (lambda: call(x, handle=handle), lambda: buffer.combine(recv, handle)):
-        with pytest.raises(ArgumentError, match="handle expects") as caught:
+        with pytest.raises(ArgumentError, match=text) as caught:
             misuse()
         raised.append((caught.value.argument, caught.value.ranks))
     call(handles[1][0], handle=handles[1][2])  # the buffer goes on
@@ -365,8 +366,9 @@ def mixed_up(rank: int, size: int, group: dist.ProcessGroup, nodes: int) -> list
 LAYOUT = ("num_tokens_per_rank", "num_tokens_per_rdma_rank", "num_tokens_per_expert", "is_token_in_rank")
 
 
+@pytest.mark.parametrize("copied", [True, False])
 @pytest.mark.parametrize("nodes", [1, 2])
-def test_rebuilt_handles_of_different_dispatches_are_refused_on_every_rank(nodes: int) -> None:
-    results = run_ranks(4, mixed_up, nodes)
+def test_rebuilt_handles_of_different_dispatches_are_refused_on_every_rank(nodes: int, copied: bool) -> None:
+    results = run_ranks(4, mixed_up, nodes, copied)
     assert all(raised == results[0] for raised in results)
     assert [argument for argument, _ in results[0]] == ["handle"] * 2
