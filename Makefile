@@ -8,7 +8,7 @@ NPROC ?= 2
 BIN := .venv/bin
 
 environment:
-	@.ci/environment.sh
+	@.ci/environment.sh $(WITH)
 
 # Input that cannot be used is refused by the first command in one line; torchrun would add a traceback of its own to it.
 train: environment
@@ -18,8 +18,9 @@ train: environment
 train-megatron: environment
 	$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) recipes/megatron/pretrain.py $(ARGS)
 
+test: WITH := with-nvshmem
 test: environment lint
-	$(BIN)/python -m pytest $(ARGS)
+	NVSHMEM_DIR="$$(.ci/nvshmem.sh)" $(BIN)/python -m pytest $(ARGS)
 
 test-te: environment
 	@.ci/test_te.sh $(ARGS)

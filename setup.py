@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parent
 # sm_80 takes the plain-load path, sm_90 and later the bulk copies; no "a" features, so PTX serves later GPUs.
 DEFAULT_ARCHITECTURES = ("80", "90", "100")
 RDMA = "deepep_train._rdma"
+RDMA_FROM = 90  # older GPUs have no cards that they could drive
 HINT = (
     "DEEPEP_TRAIN_NO_CUDA=1 installs without the CUDA engines. The registry's wheels make a toolkit if all of them have one "
     "version: see docs/install.md"
@@ -115,7 +116,7 @@ class BuildKernels(build_ext):
         archs = architectures(nvcc)
         folder = nvshmem() if ext.name == RDMA else None
         if folder is not None:
-            archs = [a for a in archs if int(re.sub(r"\D.*", "", a)) >= 90]  # older GPUs have no cards that they could drive
+            archs = [a for a in archs if int(re.sub(r"\D.*", "", a)) >= RDMA_FROM]
         flags = ["-std=c++17", "-O3", "-Xptxas", "-v,-warn-spills", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
         flags += [f"-I{path}" for path in includes]
         if os.environ.get("DEEPEP_TRAIN_DEBUG") == "1":

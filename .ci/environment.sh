@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv with everything that training and testing need, once; says which Python it took.
-#   usage: .ci/environment.sh      (from anywhere; PYTHON=/path/to/python overrides the choice)
+#   usage: .ci/environment.sh [with-nvshmem]      (from anywhere; PYTHON=/path/to/python overrides the choice)
+# with-nvshmem builds the rdma engine, too, and so do all later calls: tests look at it, training on one machine does not use it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -23,21 +24,28 @@ pick_python() { # 3.12 first (megatron-core needs it), then newer, then older; p
 }
 
 stamp=.venv/ready-$(cat pyproject.toml setup.py .ci/environment.sh | cksum | cut -d' ' -f1)
-kernels=.venv/kernels-$(cat csrc/*.* csrc/*/* | cksum | cut -d' ' -f1)
 if [ ! -e "$stamp" ]; then
   python=$(pick_python)
   echo "environment: $("$python" --version) at $python"
   "$python" -m venv .venv
   .venv/bin/python -m pip install -q --upgrade "pip>=24" "setuptools>=68,<82" wheel "pybind11>=2.12"
   .venv/bin/python -m pip install -q "$torch_pin"
+fi
+if [ "${1:-}" = with-nvshmem ] || compgen -G ".venv/nvshmem-*" >/dev/null; then
+  NVSHMEM_DIR=$(.ci/nvshmem.sh)
+  export NVSHMEM_DIR
+fi
+kernels=.venv/kernels-$({ cat csrc/*.* csrc/*/*; echo "${NVSHMEM_DIR:-}"; } | cksum | cut -d' ' -f1)
+what=()
+if [ ! -e "$stamp" ]; then
+  what=(-e ".[recipes,dev]")
+elif [ ! -e "$kernels" ]; then # edits of Python take effect at once, those of the kernels do not
+  what=(--no-deps -e .)
+fi
+if [ ${#what[@]} -gt 0 ]; then
   # Editable and without isolation: the build uses what is installed here, and edits take effect at once.
-  .venv/bin/python -m pip install -q --no-build-isolation -e ".[recipes,dev]"
+  .venv/bin/python -m pip install -q --no-build-isolation "${what[@]}"
   rm -f .venv/kernels-* .venv/ready-*
   touch "$kernels" "$stamp"
-fi
-if [ ! -e "$kernels" ]; then # edits of Python take effect at once, those of the kernels do not
-  .venv/bin/python -m pip install -q --no-build-isolation --no-deps -e .
-  rm -f .venv/kernels-*
-  touch "$kernels"
 fi
 echo "environment: .venv with $(.venv/bin/python --version), $(.venv/bin/python -m pip list 2>/dev/null | awk '$1 == "torch" {print "torch " $2}')"

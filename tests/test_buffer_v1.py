@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from reference import Given, Picture, Rows
 from torch import Tensor
 
+import deepep_train as dt
 from deepep_train import ArgumentError, Buffer, Config, DeepEPError, EventHandle, EventOverlap, Handle
 
 CASE = Exchange((5, 0, 6, 2), 16, 3, 2, "mixed", torch.bfloat16)
@@ -228,6 +229,32 @@ def test_previous_event_is_waited_for() -> None:
         pass
 
 
+def by_expert(rank: int, size: int, group: dist.ProcessGroup, local: int) -> list[Any]:
+    """As many rows as tokens arrive, in another order: each token has one expert here, and nothing is padded."""
+    buffer, num_experts = Buffer(group, num_local_ranks=local, timeout=20), 4 * size
+    g = torch.Generator().manual_seed(rank)
+    x, idx = torch.randn(12, 4, generator=g), torch.randint(num_experts, (12, 1), generator=g)
+    out = dt.dispatch(x, idx, torch.rand(12, 1, generator=g), buffer=buffer, num_experts=num_experts, layout="expert")
+    flat = dt.dispatch(x, idx, buffer=buffer, num_experts=num_experts)
+    assert out.x.shape == flat.x.shape
+    assert not torch.equal(out.x, flat.x)
+    z, plain = dt.combine(out.x, out.handle), tuple(out.handle)
+    seen: list[Any] = [torch.equal(buffer.combine(out.x, plain)[0], z), torch.equal(buffer.dispatch(x, handle=plain)[0], out.x)]
+    copies = tuple(t.clone() for t in plain)
+    for call in (lambda: buffer.combine(out.x, copies), lambda: buffer.dispatch(x, handle=copies)):
+        with pytest.raises(
+            ArgumentError, match=rf"handle: recv_\w+ \[{size}, 0\] is that of a dispatch to expert layout"
+        ) as caught:
+            call()
+        seen.append(caught.value.argument)
+    return [*seen, torch.equal(dt.combine(out.x, out.handle), z)]
+
+
+@pytest.mark.parametrize("size,local", [(2, 2), (2, 1), (4, 2)])
+def test_copies_of_an_expert_layout_are_not_taken_for_a_rank_layout(size: int, local: int) -> None:
+    assert run_ranks(size, by_expert, local) == [[True, True, "handle", "handle", True]] * size
+
+
 # The object itself ------------------------------------------------------------------------------------------------------
 
 
@@ -315,8 +342,9 @@ def test_use_after_destroy_raises(name: str) -> None:
         CALLS[name](buffer)
 
 
-def mixed_up(rank: int, size: int, group: dist.ProcessGroup, nodes: int) -> list[tuple[str, list[int] | None]]:
-    """Handles rebuilt from their tensors: rank 0's is of another dispatch than the others'."""
+def mixed_up(rank: int, size: int, group: dist.ProcessGroup, nodes: int, copied: bool) -> list[tuple[str, list[int] | None]]:
+    """Handles rebuilt from their tensors: rank 0's is of another dispatch than the others'. Copies tell so by counts alone."""
+    text = "handle expects" if copied else "handles of different dispatches"
     buffer = Buffer(group, num_local_ranks=size // nodes)
     call = buffer.dispatch if nodes == 1 else buffer.internode_dispatch
     handles = []
@@ -324,11 +352,11 @@ def mixed_up(rank: int, size: int, group: dist.ProcessGroup, nodes: int) -> list
         x, idx = torch.ones(tokens, 8), torch.arange(tokens * 2).view(tokens, 2) % (2 * size)
         layout = dict(zip(LAYOUT, buffer.get_dispatch_layout(idx, 2 * size), strict=False))
         recv, *_, handle, _ = call(x, topk_idx=idx, topk_weights=torch.ones(tokens, 2), **layout)
-        handles.append((x, recv, tuple(handle)))
+        handles.append((x, recv, tuple(t.clone() for t in handle) if copied else tuple(handle)))
     x, recv, handle = handles[rank > 0]
     raised = []
     for misuse in (lambda: call(x, handle=handle), lambda: buffer.combine(recv, handle)):
-        with pytest.raises(ArgumentError, match="handle expects") as caught:
+        with pytest.raises(ArgumentError, match=text) as caught:
             misuse()
         raised.append((caught.value.argument, caught.value.ranks))
     call(handles[1][0], handle=handles[1][2])  # the buffer goes on
@@ -338,8 +366,9 @@ def mixed_up(rank: int, size: int, group: dist.ProcessGroup, nodes: int) -> list
 LAYOUT = ("num_tokens_per_rank", "num_tokens_per_rdma_rank", "num_tokens_per_expert", "is_token_in_rank")
 
 
+@pytest.mark.parametrize("copied", [True, False])
 @pytest.mark.parametrize("nodes", [1, 2])
-def test_rebuilt_handles_of_different_dispatches_are_refused_on_every_rank(nodes: int) -> None:
-    results = run_ranks(4, mixed_up, nodes)
+def test_rebuilt_handles_of_different_dispatches_are_refused_on_every_rank(nodes: int, copied: bool) -> None:
+    results = run_ranks(4, mixed_up, nodes, copied)
     assert all(raised == results[0] for raised in results)
     assert [argument for argument, _ in results[0]] == ["handle"] * 2

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import RankFailure, run_ranks, same_bits
+from needs import need
 
 
 def add(rank: int, size: int, group: dist.ProcessGroup, number: torch.Tensor) -> torch.Tensor:
@@ -56,3 +57,13 @@ def test_same_bits_sees_what_equality_does_not() -> None:
     assert not same_bits(zero, None)
     assert same_bits(torch.tensor([float("nan")]), torch.tensor([float("nan")]))
     assert same_bits(None, None)
+
+
+def test_what_ci_must_have_is_not_skipped_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    need("found", "nothing is missing")
+    monkeypatch.setenv("DEEPEP_TRAIN_CI", "1")
+    with pytest.raises(pytest.fail.Exception, match="there is no nvcc"):
+        need(None, "there is no nvcc")
+    monkeypatch.delenv("DEEPEP_TRAIN_CI")
+    with pytest.raises(pytest.skip.Exception, match="there is no nvcc"):
+        need(None, "there is no nvcc")

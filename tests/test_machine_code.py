@@ -3,43 +3,24 @@ instructions themselves are looked at."""
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import shutil
 import subprocess
 from functools import cache
 from pathlib import Path
 
 import pytest
-
-_C = importlib.util.find_spec("deepep_train._C")
-
-
-def cuobjdump() -> str | None:
-    """On PATH, or triton's, which comes with torch."""
-    triton = importlib.util.find_spec("triton")
-    place = Path(triton.origin).parent / "backends" / "nvidia" / "bin" if triton is not None and triton.origin else Path()
-    return shutil.which("cuobjdump") or shutil.which(place / "cuobjdump")
-
-
-pytestmark = [
-    pytest.mark.skipif(_C is None, reason="the package was built without nvcc, so it has no kernels"),
-    pytest.mark.skipif(cuobjdump() is None, reason="there is no cuobjdump"),
-]
+from needs import need_built, need_cuobjdump, need_nvcc
 
 
 @cache
 def instructions() -> dict[str, list[str]]:
     """By function: its instructions in order, without predicates and encodings."""
-    tool = cuobjdump()
-    assert tool is not None
-    assert _C is not None
-    assert _C.origin is not None
-    command = [tool, "--dump-sass", "-arch", "sm_90", _C.origin]
+    built = need_built("_C")
+    command = [need_cuobjdump(), "--dump-sass", "-arch", "sm_90", built]
     sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     line = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?(\S.*?)\s*;", re.M)
     found = re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function : |\Z)", sass, re.S)
-    assert found, f"{_C.origin} holds no code for sm_90; TORCH_CUDA_ARCH_LIST may have left it out"
+    assert found, f"{built} holds no code for sm_90; TORCH_CUDA_ARCH_LIST may have left it out"
     return {name: line.findall(body) for name, body in found}
 
 
@@ -143,8 +124,7 @@ def test_bulk_stores_are_written_before_they_are_announced(kernel: str) -> None:
 
 
 def test_that_test_tells_the_two_waits_apart(tmp_path: Path) -> None:
-    if shutil.which("nvcc") is None:
-        pytest.skip("there is no nvcc on PATH")
+    nvcc, tool = need_nvcc(), need_cuobjdump()
     source = """__global__ void f(char* g) {
         extern __shared__ char s[];
         unsigned a = __cvta_generic_to_shared(s);
@@ -153,12 +133,10 @@ def test_that_test_tells_the_two_waits_apart(tmp_path: Path) -> None:
         asm volatile("cp.async.bulk.wait_groupKIND 0;" ::: "memory");
         g[100] = 1;
     }"""
-    tool = cuobjdump()
-    assert tool is not None
     followed = {}
     for kind in ("", ".read"):
         (tmp_path / "a.cu").write_text(source.replace("KIND", kind))
-        subprocess.run(["nvcc", "-arch=sm_90", "-cubin", "a.cu", "-o", "a.cubin"], cwd=tmp_path, check=True)
+        subprocess.run([nvcc, "-arch=sm_90", "-cubin", "a.cu", "-o", "a.cubin"], cwd=tmp_path, check=True)
         sass = subprocess.run([tool, "--dump-sass", "a.cubin"], cwd=tmp_path, capture_output=True, text=True, check=True)
         followed[kind] = bool(re.search(r"DEPBAR\.LE SB0[^\n]*\n[^\n]*\n[^\n]*CCTL\.IVALL", sass.stdout))
     assert followed == {"": True, ".read": False}

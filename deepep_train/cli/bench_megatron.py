@@ -15,11 +15,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from deepep_train.megatron import DISPATCHERS, cpu, install
+
 ITERATIONS, QUICK_ITERATIONS = 15, 3
-DISPATCHERS: dict[str, dict[str, str]] = {
-    "alltoall": {"moe_token_dispatcher_type": "alltoall"},
-    "deepep_train": {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "deepep_train"},
-}
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,6 @@ def measure(layer: Layer, iterations: int, out: Path) -> None:
     from tqdm import tqdm
 
     from deepep_train.fp8 import te_present
-    from deepep_train.megatron import cpu, install
 
     on_gpus = "nccl" in dist.get_backend_config()  # then every rank has a GPU
     device, dtype = (torch.device("cuda"), torch.bfloat16) if on_gpus else (torch.device("cpu"), torch.float32)

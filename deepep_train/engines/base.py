@@ -244,7 +244,8 @@ class Engine(ABC):
 
     @abstractmethod
     def plan_of(self, tensors: tuple[Tensor, ...]) -> Plan:
-        """The plan of a handle that lost its own, rebuilt from V1's tensors (rank layout, no indices)."""
+        """The plan of a handle that lost its class: its own, if these are the tensors that dispatch returned, or, if they are
+        copies, what they say (rank layout, no indices)."""
 
     @abstractmethod
     def check(self) -> None:

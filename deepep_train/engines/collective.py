@@ -26,9 +26,10 @@ from deepep_train.engines.base import (
 )
 from deepep_train.engines.expert_layout import extend, ordered_sums, weights_by_pick, weights_by_row
 from deepep_train.engines.hops import Hop, Route, direct, to_device
+from deepep_train.engines.nvlink_tables import remember, remembered
 from deepep_train.engines.peers import Peers
 from deepep_train.engines.two_level import Forwarding, forwarding_of, learn_forwarding, two_level
-from deepep_train.engines.v1_handle import checked_prefix
+from deepep_train.engines.v1_handle import channels, checked_prefix, need_rank_layout
 from deepep_train.errors import ArgumentError
 from deepep_train.handle import Plan
 from deepep_train.routing import ExpertRows, RankLayout, counted_down, expert_rows, local_topk_idx, rank_layout, tokens_per_node
@@ -89,6 +90,7 @@ class CollectiveEngine(Engine):
         self.num_local_ranks = num_local_ranks
         self.num_nodes = self.peers.size // num_local_ranks
         self.forwards = forwards
+        self._token = object()  # of this engine, for what travels with tensors
 
     def layout(self, topk_idx: Tensor, num_experts: int) -> RankLayout:
         return rank_layout(topk_idx, num_experts, self.peers.size, self.num_nodes)
@@ -142,12 +144,14 @@ class CollectiveEngine(Engine):
         )
         if weights is not None:
             weights = extend(weights if experts is None else weights_by_row(weights, experts), num_rows, 0.0)
+        tensors = self._handle_tensors(counts_RR, request, source, opened.forwarding)
+        remember(tensors, plan, self._token)  # V1's callers may hand these back as a plain tuple
         return Received(
             payload=self._move(request, plan),
             topk_idx=None if experts is not None else plan.recv_topk_idx,
             topk_weights=weights,
             plan=plan,
-            tensors=self._handle_tensors(counts_RR, request.counted, source, opened.forwarding),
+            tensors=tensors,
         )
 
     def _exchange_counts(self, prepared: Prepared[DispatchRequest]) -> CountsOfAll:
@@ -272,17 +276,17 @@ class CollectiveEngine(Engine):
     # Handles -----------------------------------------------------------------------------------------------------------
 
     def _handle_tensors(
-        self, counts_RR: list[list[int]], layout: RankLayout, source: Tensor, forwarding: Forwarding | None
+        self, counts_RR: list[list[int]], request: DispatchRequest, source: Tensor, forwarding: Forwarding | None
     ) -> tuple[Tensor, ...]:
-        """DeepEP V1's tensors: 6 with one node, 10 with several. V1's channels are one here."""
-        rank, num_ranks, device = self.peers.rank, self.peers.size, source.device
+        """DeepEP V1's tensors: 6 with one node, 10 with several."""
+        rank, num_ranks, device, layout = self.peers.rank, self.peers.size, source.device, request.counted
         in_rank = layout.is_token_in_rank
         on_cpu_RR = torch.tensor(counts_RR, dtype=torch.int32)
         prefix_RR = to_device(on_cpu_RR.cumsum(0, dtype=torch.int32), device)
         sent_R1 = to_device(on_cpu_RR[rank].unsqueeze(1), device)
-        no_offset_R1 = torch.zeros(num_ranks, 1, dtype=torch.int32, device=device)
+        no_offset_RC = channels(num_ranks, request.arrangement, device)
         if self.num_nodes == 1:
-            return prefix_RR, sent_R1, no_offset_R1, source, in_rank, _positions(in_rank)
+            return prefix_RR, sent_R1, no_offset_RC, source, in_rank, _positions(in_rank)
         nodes, local = self.num_nodes, self.num_local_ranks
         per_node = layout.num_tokens_per_rdma_rank
         assert per_node is not None
@@ -302,9 +306,9 @@ class CollectiveEngine(Engine):
             in_rank,
             per_node.unsqueeze(1),
             sent_R1,
-            no_offset_R1[:nodes],
+            no_offset_RC[:nodes],
             by_node,
-            no_offset_R1,
+            no_offset_RC,
             received_R,
             torch.stack([origin, source], 1),
             _positions(in_rank.view(-1, nodes, local).any(2)),
@@ -312,6 +316,9 @@ class CollectiveEngine(Engine):
         )
 
     def plan_of(self, tensors: tuple[Tensor, ...]) -> CollectivePlan:
+        if (plan := remembered(tensors, self._token)) is not None:
+            return _mine(plan)
+        need_rank_layout(tensors)
         if len(tensors) == 6:
             in_rank, prefix_R = tensors[4], checked_prefix(tensors, self.peers.rank, is_slot=False)[:, self.peers.rank]
         else:

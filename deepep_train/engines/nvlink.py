@@ -41,9 +41,9 @@ from deepep_train.engines.nvlink_tables import (
 )
 from deepep_train.engines.peers import Peers
 from deepep_train.engines.signature import hashed, numbered
-from deepep_train.engines.v1_handle import checked_prefix
+from deepep_train.engines.v1_handle import channels, checked_prefix, need_rank_layout
 from deepep_train.errors import ArgumentError, DeepEPError
-from deepep_train.handle import Plan
+from deepep_train.handle import LAYOUTS, Plan
 from deepep_train.routing import RankLayout
 from deepep_train.scale_blocks import ScaleBlocks
 
@@ -78,7 +78,7 @@ class NvlinkEngine(NvlinkDomain):
     def __init__(self, peers: Peers, arena_bytes: int, num_sms: Callable[[], int], name: str = "nvlink") -> None:
         super().__init__(peers, arena_bytes, num_sms, name)
         self._token = object()  # of this engine, for what travels with tensors
-        self._no_offset_R1 = torch.zeros(self.peers.size, 1, dtype=torch.int32, device=self.device)
+        self._no_offset = {layout: channels(self.peers.size, layout, self.device) for layout in LAYOUTS}
 
     # Checks ------------------------------------------------------------------------------------------------------------
 
@@ -473,7 +473,7 @@ class NvlinkEngine(NvlinkDomain):
         return plan
 
     def _handle_tensors(self, fresh: _Fresh, source: Tensor) -> tuple[Tensor, ...]:
-        """DeepEP V1's six tensors; V1's channels are one here."""
+        """DeepEP V1's six tensors."""
         request, block, tables, layout, *_ = fresh
         size, num_tokens = self.peers.size, request.payload.data.shape[0]
         prefix_RR = words_at(block, tables.rank_prefix_matrix, size, size)
@@ -483,12 +483,13 @@ class NvlinkEngine(NvlinkDomain):
         else:
             sent_R1 = words_at(block, tables.num_tokens_per_rank, size, 1)
             in_rank = words_at(block.view(torch.bool), tables.is_token_in_rank, num_tokens, size)
-        return prefix_RR, sent_R1, self._no_offset_R1, source, in_rank, send_slot
+        return prefix_RR, sent_R1, self._no_offset[request.arrangement], source, in_rank, send_slot
 
     def plan_of(self, tensors: tuple[Tensor, ...]) -> Plan:
         if (plan := remembered(tensors, self._token)) is not None:
             return plan
         # Copies, or written to: no kernel may run on what they say before somebody has looked.
+        need_rank_layout(tensors)
         prefix_RR, _, _, source, _, send_slot = tensors
         if send_slot.device != self.device:
             raise ArgumentError(f"handle must lie on {self.device}, this engine's device, got {send_slot.device}", "handle")

@@ -1,10 +1,11 @@
-"""What the nvlink engine remembers between calls: plans and layouts.
+"""What the nvlink engine remembers between calls: layouts, and plans, as the other engines do.
 
 The tables' meanings stand in csrc/nvlink/params.hpp.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -94,11 +95,24 @@ def _same_view(a: Tensor | None, b: Tensor | None) -> bool:
     return a is b or (a is not None and b is not None and a.shape == b.shape and a.stride() == b.stride())
 
 
+class _Remembered(NamedTuple):
+    """The attribute of a tensor. What pickle or deepcopy make of the tensor has an empty one: plans cannot leave a process, and
+    those of copies are derived."""
+
+    plan: Plan
+    maker: object
+    then: Seen
+    kept: list[Tensor]  # else others might come to lie where these were seen
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OrderedDict, ()  # which torch.load takes with weights_only
+
+
 def remember(handle: tuple[Tensor, ...], plan: Plan, maker: object) -> None:
     """For callers who hand back V1's six or ten tensors without the handle's class: the plan travels with `recv_src_idx` (with
     several nodes `recv_src_meta`), and so does a token of the buffer that made it."""
-    source, *kept = _telling(handle)  # kept: else others might come to lie where these were seen
-    source.deepep_train_plan = plan, maker, seen(source, *kept), kept  # type: ignore[attr-defined]
+    source, *kept = _telling(handle)
+    source.deepep_train_plan = _Remembered(plan, maker, seen(source, *kept), kept)  # type: ignore[attr-defined]
 
 
 def _telling(handle: tuple[Tensor, ...]) -> list[Tensor]:
@@ -110,12 +124,12 @@ def _telling(handle: tuple[Tensor, ...]) -> list[Tensor]:
 def remembered(handle: tuple[Tensor, ...], maker: object) -> Plan | None:
     """None: these are not the tensors that dispatch returned, or no longer say the same."""
     source, *others = _telling(handle)
-    plan, by, then, _ = getattr(source, "deepep_train_plan", (None, None, None, None))
-    if then is None or then != seen(source, *others):
+    found = getattr(source, "deepep_train_plan", None)
+    if not isinstance(found, _Remembered) or found.then is None or found.then != seen(source, *others):
         return None
-    if by is not maker:
+    if found.maker is not maker:
         raise ArgumentError("handle was made by another buffer", "handle")
-    return plan
+    return found.plan
 
 
 def words_at(block: Tensor, address: int, rows: int, width: int) -> Tensor:

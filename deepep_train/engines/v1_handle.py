@@ -1,4 +1,4 @@
-"""What the tensors of DeepEP V1's intranode handle must say when they are not those that dispatch returned (copies, say)."""
+"""What the tensors of a DeepEP V1 handle must say when they are not those that dispatch returned (copies, say)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,27 @@ import torch
 from torch import Tensor
 
 from deepep_train.errors import ArgumentError
+
+
+def channels(num_ranks: int, arrangement: str, device: torch.device) -> Tensor:
+    """A handle's `recv_channel_prefix_matrix` (internode: `recv_gbl_channel_prefix_matrix`), int32 [R, channels]. V1's channels
+    are one here, which begins at 0. In expert layout, which V1 does not have, there are none, so that copies of the handle's
+    tensors, which say nothing of where a row's copies are, are not taken for a handle of rank layout."""
+    return torch.zeros(num_ranks, 1 if arrangement == "rank" else 0, dtype=torch.int32, device=device)
+
+
+def need_rank_layout(handle: tuple[Tensor, ...]) -> None:
+    """Raises:
+    ArgumentError: these are copies of what a dispatch to expert layout returned.
+    """
+    given = handle[2] if len(handle) == 6 else handle[5]
+    if given.numel() == 0:
+        name = "recv_channel_prefix_matrix" if len(handle) == 6 else "recv_gbl_channel_prefix_matrix"
+        raise ArgumentError(
+            f"handle: {name} {list(given.shape)} is that of a dispatch to expert layout, whose plan travels neither with "
+            "copies of its tensors nor with altered ones: hand back the handle that dispatch returned",
+            "handle",
+        )
 
 
 def checked_prefix(handle: tuple[Tensor, ...], rank: int, is_slot: bool) -> Tensor:

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from deepep_train.megatron.install import BACKEND, install, uninstall
+from deepep_train.megatron.install import BACKEND, DISPATCHERS, install, uninstall
 
-__all__ = ["BACKEND", "TokenDispatcher", "install", "uninstall"]
+__all__ = ["BACKEND", "DISPATCHERS", "TokenDispatcher", "install", "uninstall"]
 
 
 def __getattr__(name: str) -> Any:

@@ -18,6 +18,11 @@ from deepep_train.megatron import quantized_experts
 from deepep_train.megatron.replacements import Replacements
 
 BACKEND = "deepep_train"
+# The fields of a TransformerConfig that say who carries tokens, for whoever compares the two.
+DISPATCHERS: dict[str, dict[str, str]] = {
+    "alltoall": {"moe_token_dispatcher_type": "alltoall"},
+    "deepep_train": {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": BACKEND},
+}
 # Releases whose dispatcher interface this follows; the tests run the newest.
 OLDEST, NEWEST = (0, 16), (0, 19)
 

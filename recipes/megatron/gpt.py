@@ -20,12 +20,8 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from deepep_train.fp8 import te_present
-from deepep_train.megatron import cpu
+from deepep_train.megatron import DISPATCHERS, cpu
 
-DISPATCHERS = {
-    "deepep_train": {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "deepep_train"},
-    "alltoall": {"moe_token_dispatcher_type": "alltoall"},
-}
 VOCABULARY = 256  # bytes
 # Transformer Engine's layers: experts in one grouped GEMM, and alltoall's permutations in fused kernels.
 WITH_TE = torch.cuda.is_available() and te_present.is_installed()

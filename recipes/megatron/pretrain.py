@@ -24,7 +24,7 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # compiling Megatron's small 
 
 import torch
 import torch.distributed as dist
-from gpt import DISPATCHERS, WITH_TE, build, device
+from gpt import WITH_TE, build, device
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from saving import load, save
@@ -32,7 +32,7 @@ from text import Text
 from torch import Tensor
 from tqdm import tqdm
 
-from deepep_train.megatron import cpu, install
+from deepep_train.megatron import DISPATCHERS, cpu, install
 
 
 def options() -> argparse.Namespace:

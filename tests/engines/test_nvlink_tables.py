@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
+import threading
+
 import pytest
 import torch
 
@@ -49,6 +54,19 @@ def test_a_plain_tuple_knows_its_buffer() -> None:
     assert caught.value.argument == "handle"
     handle[5][0, 0] = 1
     assert remembered(handle, here) is None
+
+
+def test_copies_carry_no_plan() -> None:
+    """Nor do they fail: a plan may hold process groups, which cannot be pickled."""
+    handle, here = tuple(torch.zeros(2, 2, dtype=torch.int32) for _ in range(6)), object()
+    remember(handle, threading.Lock(), here)  # type: ignore[arg-type]
+    assert remembered(handle, here) is not None
+    file = io.BytesIO()
+    torch.save(handle, file)
+    file.seek(0)
+    for copies in (torch.load(file, weights_only=True), copy.deepcopy(handle), pickle.loads(pickle.dumps(handle))):
+        assert remembered(copies, here) is None
+        assert all(torch.equal(a, b) for a, b in zip(copies, handle, strict=True))
 
 
 def test_an_untouched_layout_is_trusted() -> None:

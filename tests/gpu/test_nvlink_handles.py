@@ -52,6 +52,22 @@ def test_cloned_handles_are_told_apart() -> None:
     run_ranks(2, cloned, fresh=True, timeout=40)
 
 
+def by_expert(rank: int, size: int, group: dist.ProcessGroup) -> None:
+    """Copies of an expert layout's tensors are refused, whatever its number of rows; the tensors themselves keep their plan."""
+    buffer = shared.buffer_of(group)
+    x, idx, w = (t.cuda() for t in inputs(rank, size, 34))
+    out = dt.dispatch(x, idx, w, buffer=buffer, num_experts=size * LOCAL_EXPERTS, layout="expert")
+    z = dt.combine(out.x, out.handle)
+    assert_same_bits(buffer.combine(out.x, tuple(out.handle))[0], z)
+    with pytest.raises(dt.ArgumentError, match=r"handle: .* of a dispatch to expert layout"):
+        buffer.combine(out.x, tuple(t.clone() for t in out.handle))
+    assert_same_bits(dt.combine(out.x, out.handle), z)
+
+
+def test_copies_of_an_expert_layout_are_refused() -> None:
+    run_ranks(2, by_expert)
+
+
 def dying_tuple(rank: int, size: int, group: dist.ProcessGroup) -> None:
     """As dying_handles, but a plain tuple, made on a side stream and used on the default one (raw number 0)."""
     buffer, side = shared.buffer_of(group), torch.cuda.Stream()

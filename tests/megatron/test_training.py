@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from harness import run_ranks
+from harness import close_pools, run_ranks
 
 small = pytest.importorskip("small", reason="megatron-core is not installed", exc_type=ImportError)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ranks_end() -> Iterator[None]:
+    """A stock model, once trained, is never freed, nor are its process groups, each with a thread of gloo's that looks around a
+    hundred times a second. 180 of them in each of six ranks would slow down all later tests."""
+    yield
+    close_pools()
 
 
 def same_curves(setup: Any, steps: int, dispatchers: list[dict[str, Any]] | None = None, rel: float = 1e-5) -> None:
