@@ -186,6 +186,7 @@ class LowLatency:
                 launch("_receive", stream)
             if torch.cuda.is_current_stream_capturing():
                 self._arena.keep((space, handle.pick_index))
+                space.was_captured = True
         if not with_hook:
             space.are_over[slots] |= name == "combine"
             return None
@@ -193,6 +194,7 @@ class LowLatency:
         sent_on = torch.cuda.current_stream(self._device)
 
         def hook() -> None:
+            space.check_open()
             if not space.waiting[slots] or space.numbers[slots] != handle.number:
                 raise DeepEPError(f"the hook of a low_latency_{name} may be called once")
             here = torch.cuda.current_stream(self._device)
@@ -202,6 +204,7 @@ class LowLatency:
                         t.record_stream(here)
             with self._ordered() as stream:
                 launch("_receive", stream)
+                space.was_captured |= torch.cuda.is_current_stream_capturing()
             space.waiting[slots] = ""
             space.are_over[slots] |= name == "combine"
 
@@ -246,6 +249,18 @@ class LowLatency:
                 "taken for -1",
                 "topk_idx",
             )
+
+    def put_bytes(self) -> int:
+        """What this rank has put to other nodes so far, by all calls and replays before this in stream order, which the CPU
+        waits for."""
+        if self._far is None or not self._spaces:
+            return 0
+        if torch.cuda.is_current_stream_capturing():
+            raise DeepEPError(
+                "what low-latency calls have put cannot be asked in a CUDA graph's capture: the GPU has counted it"
+            )
+        with self._ordered():
+            return int(self._far.put_bytes)
 
     def close(self) -> None:
         self._spaces.close()

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from deepep_train import _C  # type: ignore[attr-defined]
+from deepep_train.engines.low_latency_blocks import Block
 from deepep_train.errors import DeepEPError
 
 _SETS = 2  # of slots, hence of results that may be alive
@@ -55,10 +56,15 @@ class Space:
     Args:
         memory: this rank's, uint8.
         addresses: int64 [R], every rank's, as this process maps them; 0 for those of other nodes.
+        block: where in NVSHMEM's memory it lies; None: it lies in the arena.
+
+    Attributes:
+        was_captured: whether a CUDA graph, which may be replayed at any time, has calls through it.
     """
 
-    def __init__(self, shape: Shape, memory: Tensor, addresses: Tensor) -> None:
-        self.shape, self.memory, self.addresses = shape, memory, addresses
+    def __init__(self, shape: Shape, memory: Tensor, addresses: Tensor, block: Block | None) -> None:
+        self.shape, self.memory, self.addresses, self.block = shape, memory, addresses, block
+        self.was_captured = self._is_closed = False
         self.combine_buffers: list[Tensor | None] = [None] * _SETS
         self.forget()
 
@@ -71,8 +77,15 @@ class Space:
         self._next = 0
 
     def close(self) -> None:
+        """A graph that is replayed from now on does nothing."""
+        self._is_closed = True
         at = _C.low_latency.closed_offset()
         self.memory[at : at + 4].fill_(1)
+
+    def check_open(self) -> None:
+        """Hooks may outlive the buffer."""
+        if self._is_closed:
+            raise DeepEPError("the buffer of this low-latency call has been destroyed")
 
     def take(self) -> int:
         """The slots for the next dispatch; `follow` makes them so."""

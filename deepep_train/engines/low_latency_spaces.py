@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import secrets
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from deepep_train import _C  # type: ignore[attr-defined]
 from deepep_train.engines.arena import Arena, ArenaFull
+from deepep_train.engines.low_latency_blocks import choose, give_back, offered
 from deepep_train.engines.low_latency_far import OtherNodes
 from deepep_train.engines.low_latency_space import Shape, Space
 from deepep_train.engines.peers import Peers, raise_if_different
@@ -37,8 +39,11 @@ class Spaces:
     def __contains__(self, shape: Shape | None) -> bool:
         return shape in self._spaces
 
-    def __iter__(self) -> Iterable[Space]:
+    def __iter__(self) -> Iterator[Space]:
         return iter(self._spaces.values())
+
+    def __len__(self) -> int:
+        return len(self._spaces)
 
     def params(self, p: Any, space: Space, slots: int) -> Any:
         """`p` with what csrc/low_latency/params.hpp has in `Common` of this space."""
@@ -50,6 +55,7 @@ class Spaces:
         p.rank, p.num_ranks = self._peers.rank, self._peers.size
         far = self._far
         p.first_local, p.num_local = (0, p.num_ranks) if far is None else (far.first_local, far.num_local)
+        p.put_bytes = 0 if far is None else far.put_bytes.data_ptr()
         p.max_tokens, p.hidden, p.num_experts, p.top_k = shape
         return p
 
@@ -59,15 +65,21 @@ class Spaces:
             return self._spaces[shape]
         if torch.cuda.is_current_stream_capturing():
             raise DeepEPError("the first low_latency_dispatch of a shape cannot be captured in a CUDA graph; make one before")
-        self._agree({"agreed": {} if shape is None else shape._asdict()}, error)
-        assert shape is not None
+        block = None
+        with offered() as idle:
+            mine = {"name": secrets.randbits(62), "idle": [[b.name, b.num_bytes] for b in idle.values()]}
+            everyone = self._agree(mine | {"agreed": {} if shape is None else shape._asdict()}, error)
+            assert shape is not None
+            num_bytes = _C.low_latency.space_bytes(self._describe(_C.low_latency.Common(), shape))
+            if self._far is not None and (again := choose([other["idle"] for other in everyone], num_bytes)) is not None:
+                block = idle.pop(again)
         error, memory, offset = None, None, 0
         where: list[int] = []
         with self._ordered():
             try:
-                num_bytes = _C.low_latency.space_bytes(self._describe(_C.low_latency.Common(), shape))
                 if self._far is not None:
-                    memory, where = self._far.take(num_bytes)
+                    block = block or self._far.take(everyone[0]["name"], num_bytes)
+                    memory, where = self._far.open(block)
                 else:
                     memory = self._take((num_bytes,), torch.uint8)
                     offset = self._arena.offset(memory)
@@ -80,7 +92,7 @@ class Spaces:
             assert memory is not None
             if self._far is None:
                 where = [base + other["offset"] for base, other in zip(self._arenas.tolist(), everyone, strict=True)]
-            space = self._spaces[shape] = Space(shape, memory, torch.tensor(where, device=self._device))
+            space = self._spaces[shape] = Space(shape, memory, torch.tensor(where, device=self._device), block)
         return space
 
     def combine_buffer(self, space: Space, slots: int) -> Tensor:
@@ -106,9 +118,18 @@ class Spaces:
             self._peers.gather_objects({}, "clean_low_latency_buffer")
 
     def close(self) -> None:
-        """A graph that is replayed from now on does nothing."""
-        for space in self._spaces.values():
-            space.close()
+        """Spaces are no longer called through; NVSHMEM's memory that no graph has is given back when the GPU comes so far."""
+        if not self._spaces:
+            return
+        with self._ordered():
+            for space in self._spaces.values():
+                space.close()
+            unused = [s.block for s in self._spaces.values() if s.block is not None and not s.was_captured]
+            if unused and not torch.cuda.is_current_stream_capturing():
+                behind = torch.cuda.Event()
+                behind.record(torch.cuda.current_stream(self._device))
+                for block in unused:
+                    give_back(block, behind)
         self._spaces.clear()
 
     def _take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
