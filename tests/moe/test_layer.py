@@ -295,7 +295,7 @@ def _sharing(rank: int, size: int, group: dist.ProcessGroup, local: int) -> dict
 
 
 def test_layers_with_low_latency_share_a_buffer_of_their_own_across_nodes() -> None:
-    for result in run_ranks(4, _sharing, 2, fresh=True):
+    for result in run_ranks(4, _sharing, 2, fresh=True, timeout=120):
         assert result["names"] == ["collective", "rdma", "rdma", "collective"]
         assert result["which"] == [0, 1, 1, 0, 0, 1]
         assert result["asked"] == [("collective", False), ("rdma", True), ("rdma", True), ("collective", False)]
@@ -303,7 +303,7 @@ def test_layers_with_low_latency_share_a_buffer_of_their_own_across_nodes() -> N
 
 
 def test_layers_of_one_node_share_one_buffer() -> None:
-    for result in run_ranks(2, _sharing, 2, fresh=True):
+    for result in run_ranks(2, _sharing, 2, fresh=True, timeout=120):
         assert result["which"] == [0, 0, 0, 0, 0, 0] and set(result["names"]) == {"collective"}
         assert result["asked"] == [("collective", False), ("collective", True)]
         torch.testing.assert_close(result["fast"], result["normal"], rtol=2**-5, atol=2**-7)
