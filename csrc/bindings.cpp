@@ -91,9 +91,9 @@ void bind_low_latency(py::module_ m) {
     namespace ll = deepep_train::low_latency;
     {
         using P = ll::Common;
-        ParamsBinding<P>(m, "Common") DT_FIELD(spaces) DT_FIELD(own) DT_FIELD(arenas) DT_FIELD(mask) DT_FIELD(timeout_ns)
-            DT_FIELD(rank) DT_FIELD(num_ranks) DT_FIELD(first_local) DT_FIELD(num_local) DT_FIELD(num_experts)
-                DT_FIELD(max_tokens) DT_FIELD(hidden) DT_FIELD(top_k) DT_FIELD(set) DT_FIELD(num_sms);
+        ParamsBinding<P>(m, "Common") DT_FIELD(spaces) DT_FIELD(own) DT_FIELD(arenas) DT_FIELD(mask) DT_FIELD(put_bytes)
+            DT_FIELD(timeout_ns) DT_FIELD(rank) DT_FIELD(num_ranks) DT_FIELD(first_local) DT_FIELD(num_local)
+                DT_FIELD(num_experts) DT_FIELD(max_tokens) DT_FIELD(hidden) DT_FIELD(top_k) DT_FIELD(set) DT_FIELD(num_sms);
     }
     {
         using P = ll::DispatchParams;

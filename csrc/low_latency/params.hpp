@@ -15,10 +15,11 @@ constexpr int kMaxHidden = 16384;
 
 // What the ranks of a group share for calls of one shape, as one of them sees it.
 struct Common {
-    uint64_t spaces = 0;  // uint64 [R]: every rank's space (space.cuh), as this process maps it; 0: it lies on another node
-    uint64_t own = 0;     // that of this rank
-    uint64_t arenas = 0;  // uint64 [R]: the same of the memory that rows for a combine without copies lie in
-    uint64_t mask = 0;    // int32 [R]: not 0: left out
+    uint64_t spaces = 0;     // uint64 [R]: every rank's space (space.cuh), as this process maps it; 0: it lies on another node
+    uint64_t own = 0;        // that of this rank
+    uint64_t arenas = 0;     // uint64 [R]: the same of the memory that rows for a combine without copies lie in
+    uint64_t mask = 0;       // int32 [R]: not 0: left out
+    uint64_t put_bytes = 0;  // uint64 [1], out: the bytes that this rank puts to other nodes are added; 0: there are none
     uint64_t timeout_ns = 0;
     int rank = 0;
     int num_ranks = 0;

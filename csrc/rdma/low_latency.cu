@@ -50,24 +50,38 @@ struct Far {
     }
 };
 
-// By a warp, all of whose lanes have written their parts of what is put.
-DT_DEVICE void put(char* symmetric, const char* from, int64_t bytes, int peer, nvshmemx_qp_handle_t qp) {
-    nvshmemx_qp_char_put_nbi_warp(symmetric, from, bytes, peer, qp);
+// By one thread.
+DT_DEVICE void count(const Common& c, int64_t bytes) {
+    atomicAdd(reinterpret_cast<unsigned long long*>(c.put_bytes), static_cast<unsigned long long>(bytes));
 }
 
-// By every thread of a block: until its puts have been completed there.
-DT_DEVICE void finish_puts(const Common& c, nvshmemx_qp_handle_t qp) {
-    __syncthreads();
-    const Far far(c);
-    for (int i = threadIdx.x; i < far.count; i += kThreads)
-        if (far[i] >= 0) nvshmemx_qp_quiet(far[i], &qp, 1);
-}
+// A warp's puts, all over the queue pair of its block.
+struct Puts {
+    const Common& c;
+    nvshmemx_qp_handle_t qp;
+    int64_t total = 0;
+
+    // By a warp, all of whose lanes have written their parts of what is put.
+    DT_DEVICE void put(char* symmetric, const char* from, int64_t bytes, int peer) {
+        nvshmemx_qp_char_put_nbi_warp(symmetric, from, bytes, peer, qp);
+        total += bytes;
+    }
+    // By every thread of the block: until the puts of all its warps have been completed there.
+    DT_DEVICE void finish() {
+        if (threadIdx.x % 32 == 0 && total != 0) count(c, total);
+        __syncthreads();
+        const Far far(c);
+        for (int i = threadIdx.x; i < far.count; i += kThreads)
+            if (far[i] >= 0) nvshmemx_qp_quiet(far[i], &qp, 1);
+    }
+};
 
 // By one thread, behind all that the flag announces. It has arrived when this returns: a flag must not overtake a later one,
 // nor come when the peer has begun anew.
 DT_DEVICE void set_flag(Control::Flags& flags, const Common& c, uint64_t value, int peer, nvshmemx_qp_handle_t qp) {
     __threadfence_system();
     nvshmemx_qp_signal_op(flags.at + c.rank, value, NVSHMEM_SIGNAL_SET, peer, qp);
+    count(c, sizeof(value));
     nvshmemx_qp_quiet(peer, &qp, 1);
 }
 
@@ -76,7 +90,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     Control* mine = own_control(p);
     if (mine->closed != 0) return;
     const uint32_t number = mine->dispatches[p.set];
-    nvshmemx_qp_handle_t qp = pair_of(pairs);
+    Puts puts{p, pair_of(pairs)};
     const Layout layout(p);
     const Far far(p);
     char* own = own_space(p);
@@ -91,18 +105,18 @@ __global__ void __launch_bounds__(kThreads, 1)
             if (unit == listed) {
                 char* to = own + layout.list(p.set, p.rank);
                 const auto* places = reinterpret_cast<const char*>(list.places);
-                put(to, address, reinterpret_cast<const char*>(list.tokens + listed) - address, peer, qp);
-                if (listed != 0) put(to + (places - address), places, int64_t{4} * listed * p.top_k, peer, qp);
+                puts.put(to, address, reinterpret_cast<const char*>(list.tokens + listed) - address, peer);
+                if (listed != 0) puts.put(to + (places - address), places, int64_t{4} * listed * p.top_k, peer);
             } else {
                 char* slot = own + layout.slot(p.set, p.rank, list.tokens[unit]);
-                put(slot, slot, slot_bytes(p), peer, qp);
+                puts.put(slot, slot, slot_bytes(p), peer);
             }
         }
     }
-    finish_puts(p, qp);
+    puts.finish();
     if (!is_last_block(mine, p, kDispatchPut)) return;
     for (int i = threadIdx.x; i < far.count; i += kThreads)
-        if (far[i] >= 0) set_flag(mine->sent[p.set], p, number, far[i], qp);
+        if (far[i] >= 0) set_flag(mine->sent[p.set], p, number, far[i], puts.qp);
 }
 
 // By a warp: a row that the experts have left where no network card reads it.
@@ -122,7 +136,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     Control* mine = own_control(p);
     if (mine->closed != 0) return;
     const uint32_t number = mine->combines[p.set], came = mine->dispatches[p.set] << 1;
-    nvshmemx_qp_handle_t qp = pair_of(pairs);
+    Puts puts{p, pair_of(pairs)};
     const Layout layout(p);
     const Far far(p);
     char* own = own_space(p);
@@ -148,17 +162,18 @@ __global__ void __launch_bounds__(kThreads, 1)
                 if (p.zero_copy != 0)
                     pack(row, reinterpret_cast<const char*>(p.y) + (e * slots + begins[e].begin + index) * row_bytes,
                          row_bytes);
-                put(own + layout.came + p.set * layout.came_bytes + (first_pick + k) * row_bytes, row, shown_bytes, source, qp);
+                char* came_here = own + layout.came + p.set * layout.came_bytes + (first_pick + k) * row_bytes;
+                puts.put(came_here, row, shown_bytes, source);
             }
         }
     }
-    finish_puts(p, qp);
+    puts.finish();
     if (!is_last_block(mine, p, kCombinePut)) return;
     for (int i = threadIdx.x; i < far.count; i += kThreads) {
         const int peer = far[i];
         if (peer < 0) continue;
         const Shown how = decided.at[peer] != came ? kNowhere : p.logfmt != 0 ? kCompactLogfmt : kCompact;
-        set_flag(mine->shown[p.set], p, uint64_t{how} << 32 | number, peer, qp);
+        set_flag(mine->shown[p.set], p, uint64_t{how} << 32 | number, peer, puts.qp);
     }
 }
 

@@ -9,104 +9,22 @@ import ctypes
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from deepep_train import _C, checks, fp8  # type: ignore[attr-defined]
-from deepep_train.engines.arena import Arena, ArenaFull
+from deepep_train.engines.arena import Arena
+from deepep_train.engines.low_latency_arguments import check_combine, check_dispatch, check_out, check_stats, handle_of
 from deepep_train.engines.low_latency_far import OtherNodes
-from deepep_train.engines.peers import Peers, raise_if_different
+from deepep_train.engines.low_latency_space import KernelHandle, Shape, Space
+from deepep_train.engines.low_latency_spaces import Spaces
+from deepep_train.engines.peers import Peers
 from deepep_train.errors import ArgumentError, DeepEPError
 
 MAX_RANKS = _C.low_latency.max_ranks
 T = TypeVar("T")
-MAX_HIDDEN, MAX_EXPERTS = _C.low_latency.max_hidden, _C.low_latency.max_experts
-MAX_TOP_K = _C.low_latency.max_top_k
-_MAX_TOKENS = 1 << 16
-_SETS = 2  # of slots, hence of results that may be alive
-
-
-class Shape(NamedTuple):
-    """What the ranks of one `Space` agree on."""
-
-    max_tokens: int
-    hidden: int
-    num_experts: int
-    top_k: int
-
-
-class _Life:
-    """Lives as long as a handle: there are no weak references to tuples."""
-
-
-class KernelHandle(tuple):
-    """V1's tuple: src_info int32 [L, R*M], layout_range int64 [L, R], M, hidden, num_experts; and what combine needs.
-
-    Attributes:
-        set, number: which slots it came through, and which use of them it is.
-        pick_index: int32 [T, K], each pick's number among this rank's picks of its expert.
-        life: see `_Life`.
-    """
-
-    space: Space
-    buffer: Any
-    set: int
-    number: int
-    pick_index: Tensor
-    life: _Life
-
-    def __new__(cls, items: tuple, space: Space, buffer: Any, slots: int, number: int, pick_index: Tensor) -> KernelHandle:
-        self = super().__new__(cls, items)
-        self.space, self.buffer, self.set, self.number, self.pick_index = space, buffer, slots, number, pick_index
-        self.life = _Life()
-        return self
-
-
-class Space:
-    """The memory, of every rank, through which calls of one shape go; see csrc/low_latency/space.cuh.
-
-    Args:
-        memory: this rank's, uint8.
-        addresses: int64 [R], every rank's, as this process maps them; 0 for those of other nodes.
-    """
-
-    def __init__(self, shape: Shape, memory: Tensor, addresses: Tensor) -> None:
-        self.shape, self.memory, self.addresses = shape, memory, addresses
-        self.combine_buffers: list[Tensor | None] = [None] * _SETS
-        self.forget()
-
-    def forget(self) -> None:
-        """No call has been made, as far as this process knows."""
-        self.numbers = [0] * _SETS
-        self.waiting = [""] * _SETS  # a hook to be called
-        self._lives: list[weakref.ref[_Life] | None] = [None] * _SETS
-        self.are_over = [True] * _SETS  # whether the newest result of the slots has been combined
-        self._next = 0
-
-    def close(self) -> None:
-        at = _C.low_latency.closed_offset()
-        self.memory[at : at + 4].fill_(1)
-
-    def take(self) -> int:
-        """The slots for the next dispatch; `follow` makes them so."""
-        slots, life = self._next, self._lives[self._next]
-        if life is not None and life() is not None and not self.are_over[slots]:
-            raise DeepEPError(
-                f"low_latency_dispatch: {_SETS} results are alive, and there are slots for no more; combine the oldest, or "
-                "drop its handle, before the next dispatch"
-            )
-        self.check_hook(slots)
-        return slots
-
-    def check_hook(self, slots: int) -> None:
-        if self.waiting[slots]:
-            raise DeepEPError(f"the hook of an earlier {self.waiting[slots]} through the same slots has not been called")
-
-    def follow(self, slots: int, handle: KernelHandle) -> None:
-        self._lives[slots], self.are_over[slots] = weakref.ref(handle.life), False
-        self._next = (slots + 1) % _SETS
 
 
 def weakly(method: Callable[[], T]) -> Callable[[], T]:
@@ -146,9 +64,8 @@ class LowLatency:
         far: OtherNodes | None = None,
     ) -> None:
         self._peers, self._arena, self._far = peers, arena, far
-        self._arenas = torch.tensor(addresses, device=device)
         self._num_sms, self.one_gpu, self._ordered, self._device = num_sms, one_gpu, ordered, device
-        self._spaces: dict[Shape, Space] = {}
+        self._spaces = Spaces(peers, arena, addresses, ordered, device, far)
         self._mask = torch.zeros(peers.size, dtype=torch.int32, device=device)
         self._bad_index = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
         # Every call of the engine looks at it, and `item` takes ten times as long.
@@ -178,12 +95,12 @@ class LowLatency:
             checks.tensor(x, "x", [None, None], (torch.bfloat16,), self._device)
             checks.topk_idx(topk_idx, x.size(0), num_experts, self._device, check_range=False)
             shape = Shape(max_tokens, x.size(1), num_experts, topk_idx.size(1))
-            self._check(x, shape, use_fp8, round_scale, use_ue8m0, cumulative_stats, wait_stats)
+            check_dispatch(x, shape, size, use_fp8, round_scale, use_ue8m0, cumulative_stats, wait_stats)
         except Exception as caught:
             if shape in self._spaces:
                 raise
             error = caught
-        space = self._space_for(shape, error)
+        space = self._spaces.of(shape, error)
         assert shape is not None
         slots = space.take()
         num_local, num_slots = num_experts // size, size * max_tokens
@@ -229,20 +146,14 @@ class LowLatency:
         with_hook: bool,
     ) -> tuple[Tensor, Callable[[], None] | None]:
         """See `Buffer.low_latency_combine`; gives (combined_x, hook)."""
-        handle = self._check_handle(buffer, handle)
+        handle = handle_of(buffer, handle)
         checks.wire_format(use_logfmt, zero_copy)
-        space, size = handle.space, self._peers.size
-        shape, top_k = space.shape, handle.pick_index.size(1)
-        num_tokens = handle.pick_index.size(0)
-        rows = [shape.num_experts // size, size * shape.max_tokens, shape.hidden]
-        checks.tensor(x, "x", rows, (torch.bfloat16,), self._device)
-        checks.tensor(topk_idx, "topk_idx", [num_tokens, top_k], (torch.int64,), self._device)
-        checks.tensor(topk_weights, "topk_weights", [num_tokens, top_k], (torch.float32,), self._device)
+        space, num_tokens, hidden = handle.space, handle.pick_index.size(0), handle.space.shape.hidden
+        check_combine(x, topk_idx, topk_weights, handle, self._peers.size, self._device)
         if out is None:
-            out = torch.empty(num_tokens, shape.hidden, dtype=torch.bfloat16, device=self._device)
-        checks.tensor(out, "out", [num_tokens, shape.hidden], (torch.bfloat16,), self._device)
-        checks.need(out.is_contiguous() and out.data_ptr() % 16 == 0, "out", "contiguous and aligned to 16 bytes", out)
-        self._check_stats(wait_stats, "combine_wait_recv_cost_stats")
+            out = torch.empty(num_tokens, hidden, dtype=torch.bfloat16, device=self._device)
+        check_out(out, num_tokens, hidden, self._device)
+        check_stats(wait_stats, "combine_wait_recv_cost_stats", self._peers.size, self._device)
         if zero_copy and not (self._arena.holds(x) and x.is_contiguous()):
             raise ArgumentError(
                 "x must be what get_next_low_latency_combine_buffer(handle) gave, or a contiguous tensor from Buffer.empty, "
@@ -275,6 +186,7 @@ class LowLatency:
                 launch("_receive", stream)
             if torch.cuda.is_current_stream_capturing():
                 self._arena.keep((space, handle.pick_index))
+                space.was_captured = True
         if not with_hook:
             space.are_over[slots] |= name == "combine"
             return None
@@ -282,6 +194,7 @@ class LowLatency:
         sent_on = torch.cuda.current_stream(self._device)
 
         def hook() -> None:
+            space.check_open()
             if not space.waiting[slots] or space.numbers[slots] != handle.number:
                 raise DeepEPError(f"the hook of a low_latency_{name} may be called once")
             here = torch.cuda.current_stream(self._device)
@@ -291,20 +204,15 @@ class LowLatency:
                         t.record_stream(here)
             with self._ordered() as stream:
                 launch("_receive", stream)
+                space.was_captured |= torch.cuda.is_current_stream_capturing()
             space.waiting[slots] = ""
             space.are_over[slots] |= name == "combine"
 
         return hook
 
     def combine_buffer(self, buffer: Any, handle: Any) -> Tensor:
-        """bf16 [L, R*M, H] that peers reach; the same for every use of the same slots."""
-        handle = self._check_handle(buffer, handle)
-        space, size = handle.space, self._peers.size
-        kept = space.combine_buffers[handle.set]
-        if kept is None:
-            rows = (space.shape.num_experts // size, size * space.shape.max_tokens, space.shape.hidden)
-            kept = space.combine_buffers[handle.set] = self._take(rows, torch.bfloat16)
-        return kept
+        handle = handle_of(buffer, handle)
+        return self._spaces.combine_buffer(handle.space, handle.set)
 
     # Masks -------------------------------------------------------------------------------------------------------------
 
@@ -315,7 +223,7 @@ class LowLatency:
         checks.flag(mask, "mask")
         with self._ordered() as stream:
             self._mask[rank] = int(mask)
-            for space in self._spaces.values() if not mask else ():
+            for space in self._spaces if not mask else ():
                 _C.low_latency.forget(self._params(_C.low_latency.Common(), space, 0), rank, stream)
 
     def query_mask(self, status: Tensor) -> None:
@@ -329,18 +237,7 @@ class LowLatency:
                 self.update_mask(rank, False)
 
     def clean(self, max_tokens: int, hidden: int, num_experts: int) -> None:
-        """Start anew, on all ranks together; results that are alive are lost."""
-        spaces = [s for k, s in self._spaces.items() if k[:3] == (max_tokens, hidden, num_experts)]
-        if not spaces or torch.cuda.is_current_stream_capturing():
-            return
-        with self._ordered():
-            torch.cuda.current_stream(self._device).synchronize()
-            self._peers.gather_objects({}, "clean_low_latency_buffer")
-            for space in spaces:
-                space.forget()
-                space.memory[: _C.low_latency.control_bytes()].zero_()
-            torch.cuda.current_stream(self._device).synchronize()
-            self._peers.gather_objects({}, "clean_low_latency_buffer")
+        self._spaces.clean(max_tokens, hidden, num_experts)
 
     # Life --------------------------------------------------------------------------------------------------------------
 
@@ -353,126 +250,25 @@ class LowLatency:
                 "topk_idx",
             )
 
+    def put_bytes(self) -> int:
+        """What this rank has put to other nodes so far, by all calls and replays before this in stream order, which the CPU
+        waits for."""
+        if self._far is None or not self._spaces:
+            return 0
+        if torch.cuda.is_current_stream_capturing():
+            raise DeepEPError(
+                "what low-latency calls have put cannot be asked in a CUDA graph's capture: the GPU has counted it"
+            )
+        with self._ordered():
+            return int(self._far.put_bytes)
+
     def close(self) -> None:
-        """A graph that is replayed from now on does nothing."""
-        for space in self._spaces.values():
-            space.close()
-        self._spaces.clear()
-
-    # Inside ------------------------------------------------------------------------------------------------------------
-
-    def _check(
-        self,
-        x: Tensor,
-        shape: Shape,
-        use_fp8: bool,
-        round_scale: bool,
-        use_ue8m0: bool,
-        cumulative_stats: Tensor | None,
-        wait_stats: Tensor | None,
-    ) -> None:
-        limits = {
-            "num_max_dispatch_tokens_per_rank": (shape.max_tokens, _MAX_TOKENS),
-            "x": (shape.hidden, MAX_HIDDEN),
-            "num_experts": (shape.num_experts, MAX_EXPERTS),
-            "topk_idx": (shape.top_k, MAX_TOP_K),
-        }
-        for name, (value, most) in limits.items():
-            if value > most:
-                what = {"x": "x's hidden size", "topk_idx": "topk_idx's top-k"}.get(name, name)
-                raise ArgumentError(f"the low-latency kernels take {what} up to {most}, got {value}", name)
-        if x.size(0) > shape.max_tokens:
-            raise ArgumentError(f"x has {x.size(0)} tokens, above num_max_dispatch_tokens_per_rank={shape.max_tokens}", "x")
-        if use_ue8m0 and not (use_fp8 and round_scale):
-            raise ArgumentError("use_ue8m0=True needs use_fp8=True and round_scale=True", "use_ue8m0")
-        multiple = 4 * fp8.BLOCK if use_ue8m0 else fp8.BLOCK
-        if shape.hidden % multiple or not shape.hidden:
-            raise ArgumentError(f"x must have a hidden size that is a multiple of {multiple}, got {shape.hidden}", "x")
-        if cumulative_stats is not None:
-            local = [shape.num_experts // self._peers.size]
-            checks.tensor(cumulative_stats, "cumulative_local_expert_recv_stats", local, (torch.int32,), self._device)
-            contiguous = cumulative_stats.is_contiguous()
-            checks.need(contiguous, "cumulative_local_expert_recv_stats", "contiguous", cumulative_stats)
-        self._check_stats(wait_stats, "dispatch_wait_recv_cost_stats")
-
-    def _check_stats(self, stats: Tensor | None, name: str) -> None:
-        if stats is not None:
-            checks.tensor(stats, name, [self._peers.size], (torch.int64,), self._device)
-            checks.need(stats.is_contiguous(), name, "contiguous", stats)
-
-    @staticmethod
-    def _check_handle(buffer: Any, handle: Any) -> KernelHandle:
-        if not isinstance(handle, KernelHandle) or handle.buffer is not buffer:
-            raise ArgumentError("handle must be what this buffer's low_latency_dispatch returned", "handle")
-        if handle.space.numbers[handle.set] != handle.number:
-            raise ArgumentError("handle is of a result whose slots a later low_latency_dispatch has taken", "handle")
-        return handle
+        self._spaces.close()
 
     def _params(self, p: Any, space: Space, slots: int) -> Any:
-        p.spaces, p.own = space.addresses.data_ptr(), space.memory.data_ptr()
-        p.arenas, p.mask = self._arenas.data_ptr(), self._mask.data_ptr()
+        p.mask, p.num_sms = self._mask.data_ptr(), self._num_sms
         p.timeout_ns = int(self._peers.timeout * 1e9)
-        p.set, p.num_sms = slots, self._num_sms
-        return self._describe(p, space.shape)
-
-    def _describe(self, p: Any, shape: Shape) -> Any:
-        p.rank, p.num_ranks = self._peers.rank, self._peers.size
-        far = self._far
-        p.first_local, p.num_local = (0, p.num_ranks) if far is None else (far.first_local, far.num_local)
-        p.max_tokens, p.hidden, p.num_experts, p.top_k = shape
-        return p
-
-    def _take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        try:
-            return self._arena.empty(shape, dtype)
-        except ArenaFull as full:
-            raise DeepEPError(
-                f"the arena of rank {self._peers.rank} has no room for {full.num_bytes} bytes of the low-latency calls; pass "
-                "num_rdma_bytes=Buffer.get_low_latency_rdma_size_hint(…) to Buffer"
-            ) from None
-
-    def _space_for(self, shape: Shape | None, error: Exception | None) -> Space:
-        """The first call of a shape is a collective one."""
-        if shape is not None and shape in self._spaces:
-            return self._spaces[shape]
-        if torch.cuda.is_current_stream_capturing():
-            raise DeepEPError("the first low_latency_dispatch of a shape cannot be captured in a CUDA graph; make one before")
-        self._agree({"agreed": {} if shape is None else shape._asdict()}, error)
-        assert shape is not None
-        error, memory, offset = None, None, 0
-        where: list[int] = []
-        with self._ordered():
-            try:
-                num_bytes = _C.low_latency.space_bytes(self._describe(_C.low_latency.Common(), shape))
-                if self._far is not None:
-                    memory, where = self._far.take(num_bytes)
-                else:
-                    memory = self._take((num_bytes,), torch.uint8)
-                    offset = self._arena.offset(memory)
-                memory[: _C.low_latency.control_bytes()].zero_()
-                torch.cuda.current_stream(self._device).synchronize()
-            except RuntimeError as caught:
-                error = caught
-            # When this returns, every rank's flags are 0.
-            everyone = self._agree({"agreed": {}, "offset": offset}, error)
-            assert memory is not None
-            if self._far is None:
-                where = [base + other["offset"] for base, other in zip(self._arenas.tolist(), everyone, strict=True)]
-            space = self._spaces[shape] = Space(shape, memory, torch.tensor(where, device=self._device))
-        return space
-
-    def _agree(self, mine: dict[str, Any], error: Exception | None) -> list[dict[str, Any]]:
-        """What every rank gives, if none has an error and all have the same "agreed"; else raise, on every rank."""
-        mine |= {"error": "" if error is None else str(error), "argument": getattr(error, "argument", "")}
-        everyone = self._peers.gather_objects(mine, "low_latency_dispatch")
-        broken = [r for r, other in enumerate(everyone) if other["error"]]
-        if broken:
-            what = "low_latency_dispatch: " + "; ".join(f"rank {r}: {everyone[r]['error']}" for r in broken)
-            if all(everyone[r]["argument"] for r in broken):
-                raise ArgumentError(what, everyone[broken[0]]["argument"], broken) from error
-            raise DeepEPError(what) from error
-        raise_if_different("low_latency_dispatch", [other["agreed"] for other in everyone])
-        return everyone
+        return self._spaces.params(p, space, slots)
 
 
 def _address(t: Tensor | None) -> int:

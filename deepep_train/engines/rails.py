@@ -74,7 +74,7 @@ class Rails:
         self.nodes = peers.size // num_local_ranks
         self.node, self.rail = divmod(peers.rank, num_local_ranks)
         self.device = torch.device("cuda", torch.cuda.current_device())
-        self.network_bytes = 0  # that this rank has put so far, signals included
+        self.network_bytes = 0  # that this rank's normal calls have put so far, signals included
         self._num_sms, self._lock = num_sms, threading.RLock()
         self._owed: list[str] = []  # of the operation under way: what other ranks still wait for, in order
         kernels = nvshmem.start(peers, self.device)
@@ -455,7 +455,8 @@ class Rails:
                 raise self._arena.too_small(self.peers.rank, full.num_bytes) from None
 
     def stats(self) -> dict[str, int]:
-        return self._arena.stats() | {"rail": 2 * self.nodes * self._segment, "network bytes put": self.network_bytes}
+        put = self.network_bytes + (0 if self.low_latency is None else self.low_latency.put_bytes())
+        return self._arena.stats() | {"rail": 2 * self.nodes * self._segment, "network bytes put": put}
 
     def failure(self) -> DeepEPError | None:
         """What has failed on the device or in CUDA, once it has; then the other ranks have been told that this one is gone."""

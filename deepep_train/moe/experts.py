@@ -91,11 +91,11 @@ class GroupedExperts(nn.Module):
 
 
 def _grouped_matmul(x: Tensor, w: Tensor, tokens_per_expert: Tensor) -> Tensor:
-    """Rows of group e times w[e]."""
+    """Rows of group e times w[e]; a rank may have none at all, as in decoding."""
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, w = x.to(dtype), w.to(dtype)
-    if _grouped_mm_runs(x, w):
+    if x.size(0) and _grouped_mm_runs(x, w):
         offsets = tokens_per_expert.cumsum(0).to(device=x.device, dtype=torch.int32, non_blocking=True)
         return F.grouped_mm(x, w, offs=offsets)
     # split and unbind: each has one gradient, put together at the end; slices would add up as many full-sized ones as experts.

@@ -48,7 +48,8 @@ class MoELayer(nn.Module):
         num_experts: of all ranks together; divisible by the group's size.
         top_k: experts per token.
         group: the expert-parallel group; None for the default group, or this process alone without torch.distributed.
-        buffer: the `Buffer` to use; None shares one among all layers of the group.
+        buffer: the `Buffer` to use; None shares one among all layers of the group, or, across nodes, among those that are
+            `low_latency` and among those that are not.
         score_function, normalize_weights, scaling_factor, num_groups, num_limited_groups: see `TopKRouter`.
         aux_loss_coeff: weight of the balance loss. Its gradient is added during the backward pass, so it needs no place in
             the training loss and survives activation checkpointing; multiply it through `aux_loss_scale`.
@@ -137,7 +138,7 @@ class MoELayer(nn.Module):
             grad_dtype = fp8_recipe.grad_dtype
         if buffer is not None and group is not None and buffer.group is not group:
             raise ArgumentError("buffer belongs to another group than the group given", "buffer")
-        self.buffer = buffer if buffer is not None else buffer_of(group)
+        self.buffer = buffer if buffer is not None else buffer_of(group, low_latency)
         checks.experts(num_experts, self.buffer.group_size)
         num_local_experts = num_experts // self.buffer.group_size
         self.num_experts, self.top_k, self.alignment = num_experts, top_k, alignment

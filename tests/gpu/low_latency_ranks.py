@@ -10,6 +10,7 @@ import hashlib
 import io
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 
 import deepep_train as dt
 from deepep_train.cli.live import measure
+from deepep_train.engines import low_latency_blocks
 from deepep_train.moe import MoELayer
 
 ARENA = 1 << 30
@@ -235,6 +237,22 @@ def stopped(rank: int, size: int, group: dist.ProcessGroup, case: Case, local: i
     return errors
 
 
+def rebuilt(rank: int, size: int, group: dist.ProcessGroup, case: Case, local: int) -> tuple[list[str], list[int]]:
+    """Buffers after one another, from the second on with a smaller shape besides, each overwriting what the last has left:
+    what is wrong, and how many blocks of NVSHMEM's memory there are after each."""
+    errors, blocks = [], []
+    for number in range(6):
+        buffer = new_buffer(group, 64 << 20, 10, local)
+        for _ in range(3):
+            errors += round_trip(buffer, rank, replace(case, seed=number), "cuda")
+            if number:
+                errors += round_trip(buffer, rank, replace(case, most=7, tokens=(7, 0, 3, 5)[:size], seed=number), "cuda")
+        time.sleep(0.02 * ((rank + number) % size))
+        buffer.destroy()
+        blocks.append(len(low_latency_blocks._given_back))
+    return errors, blocks
+
+
 def layer(rank: int, size: int, group: dist.ProcessGroup, local: int | None = None) -> tuple[Tensor, Tensor, str]:
     """What `MoELayer(low_latency=True)` gives without gradients, and with them, by the normal calls."""
     torch.manual_seed(11)
@@ -244,7 +262,9 @@ def layer(rank: int, size: int, group: dist.ProcessGroup, local: int | None = No
     made = MoELayer(256, 128, 2 * size, 2, low_latency=True, low_latency_tokens=6, **how).eval()
     x = torch.randn((5, 0, 6, 1)[rank % 4], 256, generator=torch.Generator().manual_seed(rank)).bfloat16().cuda()
     with torch.no_grad():
+        one = made(x[: int(rank == 0)])  # most ranks get no rows
         fast = made(x)
+    torch.testing.assert_close(one, fast[: int(rank == 0)], rtol=2**-6, atol=2**-8)
     return fast.cpu(), made(x).detach().cpu(), made.buffer.engine
 
 
@@ -295,3 +315,51 @@ def refusals(rank: int, size: int, group: dist.ProcessGroup, local: int | None =
     refused(buffer.check)
     errors = round_trip(buffer, rank, case, "cuda")
     return [*said, *errors]
+
+
+def put_bytes(
+    rank: int, size: int, group: dist.ProcessGroup, case: Case, local: int
+) -> tuple[tuple[int, int], tuple[int, int], int]:
+    """What a dispatch and a combine put, by the buffer's counter, and what they must; and three replays of both in a graph."""
+    buffer = buffer_of(group, local)
+    x, idx, weights = (t.cuda() for t in case.inputs(rank))
+    y = torch.zeros(case.num_experts // size, size * case.most, case.hidden, dtype=torch.bfloat16, device="cuda")
+
+    def so_far() -> int:
+        return buffer.memory_stats()["network bytes put"]
+
+    def dispatch() -> Any:
+        return buffer.low_latency_dispatch(x, idx, case.most, case.num_experts, **case.arguments)[2]
+
+    buffer.low_latency_combine(y, idx, weights, dispatch())
+    torch.cuda.synchronize()
+    dist.barrier(group)
+    before = so_far()
+    handle = dispatch()
+    middle = so_far()
+    buffer.low_latency_combine(y, idx, weights, handle)
+    after = so_far()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        buffer.low_latency_combine(y, idx, weights, dispatch())
+    captured = so_far()
+    for _ in range(3):
+        graph.replay()
+    torch.cuda.synchronize()
+    replayed = so_far() - captured
+    del graph
+    here, experts, flag = rank // local, case.num_experts // size, 8
+    far = [r for r in range(size) if r // local != here]
+    values = case.hidden * (2 if case.kind == "bf16" else 1)
+    row = values + {"bf16": 0, "ue8m0": case.hidden // 128}.get(case.kind, case.hidden // 32)
+
+    def picks(source: int, at: int) -> Tensor:
+        """bool [T, K]: of a source's picks, those that rank `at` serves."""
+        return case.inputs(source)[1].div(experts, rounding_mode="floor") == at
+
+    sent = flag * 2 * len(far)  # `sent`, and `taken` to those that have sent
+    for peer in far:
+        tokens = int(picks(rank, peer).any(1).sum())
+        sent += 4 * (2 + experts) + tokens * (4 + 4 * case.top_k + row)
+    back = flag * 2 * len(far) + sum(int(picks(source, rank).sum()) * case.hidden * 2 for source in far)
+    return (middle - before, sent), (after - middle, back), replayed

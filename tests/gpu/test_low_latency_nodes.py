@@ -99,3 +99,18 @@ def test_wrong_calls_do_no_harm() -> None:
     """Each is refused; then an exchange is right."""
     within, across = (run_ranks(2, ranks.refusals, local) for local in (None, 1))
     assert within == across
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp8", "ue8m0"])
+@pytest.mark.parametrize("style", ["uniform", "same expert twice"])
+def test_what_is_put_is_counted(kind: str, style: str) -> None:
+    case = Case((33, 0, 20, 40), 40, 1024, 16, 6, style, kind)
+    for (dispatched, sent), (combined, back), replayed in run_ranks(4, ranks.put_bytes, case, 2):
+        assert dispatched == sent and combined == back
+        assert replayed == 3 * (sent + back)
+
+
+def test_later_buffers_use_the_memory_of_destroyed_ones() -> None:
+    for errors, sizes in run_ranks(4, ranks.rebuilt, Case((8,) * 4, 8, 512, 8, 2), 2, fresh=True, timeout=90):
+        assert not errors
+        assert sizes[0] == 1 and sizes[1] == sizes[-1] == 2  # blocks that there are after each buffer

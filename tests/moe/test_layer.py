@@ -14,7 +14,7 @@ from harness import run_ranks
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from deepep_train import ArgumentError, moe
+from deepep_train import ArgumentError, engines, moe
 
 HIDDEN, FFN, EXPERTS, TOP_K = 12, 20, 12, 3
 
@@ -262,4 +262,48 @@ def test_low_latency_in_eval_mode_differs_by_bfloat16s_rounding() -> None:
     for result in run_ranks(3, _hurried):
         assert result["used"] >= 1 and result["fast"].dtype == torch.float32
         # Three rows and the input are rounded to bfloat16, each to 2**-9 of its size.
+        torch.testing.assert_close(result["fast"], result["normal"], rtol=2**-5, atol=2**-7)
+
+
+def _sharing(rank: int, size: int, group: dist.ProcessGroup, local: int) -> dict[str, Any]:
+    """Layers of both kinds, in both orders; every `local` ranks seem to be a machine. No GPU is needed to choose: what is asked
+    for is noted, and the collective engine taken."""
+    create, asked = engines.create, []
+
+    def noted(name: str, *how: Any) -> Any:
+        asked.append((name, how[-1]))
+        return create("collective", *how)
+
+    def layer(low_latency: bool) -> moe.MoELayer:
+        torch.manual_seed(11)
+        return moe.MoELayer(128, FFN, EXPERTS, TOP_K, low_latency=low_latency).eval()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engines, "create", noted)
+        patch.setattr(engines, "host_name", lambda: f"machine {rank // local}")
+        patch.setattr(engines, "_survey_rdma", lambda _: engines.Surveyed("rdma", True, "NVSHMEM is here"))
+        layers = [layer(low_latency) for low_latency in (False, True, True, False)]
+        names = [made.buffer.engine for made in layers]
+        which = [[made.buffer for made in layers].index(made.buffer) for made in layers]
+        del layers[:]
+        layers = [layer(low_latency) for low_latency in (True, False)]
+        which += [[made.buffer for made in layers].index(made.buffer) for made in layers]
+    x = torch.randn(5, 128, generator=torch.Generator().manual_seed(rank))
+    with torch.no_grad():
+        fast, normal = (made(x) for made in layers)
+    return {"names": names, "which": which, "asked": asked, "fast": fast, "normal": normal}
+
+
+def test_layers_with_low_latency_share_a_buffer_of_their_own_across_nodes() -> None:
+    for result in run_ranks(4, _sharing, 2, fresh=True, timeout=120):
+        assert result["names"] == ["collective", "rdma", "rdma", "collective"]
+        assert result["which"] == [0, 1, 1, 0, 0, 1]
+        assert result["asked"] == [("collective", False), ("rdma", True), ("rdma", True), ("collective", False)]
+        torch.testing.assert_close(result["fast"], result["normal"], rtol=2**-5, atol=2**-7)
+
+
+def test_layers_of_one_node_share_one_buffer() -> None:
+    for result in run_ranks(2, _sharing, 2, fresh=True, timeout=120):
+        assert result["which"] == [0, 0, 0, 0, 0, 0] and set(result["names"]) == {"collective"}
+        assert result["asked"] == [("collective", False), ("collective", True)]
         torch.testing.assert_close(result["fast"], result["normal"], rtol=2**-5, atol=2**-7)

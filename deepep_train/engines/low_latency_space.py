@@ -1,0 +1,107 @@
+"""The memory that low-latency calls of one shape go through, as the CPU sees it, and what a dispatch leaves for its combine."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from deepep_train import _C  # type: ignore[attr-defined]
+from deepep_train.engines.low_latency_blocks import Block
+from deepep_train.errors import DeepEPError
+
+_SETS = 2  # of slots, hence of results that may be alive
+
+
+class Shape(NamedTuple):
+    """What the ranks of one `Space` agree on."""
+
+    max_tokens: int
+    hidden: int
+    num_experts: int
+    top_k: int
+
+
+class _Life:
+    """Lives as long as a handle: there are no weak references to tuples."""
+
+
+class KernelHandle(tuple):
+    """V1's tuple: src_info int32 [L, R*M], layout_range int64 [L, R], M, hidden, num_experts; and what combine needs.
+
+    Attributes:
+        set, number: which slots it came through, and which use of them it is.
+        pick_index: int32 [T, K], each pick's number among this rank's picks of its expert.
+        life: see `_Life`.
+    """
+
+    space: Space
+    buffer: Any
+    set: int
+    number: int
+    pick_index: Tensor
+    life: _Life
+
+    def __new__(cls, items: tuple, space: Space, buffer: Any, slots: int, number: int, pick_index: Tensor) -> KernelHandle:
+        self = super().__new__(cls, items)
+        self.space, self.buffer, self.set, self.number, self.pick_index = space, buffer, slots, number, pick_index
+        self.life = _Life()
+        return self
+
+
+class Space:
+    """The memory, of every rank, through which calls of one shape go; see csrc/low_latency/space.cuh.
+
+    Args:
+        memory: this rank's, uint8.
+        addresses: int64 [R], every rank's, as this process maps them; 0 for those of other nodes.
+        block: where in NVSHMEM's memory it lies; None: it lies in the arena.
+
+    Attributes:
+        was_captured: whether a CUDA graph, which may be replayed at any time, has calls through it.
+    """
+
+    def __init__(self, shape: Shape, memory: Tensor, addresses: Tensor, block: Block | None) -> None:
+        self.shape, self.memory, self.addresses, self.block = shape, memory, addresses, block
+        self.was_captured = self._is_closed = False
+        self.combine_buffers: list[Tensor | None] = [None] * _SETS
+        self.forget()
+
+    def forget(self) -> None:
+        """No call has been made, as far as this process knows."""
+        self.numbers = [0] * _SETS
+        self.waiting = [""] * _SETS  # a hook to be called
+        self._lives: list[weakref.ref[_Life] | None] = [None] * _SETS
+        self.are_over = [True] * _SETS  # whether the newest result of the slots has been combined
+        self._next = 0
+
+    def close(self) -> None:
+        """A graph that is replayed from now on does nothing."""
+        self._is_closed = True
+        at = _C.low_latency.closed_offset()
+        self.memory[at : at + 4].fill_(1)
+
+    def check_open(self) -> None:
+        """Hooks may outlive the buffer."""
+        if self._is_closed:
+            raise DeepEPError("the buffer of this low-latency call has been destroyed")
+
+    def take(self) -> int:
+        """The slots for the next dispatch; `follow` makes them so."""
+        slots, life = self._next, self._lives[self._next]
+        if life is not None and life() is not None and not self.are_over[slots]:
+            raise DeepEPError(
+                f"low_latency_dispatch: {_SETS} results are alive, and there are slots for no more; combine the oldest, or "
+                "drop its handle, before the next dispatch"
+            )
+        self.check_hook(slots)
+        return slots
+
+    def check_hook(self, slots: int) -> None:
+        if self.waiting[slots]:
+            raise DeepEPError(f"the hook of an earlier {self.waiting[slots]} through the same slots has not been called")
+
+    def follow(self, slots: int, handle: KernelHandle) -> None:
+        self._lives[slots], self.are_over[slots] = weakref.ref(handle.life), False
+        self._next = (slots + 1) % _SETS
