@@ -55,15 +55,25 @@ void bind_params(py::module_& m) {
             .array("offsets", &P::offsets)
             .array("sizes", &P::sizes) DT_FIELD(x) DT_FIELD(row_from) DT_FIELD(scales_from) DT_FIELD(scales) DT_FIELD(topk_idx)
                 DT_FIELD(topk_weights) DT_FIELD(send_slot) DT_FIELD(send_row) DT_FIELD(pick_row) DT_FIELD(signature)
-                    DT_FIELD(rail_failed) DT_FIELD(row_bytes) DT_FIELD(scale_row_stride) DT_FIELD(scale_word_stride)
-                        DT_FIELD(num_tokens) DT_FIELD(send_sources) DT_FIELD(scale_words) DT_FIELD(top_k)
-                            DT_FIELD(num_local_experts) DT_FIELD(num_sms);
+                    DT_FIELD(rail_failed) DT_FIELD(num_tokens_at) DT_FIELD(row_bytes) DT_FIELD(scale_row_stride)
+                        DT_FIELD(scale_word_stride) DT_FIELD(num_tokens) DT_FIELD(send_sources) DT_FIELD(scale_words)
+                            DT_FIELD(top_k) DT_FIELD(num_local_experts) DT_FIELD(num_sms);
     }
     {
         using P = ExpandParams;
         ParamsBinding<P>(m, "ExpandParams") DT_FIELD(x) DT_FIELD(source) DT_FIELD(scales) DT_FIELD(weights) DT_FIELD(indices)
             DT_FIELD(rows_of) DT_FIELD(row_slot) DT_FIELD(several) DT_FIELD(num_several) DT_FIELD(num_received)
                 DT_FIELD(row_bytes) DT_FIELD(num_rows) DT_FIELD(scale_words) DT_FIELD(top_k) DT_FIELD(num_sms);
+    }
+    {
+        using P = PlaceParams;
+        ParamsBinding<P>(m, "PlaceParams") DT_FIELD(topk_idx) DT_FIELD(expert_base) DT_FIELD(pick_row) DT_FIELD(chunk_counts)
+            DT_FIELD(num_tokens) DT_FIELD(top_k) DT_FIELD(num_experts) DT_FIELD(num_ranks);
+    }
+    {
+        using P = ArrangeParams;
+        ParamsBinding<P>(m, "ArrangeParams") DT_FIELD(rows_of) DT_FIELD(row_slot) DT_FIELD(num_received) DT_FIELD(num_rows)
+            DT_FIELD(top_k) DT_FIELD(num_sms);
     }
     {
         using P = ScalesParams;
@@ -81,8 +91,8 @@ void bind_params(py::module_& m) {
         ParamsBinding<P>(m, "CombineParams")
             .array("offsets", &P::offsets) DT_FIELD(y) DT_FIELD(out) DT_FIELD(out_weights) DT_FIELD(bias_0) DT_FIELD(bias_1)
                 DT_FIELD(pull_row) DT_FIELD(send_slot) DT_FIELD(pick_row) DT_FIELD(pick_rank) DT_FIELD(signature)
-                    DT_FIELD(rail_failed) DT_FIELD(row_bytes) DT_FIELD(num_tokens) DT_FIELD(top_k) DT_FIELD(dtype)
-                        DT_FIELD(num_sms);
+                    DT_FIELD(num_tokens_at) DT_FIELD(rail_failed) DT_FIELD(row_bytes) DT_FIELD(num_tokens) DT_FIELD(top_k)
+                        DT_FIELD(dtype) DT_FIELD(num_sms);
     }
 }
 
@@ -204,6 +214,7 @@ void bind_results(py::module_& m) {
 
 PYBIND11_MODULE(_C, m) {
     m.doc() = "deepep_train's CUDA kernels";
+    m.attr("place_chunks") = kChunks;
 #ifdef DEEPEP_TRAIN_DEBUG
     m.attr("is_debug") = true;  // see docs/kernels.md
 #else
@@ -257,6 +268,8 @@ PYBIND11_MODULE(_C, m) {
         .def("dispatch", &C::dispatch)
         .def("refuse", &C::refuse)
         .def("arrange", &C::arrange)
+        .def("place_picks", &C::place_picks)
+        .def("arrange_rows", &C::arrange_rows)
         .def("expand", &C::expand)
         .def("scales", &C::scales)
         .def("reduce", &C::reduce)

@@ -90,10 +90,10 @@ __global__ void __launch_bounds__(GatherShape::kWarps * 32, 1)
     const bool go = begin_operation(d, kCombine, p.signature, p.offsets, epoch, offsets, p.rail_failed);
     const Pull pull{d, p, offsets};
     if (go && p.out_weights != 0) sum_weights(pull);
-    if (go) gather_rows<T>(pull, p.num_tokens, p.row_bytes, shared);
+    if (go) gather_rows<T>(pull, tokens_of(p), p.row_bytes, shared);
     Outputs outputs;
     outputs.address[0] = reinterpret_cast<char*>(p.out);
-    outputs.bytes[0] = p.num_tokens * p.row_bytes;
+    outputs.bytes[0] = tokens_of(p) * p.row_bytes;
     outputs.address[1] = reinterpret_cast<char*>(p.out_weights);
     outputs.bytes[1] = p.out_weights == 0 ? 0 : static_cast<int64_t>(p.num_tokens) * p.top_k * 4;
     end_operation(d, kCombine, epoch, go, outputs);

@@ -248,13 +248,13 @@ void Communicator::leave(uint64_t stream) {
     }
 }
 
-void Communicator::layout(uint64_t topk_idx, int num_tokens, int top_k, int num_experts, uint64_t results,
+void Communicator::layout(uint64_t topk_idx, int num_tokens, int top_k, int num_experts, int num_ranks, uint64_t results,
                           uint64_t stream) const {
-    Tables t(num_tokens, top_k, num_experts, num_ranks_, false, true);
+    Tables t(num_tokens, top_k, num_experts, num_ranks, false, true);
     t.num_tokens_per_rank = results;
-    t.num_tokens_per_expert = t.num_tokens_per_rank + sizeof(int32_t) * num_ranks_;
+    t.num_tokens_per_expert = t.num_tokens_per_rank + sizeof(int32_t) * num_ranks;
     t.checked = t.num_tokens_per_expert + sizeof(int32_t) * num_experts;
-    t.is_token_in_rank = t.checked + sizeof(int32_t) * (1 + int64_t{num_tokens} * num_ranks_);
+    t.is_token_in_rank = t.checked + sizeof(int32_t) * (1 + int64_t{num_tokens} * num_ranks);
     const OnDevice on(device_);
     launch_layout(layout_params(t, topk_idx), as_stream(stream));
 }
@@ -365,6 +365,16 @@ void Communicator::arrange(const Tables& t, int64_t num_rows, int num_sms, uint6
     p.num_rows = num_rows;
     p.top_k = t.top_k;
     p.num_sms = num_sms;
+    launch_arrange(state_->domain, p, as_stream(stream));
+}
+
+void Communicator::place_picks(const PlaceParams& p, uint64_t stream) const {
+    const OnDevice on(device_);
+    launch_place(p, as_stream(stream));
+}
+
+void Communicator::arrange_rows(const ArrangeParams& p, uint64_t stream) const {
+    const OnDevice on(device_);
     launch_arrange(state_->domain, p, as_stream(stream));
 }
 

@@ -79,9 +79,10 @@ public:
     bool enter(uint64_t stream);
     void leave(uint64_t stream);
 
-    // `results`: int32 num_tokens_per_rank [R], num_tokens_per_expert [E], out_of_range [1] and send_index [T, R], then
-    // is_token_in_rank, bool [T, R], in one piece.
-    void layout(uint64_t topk_idx, int num_tokens, int top_k, int num_experts, uint64_t results, uint64_t stream) const;
+    // For any number of ranks. `results`: int32 num_tokens_per_rank [R], num_tokens_per_expert [E], out_of_range [1] and
+    // send_index [T, R], then is_token_in_rank, bool [T, R], in one piece.
+    void layout(uint64_t topk_idx, int num_tokens, int top_k, int num_experts, int num_ranks, uint64_t results,
+                uint64_t stream) const;
     // What a dispatch with fresh routing can launch before anybody knows how much will come: the layout, if the tables say so,
     // the exchange of counts, and this rank's tables. Returns the ticket to pass to `wait_counts`.
     uint32_t route(const Tables& t, uint64_t topk_idx, int alignment, int64_t bound, int64_t signature, uint64_t stream);
@@ -96,6 +97,9 @@ public:
     // does, the domain has failed.
     void refuse(const std::string& operation, int64_t bytes, uint64_t stream) const;
     void arrange(const Tables& t, int64_t num_rows, int num_sms, uint64_t stream) const;
+    // The same for received tokens whose picks nobody has placed before they came: one after the other.
+    void place_picks(const PlaceParams& p, uint64_t stream) const;
+    void arrange_rows(const ArrangeParams& p, uint64_t stream) const;
     void expand(const ExpandParams& p, uint64_t stream) const;
     void scales(const ScalesParams& p, uint64_t stream) const;
     void reduce(const ReduceParams& p, uint64_t stream) const;

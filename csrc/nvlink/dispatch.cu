@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(ScatterShape::kMaxWarps * 32, 1)
     __shared__ int64_t offsets[kMaxRanks * kOffsets];
     const uint32_t epoch = d.control(d.rank)->epoch + 1;
     const bool go = begin_operation(d, kDispatch, p.signature, p.offsets, epoch, offsets, p.rail_failed);
-    if (go) scatter_rows(Send<kTail>{d, p, offsets}, p.num_tokens, p.row_bytes, shape, shared);
+    if (go) scatter_rows(Send<kTail>{d, p, offsets}, tokens_of(p), p.row_bytes, shape, shared);
     Outputs outputs;
     for (int i = 0; i < kOffsets; ++i) {
         outputs.address[i] = d.peers[d.rank] + p.offsets[i];

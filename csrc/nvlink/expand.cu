@@ -30,8 +30,9 @@ __global__ void __launch_bounds__(kThreads)
     const int lane = threadIdx.x % 32, k = lane % width, tokens = 32 / width;
     const unsigned mine = (0xffffffffu >> (32 - width)) << (lane - k);
     const int num_received = *reinterpret_cast<const int32_t*>(p.num_received);
-    const int64_t own_first = *reinterpret_cast<const int32_t*>(p.own_first);
-    const int64_t own_end = own_first + *reinterpret_cast<const int32_t*>(p.num_own);
+    const bool lists = p.several != 0;
+    const int64_t own_first = lists ? *reinterpret_cast<const int32_t*>(p.own_first) : 0;
+    const int64_t own_end = lists ? own_first + *reinterpret_cast<const int32_t*>(p.num_own) : 0;
     const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads / 32 * tokens;
     for (int64_t base = (blockIdx.x * kThreads + threadIdx.x) / 32 * tokens; base < num_received; base += step) {
         const int64_t n = base + lane / width;
@@ -47,6 +48,7 @@ __global__ void __launch_bounds__(kThreads)
         }
         if (is_token && k < p.top_k) rows[place] = row;
         if (row >= 0) reinterpret_cast<int32_t*>(p.row_slot)[row] = static_cast<int32_t>(n);
+        if (!lists) continue;
         const bool speaks = is_token && k == 0;
         append(p.several, p.num_several, speaks && count > 1, n);
         append(p.summed, p.num_summed, speaks && (count > 1 || n < own_first || n >= own_end), n);

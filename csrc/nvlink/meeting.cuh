@@ -6,6 +6,14 @@
 
 namespace deepep_train::nvlink {
 
+// How many rows a dispatch sends or a combine makes.
+template <typename Params>
+DT_DEVICE int tokens_of(const Params& p) {
+    if (p.num_tokens_at == 0) return p.num_tokens;
+    const int there = *reinterpret_cast<const int32_t*>(p.num_tokens_at);
+    return there < p.num_tokens ? there : p.num_tokens;
+}
+
 DT_DEVICE bool has_failed(const Control* mine) { return *reinterpret_cast<const volatile uint32_t*>(&mine->failed) != 0; }
 
 DT_DEVICE void tell_ready(const Domain& d, int peer, uint64_t signature, const int64_t (&own)[kOffsets], uint32_t epoch,

@@ -56,14 +56,14 @@ struct CountParams {
 
 struct PlaceParams {
     uint64_t topk_idx = 0;     // int64 [T, K]
-    uint64_t send_index = 0;   // in
+    uint64_t send_index = 0;   // in; 0: picks alone are placed, pick_row alone is made
     uint64_t send_base = 0;    // in, as CountParams
     uint64_t expert_base = 0;  // in; 0: rank layout, where only send_slot is made
     uint64_t send_slot = 0;
     uint64_t send_row = 0;
     uint64_t pull_row = 0;
     uint64_t pick_row = 0;
-    uint64_t pick_rank = 0;
+    uint64_t pick_rank = 0;     // 0: not wanted
     uint64_t chunk_counts = 0;  // int32 [kChunks, E], scratch
     int num_tokens = 0;
     int top_k = 0;
@@ -95,7 +95,8 @@ struct DispatchParams {
     int64_t offsets[5] = {0, 0, 0, 0, 0};
     int64_t sizes[5] = {0, 0, 0, 0, 0};
     uint64_t signature = 0;
-    uint64_t rail_failed = 0;  // uint32: if not 0, this rank refuses; 0: no such flag
+    uint64_t rail_failed = 0;    // uint32: if not 0, this rank refuses; 0: no such flag
+    uint64_t num_tokens_at = 0;  // int32 [1]: how many of the num_tokens there are; 0: all
     int64_t row_bytes = 0;
     int64_t scale_row_stride = 0;  // in words
     int64_t scale_word_stride = 0;
@@ -111,7 +112,7 @@ struct DispatchParams {
 struct ArrangeParams {
     uint64_t rows_of = 0;       // int32 [N, K], in: by pick; out: ascending
     uint64_t row_slot = 0;      // int32 [M], out
-    uint64_t several = 0;       // int32 [N], out
+    uint64_t several = 0;       // int32 [N], out; 0: no lists are wanted
     uint64_t num_several = 0;   // int32 [1], out, 0 before
     uint64_t summed = 0;        // int32 [N], out
     uint64_t num_summed = 0;    // int32 [1], out, 0 before
@@ -187,7 +188,8 @@ struct CombineParams {
     // sums of tokens with several rows), weights, nothing.
     int64_t offsets[5] = {0, 0, 0, 0, 0};
     uint64_t signature = 0;
-    uint64_t rail_failed = 0;  // as above
+    uint64_t rail_failed = 0;    // as above
+    uint64_t num_tokens_at = 0;  // as above
     int64_t row_bytes = 0;
     int num_tokens = 0;
     int top_k = 0;

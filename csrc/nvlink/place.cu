@@ -74,9 +74,10 @@ __global__ void __launch_bounds__(kThreads) pick_kernel(const __grid_constant__ 
             __syncwarp();
             if (pick < end * p.top_k) {
                 pick_row[pick] = row;
-                pick_rank[pick] = e < 0 ? -1 : e / local;
+                if (p.pick_rank != 0) pick_rank[pick] = e < 0 ? -1 : e / local;
             }
         }
+    if (p.send_index == 0) return;
     __syncthreads();
 
     // Experts' groups ascend, so a token's first row at a rank is its smallest.

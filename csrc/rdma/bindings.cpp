@@ -9,6 +9,59 @@ using namespace deepep_train::rdma;
 
 #define DT_FIELD(name) .def_readwrite(#name, &P::name)
 
+namespace {
+
+void bind_fresh(py::module_& m) {
+    {
+        using P = TellParams;
+        py::class_<P>(m, "TellParams")
+            .def(py::init<>()) DT_FIELD(is_token_in_rank) DT_FIELD(num_tokens_per_rank) DT_FIELD(num_tokens_per_expert)
+                DT_FIELD(wrong) DT_FIELD(place) DT_FIELD(row) DT_FIELD(signature) DT_FIELD(bound) DT_FIELD(status)
+                    DT_FIELD(num_tokens) DT_FIELD(num_ranks) DT_FIELD(num_nodes) DT_FIELD(num_experts) DT_FIELD(row_words);
+    }
+    {
+        using P = DigestParams;
+        py::class_<P>(m, "DigestParams")
+            .def(py::init<>()) DT_FIELD(table) DT_FIELD(rows) DT_FIELD(tokens_per_expert) DT_FIELD(found) DT_FIELD(send_at)
+                DT_FIELD(recv_at) DT_FIELD(received_upto) DT_FIELD(theirs) DT_FIELD(begin) DT_FIELD(expert_base)
+                    DT_FIELD(result_words) DT_FIELD(report) DT_FIELD(room) DT_FIELD(widest) DT_FIELD(rank) DT_FIELD(num_ranks)
+                        DT_FIELD(num_local_ranks) DT_FIELD(num_experts) DT_FIELD(alignment) DT_FIELD(expert_layout)
+                            DT_FIELD(row_words);
+    }
+    {
+        using P = PackParams;
+        py::class_<P>(m, "PackParams")
+            .def(py::init<>()) DT_FIELD(is_token_in_rank) DT_FIELD(topk_idx) DT_FIELD(topk_weights) DT_FIELD(place)
+                DT_FIELD(send_at) DT_FIELD(words) DT_FIELD(token) DT_FIELD(num_tokens) DT_FIELD(top_k) DT_FIELD(num_ranks)
+                    DT_FIELD(num_nodes) DT_FIELD(row_words);
+    }
+    {
+        using P = SlotParams;
+        py::class_<P>(m, "SlotParams")
+            .def(py::init<>()) DT_FIELD(addresses) DT_FIELD(recv_at) DT_FIELD(theirs) DT_FIELD(begin) DT_FIELD(slot)
+                DT_FIELD(number) DT_FIELD(capacity) DT_FIELD(mask_at) DT_FIELD(node) DT_FIELD(num_nodes)
+                    DT_FIELD(num_local_ranks);
+    }
+    {
+        using P = UnpackParams;
+        py::class_<P>(m, "UnpackParams")
+            .def(py::init<>()) DT_FIELD(words) DT_FIELD(received_upto) DT_FIELD(num_received) DT_FIELD(source)
+                DT_FIELD(topk_idx) DT_FIELD(topk_weights) DT_FIELD(capacity) DT_FIELD(top_k) DT_FIELD(row_words)
+                    DT_FIELD(num_ranks) DT_FIELD(first_expert) DT_FIELD(num_local_experts);
+    }
+    {
+        using P = WeightParams;
+        py::class_<P>(m, "WeightParams")
+            .def(py::init<>()) DT_FIELD(by_pick) DT_FIELD(by_row) DT_FIELD(pick_row) DT_FIELD(num_picks) DT_FIELD(num_rows)
+                DT_FIELD(back);
+    }
+    m.attr("head_words") = kHead;
+    m.attr("found_words") = int{kFoundWords};
+    m.attr("report_head") = kReportHead;
+}
+
+}  // namespace
+
 PYBIND11_MODULE(_rdma, m) {
     m.doc() = "deepep_train's kernels between nodes, over NVSHMEM";
     py::module_::import("deepep_train._C");  // has the low-latency calls' arguments
@@ -26,6 +79,7 @@ PYBIND11_MODULE(_rdma, m) {
             .def(py::init<>()) DT_FIELD(out) DT_FIELD(bias_0) DT_FIELD(bias_1) DT_FIELD(place) DT_FIELD(recv_at)
                 DT_FIELD(row_bytes) DT_FIELD(num_tokens) DT_FIELD(dtype) DT_FIELD(num_sms);
     }
+    bind_fresh(m);
     py::class_<Failure>(m, "Failure")
         .def_readonly("number", &Failure::number)
         .def_readonly("cause", &Failure::cause)
@@ -42,6 +96,13 @@ PYBIND11_MODULE(_rdma, m) {
         .def("refuse", &Endpoint::refuse)
         .def("rail", &Endpoint::rail)
         .def("sum", &Endpoint::sum)
+        .def("tell", &Endpoint::tell)
+        .def("digest", &Endpoint::digest)
+        .def("pack_words", &Endpoint::pack_words)
+        .def("find_slots", &Endpoint::find_slots)
+        .def("unpack_words", &Endpoint::unpack_words)
+        .def("move_weights", &Endpoint::move_weights)
+        .def_property_readonly("put_bytes", &Endpoint::put_bytes)
         .def("put_dispatch", &Endpoint::put_dispatch)
         .def("put_combine", &Endpoint::put_combine)
         .def("answer", &Endpoint::answer)

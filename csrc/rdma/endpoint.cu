@@ -34,7 +34,8 @@ Endpoint::Endpoint(int device, int rank, int num_ranks, int num_local_ranks, int
     end_.number = reinterpret_cast<uint64_t*>(own + words);
     end_.joined = reinterpret_cast<uint32_t*>(own + words + 64);
     end_.failed = reinterpret_cast<uint32_t*>(own + words + 128);
-    end_.node_failed = reinterpret_cast<const uint32_t*>(node_failed);
+    end_.put_bytes = reinterpret_cast<uint64_t*>(own + words + 192);
+    end_.node_failed = reinterpret_cast<uint32_t*>(node_failed);
     end_.num_qps = num_qps;
     DT_CUDA(cudaMalloc(&end_.qps, sizeof(int) * num_qps));
     DT_CUDA(cudaMemcpy(end_.qps, queue_pairs(num_qps), sizeof(int) * num_qps, cudaMemcpyDefault));
@@ -71,6 +72,36 @@ void Endpoint::sum(const SumParams& p, uint64_t stream) const {
     launch_sum(end_, p, reinterpret_cast<cudaStream_t>(stream));
 }
 
+void Endpoint::tell(const TellParams& p, uint64_t stream) const {
+    DT_CUDA(cudaSetDevice(device_));
+    launch_tell(p, reinterpret_cast<cudaStream_t>(stream));
+}
+
+void Endpoint::digest(const DigestParams& p, uint64_t stream) const {
+    DT_CUDA(cudaSetDevice(device_));
+    launch_digest(end_, p, reinterpret_cast<cudaStream_t>(stream));
+}
+
+void Endpoint::pack_words(const PackParams& p, uint64_t stream) const {
+    DT_CUDA(cudaSetDevice(device_));
+    launch_pack_words(p, reinterpret_cast<cudaStream_t>(stream));
+}
+
+void Endpoint::find_slots(const SlotParams& p, uint64_t stream) const {
+    DT_CUDA(cudaSetDevice(device_));
+    launch_find_slots(p, reinterpret_cast<cudaStream_t>(stream));
+}
+
+void Endpoint::unpack_words(const UnpackParams& p, uint64_t stream) const {
+    DT_CUDA(cudaSetDevice(device_));
+    launch_unpack_words(end_, p, reinterpret_cast<cudaStream_t>(stream));
+}
+
+void Endpoint::move_weights(const WeightParams& p, uint64_t stream) const {
+    DT_CUDA(cudaSetDevice(device_));
+    launch_move_weights(end_, p, reinterpret_cast<cudaStream_t>(stream));
+}
+
 void Endpoint::put_dispatch(const low_latency::DispatchParams& p, uint64_t stream) const {
     DT_CUDA(cudaSetDevice(device_));
     launch_put_dispatch({end_.qps, end_.num_qps}, p, reinterpret_cast<cudaStream_t>(stream));
@@ -91,7 +122,8 @@ std::optional<Failure> Endpoint::failure() const {
     std::atomic_thread_fence(std::memory_order_acquire);
     Failure f;
     f.number = page_->number;
-    static const char* const causes[] = {"none", "their readiness", "their rows", "mismatched", "refused", "gave up"};
+    static const char* const causes[] = {"none",    "their readiness", "their rows", "mismatched",
+                                         "refused", "gave up",         "node",       "counts"};
     f.cause = causes[page_->cause];
     for (int n = 0; n < end_.num_nodes; ++n)
         if (page_->at_fault[n] != 0) f.ranks.push_back(n * end_.num_local_ranks + end_.rail);

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "../low_latency/params.hpp"
+#include "fresh.hpp"
 #include "params.hpp"
 
 namespace deepep_train::rdma {
@@ -41,11 +42,21 @@ public:
     uint64_t send() const { return reinterpret_cast<uint64_t>(end_.send); }
     uint64_t recv() const { return reinterpret_cast<uint64_t>(end_.recv); }
     int64_t segment_bytes() const { return end_.segment_bytes; }
+    // Bytes that the exchanges which have run so far have put.
+    uint64_t put_bytes() const { return page_->put_bytes; }
     uint64_t failed_flag() const { return reinterpret_cast<uint64_t>(end_.failed); }
     // Take part in the next exchange only to refuse it; or tell the rail that this rank has failed.
     void refuse(bool for_good, uint64_t stream) const;
     void rail(const RailParams& p, uint64_t stream) const;
     void sum(const SumParams& p, uint64_t stream) const;
+    // Of a fresh dispatch, in this order: this rank's counts; what all ranks' come to; the words that travel before the rows;
+    // where what came goes within the node; the received words, apart.
+    void tell(const TellParams& p, uint64_t stream) const;
+    void digest(const DigestParams& p, uint64_t stream) const;
+    void pack_words(const PackParams& p, uint64_t stream) const;
+    void find_slots(const SlotParams& p, uint64_t stream) const;
+    void unpack_words(const UnpackParams& p, uint64_t stream) const;
+    void move_weights(const WeightParams& p, uint64_t stream) const;
     void put_dispatch(const low_latency::DispatchParams& p, uint64_t stream) const;
     void put_combine(const low_latency::CombineParams& p, uint64_t stream) const;
     void answer(const low_latency::Common& c, bool is_combine, uint64_t stream) const;

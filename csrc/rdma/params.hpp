@@ -61,12 +61,13 @@ struct End {
     uint64_t* ready;
     uint64_t* arrived;
     // This rank's alone.
-    uint64_t* seen;               // [num_nodes]: rows taken so far
-    uint64_t* number;             // of the last exchange
-    uint32_t* joined;             // blocks that have finished the current one
-    uint32_t* failed;             // sticky
-    const uint32_t* node_failed;  // nvlink's, of the node
-    int* qps;                     // [num_qps]
+    uint64_t* seen;         // [num_nodes]: rows taken so far
+    uint64_t* number;       // of the last exchange
+    uint32_t* joined;       // blocks that have finished the current one
+    uint64_t* put_bytes;    // so far, signals included
+    uint32_t* failed;       // sticky
+    uint32_t* node_failed;  // nvlink's, of the node
+    int* qps;               // [num_qps]
     struct Page* page;
 };
 
@@ -78,11 +79,13 @@ enum Cause : uint32_t {
     kMismatched = 3,    // they are in another call
     kRefused = 4,       // they refused to take part
     kGaveUp = 5,        // they have failed themselves
-    kNodeFailed = 6     // this rank's node has
+    kNodeFailed = 6,    // this rank's node has
+    kCounts = 7         // what the ranks told of a fresh dispatch, see fresh.hpp's Verdict
 };
 
-// Page-locked host memory: the first failure, `failed` last.
+// Page-locked host memory: the first failure, `failed` last, and what has been put.
 struct Page {
+    volatile uint64_t put_bytes;
     volatile uint32_t failed;
     volatile uint64_t number;
     volatile uint32_t cause;

@@ -129,6 +129,18 @@ DT_DEVICE Cause wait_for_ready(const End& end, int n, uint64_t number, uint64_t 
 
 DT_DEVICE bool node_has_failed(const End& end) { return *static_cast<const volatile uint32_t*>(end.node_failed) != 0; }
 
+// By one thread of the last block: what this exchange has put, rows and signals.
+DT_DEVICE void count_bytes(const End& end, const RailParams& p, const int32_t* send_at) {
+    uint64_t bytes = *end.put_bytes;
+    for (int n = 0; n < end.num_nodes; ++n) {
+        if (n == end.node) continue;
+        const int rows = send_at[n + 1] - send_at[n], puts = (rows + p.rows_per_put - 1) / p.rows_per_put;
+        bytes += rows * wire_bytes(p) + static_cast<int64_t>(sizeof(uint64_t)) * (puts + 1);
+    }
+    *end.put_bytes = bytes;
+    end.page->put_bytes = bytes;
+}
+
 __global__ void __launch_bounds__(kThreads, 1)
     rail_kernel(const __grid_constant__ End end, const __grid_constant__ RailParams p) {
     __shared__ bool go, last, whole;
@@ -207,6 +219,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     __syncthreads();
     if (go) {
         for (int n = threadIdx.x; n < end.num_nodes; n += kThreads) end.seen[n] = wanted[n];
+        if (threadIdx.x == 0) count_bytes(end, p, send_at);
     } else {
         // Rows that have not come are NaN, so that nobody takes what lay there before for them.
         for (int n = 0; n < end.num_nodes; ++n) {

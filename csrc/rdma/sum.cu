@@ -39,6 +39,12 @@ template <typename T, typename Work>
 __global__ void __launch_bounds__(Work::kThreads, 1)
     sum_kernel(const __grid_constant__ End end, const __grid_constant__ SumParams p) {
     extern __shared__ __align__(128) char shared[];
+    if (*end.failed != 0 || *end.node_failed != 0) {  // which rows have come nobody knows
+        const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x * 16, bytes = p.num_tokens * p.row_bytes;
+        for (int64_t at = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * 16; at < bytes; at += step)
+            *reinterpret_cast<uint4*>(p.out + at) = uint4{~0u, ~0u, ~0u, ~0u};
+        return;
+    }
     fence_async_proxy();
     nvlink::gather_rows<T>(Work{end, p}, p.num_tokens, p.row_bytes, shared);
 }

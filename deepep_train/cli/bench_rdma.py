@@ -6,7 +6,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,8 +28,9 @@ from deepep_train.cli.bench_model import (
     traffic_of,
 )
 from deepep_train.cli.bench_report import HEADER, about, line, title, turns_warning, write
+from deepep_train.ops import dispatch
 
-GRAPHS = ("dispatch", "dispatch fp8", "combine")  # what the kernels alone take
+GRAPHS = ("dispatch", "dispatch fp8", "dispatch worst", "combine")  # what the kernels alone take
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,15 @@ def measure(plan: Plan) -> None:
     buffer.destroy()
 
 
+def _unwaiting(buffer: Buffer, shape: Shape, sms: int, rows: Tensor) -> Case:
+    """A fresh dispatch for which no CPU waits."""
+    x, idx, weights, t = bench_gpu.inputs(shape)
+    how: dict[str, Any] = {"buffer": buffer, "num_experts": shape.num_experts, "num_worst_tokens": int(t.received.max())}
+    width, name = 2 * shape.hidden + shape.num_topk * (8 + 4), "dispatch bf16, fresh, num_worst_tokens"
+    call = partial(dispatch, x, idx, weights, **how)
+    return Case("dispatch worst", name, shape, sms, call, rows * width, t.from_to * width)
+
+
 def _num_bytes(received: int, padded: int, to_node: int, nodes: int, row_bytes: int) -> tuple[int, int]:
     """num_nvl_bytes and num_rdma_bytes: room for every result, and for the most rows between two nodes."""
     heap = ((5 + len(GRAPHS) * GRAPH_CALLS) * received + padded) * row_bytes + (256 << 20)
@@ -83,7 +95,10 @@ def _num_bytes(received: int, padded: int, to_node: int, nodes: int, row_bytes: 
 
 def _cases(buffer: Buffer, shape: Shape, sms: list[int], moved: dict[str, Tensor], is_first: bool) -> Iterable[Case]:
     def cases(counts: list[int]) -> list[Case]:
-        return bench_gpu.rank_cases(buffer, shape, counts, rows=moved)
+        return [
+            *bench_gpu.rank_cases(buffer, shape, counts, rows=moved),
+            _unwaiting(buffer, shape, counts[0], moved["dispatch"]),
+        ]
 
     groups = [
         lambda: cases(sms),

@@ -199,11 +199,14 @@ class CollectiveEngine(Engine):
         scales = rest[0] if rest else None
         if scales is None or payload.blocks is None:
             return Payload(data, scales)
-        if plan.experts is None:
-            splits, is_padding = [plan.num_rows], torch.arange(plan.num_rows, device=data.device) >= plan.num_received
-        else:
-            splits, is_padding = plan.tokens_per_expert.tolist(), plan.experts.source_row == plan.num_received
-        return Payload(data, payload.blocks.put(scales, splits, is_padding), payload.blocks)
+        splits = [plan.num_rows] if plan.layout == "rank" else plan.tokens_per_expert.tolist()
+        return Payload(data, payload.blocks.put(scales, splits, self._padding(plan, data.device)), payload.blocks)
+
+    def _padding(self, plan: CollectivePlan, device: torch.device) -> Tensor:
+        """bool [num_rows]: the rows that stand for nothing."""
+        if plan.experts is not None:
+            return plan.experts.source_row == plan.num_received
+        return torch.arange(plan.num_rows, device=device) >= plan.num_received
 
     def _deliver(
         self, parts: Sequence[Tensor], plan: CollectivePlan, request: DispatchRequest | RedispatchRequest

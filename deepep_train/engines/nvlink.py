@@ -106,7 +106,7 @@ class NvlinkEngine(NvlinkDomain):
         parts = [size, num_experts, 1 + places, -(-places // 4)]  # the last: bools
         # One allocation and one call: at 40 us for everything, a second tensor or setting ten attributes would show.
         block = self._ints(sum(parts))
-        self._comm.layout(idx.data_ptr(), num_tokens, top_k, num_experts, block.data_ptr(), self._stream())
+        self._comm.layout(idx.data_ptr(), num_tokens, top_k, num_experts, size, block.data_ptr(), self._stream())
         per_rank, per_expert, checked, bools = block.unsafe_split_with_sizes(parts)  # writes to each are counted on their own
         in_rank = bools.view(torch.bool)
         if places % 4:

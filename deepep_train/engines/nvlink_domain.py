@@ -5,8 +5,6 @@ What the operations are stands in nvlink.py; docs/kernels.md explains the protoc
 
 from __future__ import annotations
 
-import os
-import secrets
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,17 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepep_train import _C  # type: ignore[attr-defined]
-from deepep_train.engines import processes
-from deepep_train.engines.arena import Arena, ArenaFull
-from deepep_train.engines.base import MAX_NVLINK_RANKS, Engine, NoPeerAccess, need_own_device
+from deepep_train.engines.arena import ArenaFull
+from deepep_train.engines.base import MAX_NVLINK_RANKS, Engine, need_own_device
 from deepep_train.engines.low_latency import LowLatency, weakly
+from deepep_train.engines.node_memory import map_memory
 from deepep_train.engines.nvlink_failures import cuda_failed, device_error
-from deepep_train.engines.peers import Peers, raise_if_broken
-from deepep_train.engines.sms import default_sms, most_sms
+from deepep_train.engines.peers import Peers
 from deepep_train.errors import ArgumentError, DeepEPError
 
-_PROCESS = secrets.token_hex(8)  # containers may share host names and process numbers
 _NOTHING = nullcontext()
 
 
@@ -54,48 +49,15 @@ class NvlinkDomain(Engine):
         size = self.peers.size
         if size > MAX_NVLINK_RANKS:
             raise ArgumentError(f"engine='nvlink' serves up to {MAX_NVLINK_RANKS} ranks, the group has {size}", "engine")
-        total = _C.Communicator.control_bytes() + arena_bytes
-        mine: dict[str, Any] = {"process": f"{_PROCESS}/{os.getpid()}", "error": "", "handle": "", "base": 0}
-        mine["index"], mine["identity"] = self.device.index, processes.identity()
-        properties = torch.cuda.get_device_properties(self.device)
-        mine["device"] = str(properties.uuid)  # without the host's name: containers that share a GPU may differ in it
-        torch.cuda.empty_cache()  # arenas of buffers that are gone are in it
-        try:
-            self._comm = _C.Communicator(self.device.index, self.rank, size, total, float(peers.timeout))
-            mine["base"] = self._comm.base
-            mine["handle"] = self._comm.ipc_handle().hex() if size > 1 else ""
-        except RuntimeError as error:
-            mine["error"] = f"no arena of {total} bytes: {error}"
-        everyone = self.peers.gather_objects(mine, "Buffer")
-        raise_if_broken(everyone)
-        mine["error"] = ""
-        try:
-            self._comm.open(
-                [
-                    (b"" if o["process"] == mine["process"] else bytes.fromhex(o["handle"]), o["base"], o["index"])
-                    for o in everyone
-                ]
-            )
-        except RuntimeError as error:
-            mine["error"] = str(error)
-        try:
-            raise_if_broken(self.peers.gather_objects(mine, "Buffer"))  # besides: nobody starts before all have mapped all
-        except DeepEPError as error:
-            raise NoPeerAccess(str(error)) from None
-        self._processes = [o["identity"] for o in everyone]
-        self._arena = Arena(self._comm, self.device)
-        sharing = sum(o["device"] == mine["device"] for o in everyone)
-        sms = properties.multi_processor_count
-        self._max_sms = most_sms(sms, sharing)
-        self._default_sms = {
-            operation: default_sms(operation, properties.major, sms, size, sharing) for operation in ("dispatch", "combine")
-        }
+        memory = map_memory(peers, range(size), arena_bytes, self.device)
+        self._comm, self._arena, self._processes = memory.comm, memory.arena, memory.processes
+        self._max_sms, self._default_sms = memory.max_sms, memory.default_sms
         self.low_latency = LowLatency(
             self.peers,
             self._arena,
             self._comm.addresses(),
             self._max_sms,
-            sharing == size,
+            len(set(memory.gpus)) == 1,
             weakly(self._ordered),
             self.device,
         )

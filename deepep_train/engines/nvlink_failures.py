@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -61,6 +61,32 @@ def rail_error(failure: Any, rank: int, timeout: float) -> DeepEPError:
         return DeepEPError(f"{where}: rank {who} has failed: see the exception raised there; {_END}")
     text = f"{where}: waited {timeout:g} s in vain for {failure.cause} of rank {who}; {_END}"
     return PeerTimeoutError(text, failure.ranks, "rail")
+
+
+def counts_error(report: Sequence[int], number: int, rank: int, bytes_for: Callable[[int, int], int]) -> DeepEPError:
+    """The same for what the ranks have told of a dispatch with num_worst_tokens.
+
+    Args:
+        report: as the kernel leaves it (csrc/rdma/fresh.hpp).
+        bytes_for: the `num_rdma_bytes` that so many rows of so many bytes need.
+    """
+    where = f"dispatch (exchange {number} between nodes) on rank {rank}"
+    verdict, most, widest, *by_rank = report
+    size = len(by_rank) // 3
+    odd, bounds, rows = (by_rank[i * size : (i + 1) * size] for i in range(3))
+    ranks = [r for r, is_odd in enumerate(odd) if is_odd]
+    if verdict == 3:
+        return ArgumentError(
+            f"{where}: {most} rows of {widest} bytes between two nodes do not fit, and with num_worst_tokens no memory is made "
+            f"for them; pass num_rdma_bytes={bytes_for(most, widest)} or more to Buffer; {_END}",
+            "num_rdma_bytes",
+        )
+    if verdict == 2:
+        each = "; ".join(f"rank {r}: num_worst_tokens={bounds[r]} but {rows[r]} rows" for r in ranks)
+        return ArgumentError(f"{where}: {each} arrive; {_END}", "num_worst_tokens", ranks)
+    who = ", ".join(map(str, ranks))
+    text = f"{where}: the arguments of rank {who} are wrong or differ from this rank's; {_END}"
+    return ArgumentError(text, "", ranks)
 
 
 def cuda_failed(text: str, rank: int, peers: Sequence[Sequence[str]]) -> DeepEPError:

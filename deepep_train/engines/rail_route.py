@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -13,31 +14,45 @@ from deepep_train.engines.rails import Rails
 from deepep_train.engines.two_level import Forwarding
 
 
+class Known(NamedTuple):
+    """What a handle that was rebuilt from its tensors knows, from which its tables are learned when it is used: bool [T, R],
+    what this rank forwards, and the rows that come, by their source."""
+
+    is_token_in_rank: Tensor
+    forwarding: Forwarding
+    recv_counts: list[int]
+
+
 @dataclass(frozen=True)
 class RailRoute(Route):
-    """The way of one dispatch's rows through `Rails`, and back; `hops` say how many rows each rank sends and gets.
+    """The way of one dispatch's rows through `Rails`, and back; `hops` are not used.
 
     Attributes:
-        num_tokens, num_received: T and N.
-        tables: of one element once they are learned, which is a collective call.
-        experts: of one element once they are made.
+        num_tokens: T.
+        received: int32 [1] on the GPU, how many rows come; None: as many as the received tensor has.
+        tables: of one element once they are made or learned; learning is a collective call.
+        experts: in expert layout.
+        known: of a rebuilt handle.
     """
 
     rails: Rails = field(kw_only=True)
-    forwarding: Forwarding = field(kw_only=True)
-    is_token_in_rank: Tensor = field(kw_only=True)
-    recv_counts: list[int] = field(kw_only=True)
+    num_tokens: int = field(kw_only=True)
+    received: Tensor | None = field(kw_only=True, default=None)
     tables: list[Tables] = field(kw_only=True, default_factory=list)
-    experts: list[ExpertTables] = field(kw_only=True, default_factory=list)
+    experts: ExpertTables | None = field(kw_only=True, default=None)
+    known: Known | None = field(kw_only=True, default=None)
 
     def learn(self, operation: str) -> None:
-        made = self.rails.learn(self.forwarding, self.is_token_in_rank, self.recv_counts, operation)
-        self.tables[:] = [made]
+        assert self.known is not None
+        masks, forwarding, recv_counts = self.known
+        self.tables[:] = [self.rails.learn(forwarding, masks, recv_counts, operation)]
 
-    def send_together(
-        self, parts: Sequence[Tensor], num_rows: int, experts: ExpertTables | None, signature: int, num_sms: int
-    ) -> list[Tensor]:
-        return self.rails.dispatch(self.tables[0], parts, sum(self.recv_counts), num_rows, experts, signature, num_sms)
+    def kept(self) -> list[object]:
+        """All that a CUDA graph of a call along this route uses."""
+        return [*self.tables, self.experts, self.received]
+
+    def send_together(self, parts: Sequence[Tensor], num_rows: int, signature: int, num_sms: int) -> list[Tensor]:
+        return self.rails.dispatch(self.tables[0], parts, num_rows, self.received, self.experts, signature, num_sms)
 
     def send(self, rows: Tensor, spare: int = 0) -> Tensor:
         raise NotImplementedError("rows of this route go with a signature")
@@ -48,5 +63,4 @@ class RailRoute(Route):
     def add_back(
         self, rows: Tensor, experts: ExpertTables | None, bias: Sequence[Tensor], signature: int, num_sms: int
     ) -> Tensor:
-        num_tokens = self.is_token_in_rank.size(0)
-        return self.rails.combine(self.tables[0], rows, num_tokens, experts, bias, signature, num_sms)
+        return self.rails.combine(self.tables[0], rows, self.num_tokens, experts, bias, signature, num_sms)

@@ -1,5 +1,6 @@
-"""Where the rows of one dispatch go over the rail and within the node: pure functions of the counts, which every rank knows,
-and of the routing; none of them makes the CPU wait for the GPU."""
+"""Where the rows of one dispatch go over the rail and within the node. The tables of a fresh dispatch are made by kernels
+(rail_fresh.py); those of handles that were rebuilt from their tensors, whose counts the CPU knows, by the functions here, with
+which the tests compare the kernels."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deepep_train.engines.hops import to_device
-from deepep_train.routing import ExpertRows, counted_down
+from deepep_train.routing import counted_down
 
 _BITS = 32  # of a word
 
@@ -53,14 +54,14 @@ def node_counts(rank: int, local: int, send: list[int], recv: list[int], counts_
 @dataclass(frozen=True)
 class Tables:
     """One dispatch's places, on the GPU, int32. S rows leave over the rail, F come to be forwarded, by node and then by token;
-    both count this node's, which stay.
+    both count this node's, which stay. The CPU need not know how many these are: the tables may have room for more.
 
     Attributes:
         token: [S], the token of each row that leaves.
         send_at, recv_at: [nodes + 1], where each node's begin among the S and the F.
         slot: [F, local ranks], where a row stands in the tensor of each rank of this node; -1: not there.
         place: [T, nodes], the number of a token among its rank's rows for a node; -1: none.
-        counts: their sizes.
+        most: no stream of any rank has more rows; the same on all ranks.
         stream: the id of the stream that made them.
     """
 
@@ -69,12 +70,18 @@ class Tables:
     recv_at: Tensor
     slot: Tensor
     place: Tensor
-    counts: Counts
+    most: int
     stream: int
 
     @property
-    def forwarded(self) -> int:
+    def capacity(self) -> int:
+        """Of F."""
         return self.slot.size(0)
+
+    @property
+    def forwarded_at(self) -> int:
+        """Where F lies."""
+        return self.recv_at[-1:].data_ptr()
 
     def tensors(self) -> list[Tensor]:
         return [self.token, self.send_at, self.recv_at, self.slot, self.place]
@@ -87,37 +94,24 @@ class ExpertTables:
     Attributes:
         rows_of: int32 [N, K], the rows of each received token, ascending; -1 behind them.
         row_slot: int32 [M], whose row each is; -1: padding.
-        received: int32 [1], N.
+        pick_row: int32 [N, K], the row of each pick; -1: none.
+        received: int32 [1], N, where there may be room for more.
     """
 
     rows_of: Tensor
     row_slot: Tensor
+    pick_row: Tensor
     received: Tensor
 
     def tensors(self) -> list[Tensor]:
-        return [self.rows_of, self.row_slot, self.received]
-
-
-def expert_tables(experts: ExpertRows, num_received: int, top_k: int, num_rows: int) -> ExpertTables:
-    """`num_rows`: M, at least those of `experts`."""
-    device, by_token = experts.by_token.device, experts.by_token
-    token = experts.source_row[by_token]
-    at = torch.arange(by_token.numel(), device=device) - experts.offsets[token]
-    rows_of = torch.full((num_received * top_k,), -1, dtype=torch.int32, device=device)
-    rows_of[token * top_k + at] = by_token.to(torch.int32)
-    slot = experts.source_row.masked_fill(experts.source_row == num_received, -1).to(torch.int32)
-    row_slot = F.pad(slot, (0, num_rows - slot.numel()), value=-1)
-    received = to_device(torch.tensor([num_received], dtype=torch.int32), device)
-    return ExpertTables(rows_of.view(num_received, top_k), row_slot, received)
+        return [self.rows_of, self.row_slot, self.pick_row, self.received]
 
 
 def to_everyone(rank: int, local: int, nodes: int, device: torch.device, stream: int) -> Tables:
     """Of one row that each rank has for all: where it stands at every rank is its source's number."""
     at = torch.arange(nodes + 1, dtype=torch.int32, device=device)
     slot = (at[:-1] * local + rank % local).unsqueeze(1).expand(nodes, local).contiguous()
-    none = torch.zeros(0, nodes, dtype=torch.int64)
-    counts = Counts([1] * nodes, [1] * nodes, none, none, 1)
-    return Tables(torch.zeros(nodes, dtype=torch.int32, device=device), at, at, slot, at[None, :-1], counts, stream)
+    return Tables(torch.zeros(nodes, dtype=torch.int32, device=device), at, at, slot, at[None, :-1], 1, stream)
 
 
 def leaving(counts: Counts, is_token_in_rank: Tensor, stream: int) -> Tables:
@@ -133,7 +127,7 @@ def leaving(counts: Counts, is_token_in_rank: Tensor, stream: int) -> Tables:
     number = torch.arange(num_tokens, dtype=torch.int32, device=device)
     token.scatter_(0, where.flatten().long(), number.unsqueeze(1).expand(-1, nodes).reshape(-1))
     nowhere = torch.empty(sum(counts.recv), num_ranks // nodes, dtype=torch.int32, device=device).fill_(-1)
-    return Tables(token[:num_rows], send_at, recv_at, nowhere, place.contiguous(), counts, stream)
+    return Tables(token[:num_rows], send_at, recv_at, nowhere, place.contiguous(), counts.most, stream)
 
 
 def slots(counts: Counts, recv_at: Tensor, masks: Tensor) -> Tensor:
@@ -152,18 +146,5 @@ def slots(counts: Counts, recv_at: Tensor, masks: Tensor) -> Tensor:
 
 
 def num_words(num_ranks: int) -> int:
+    """That have a bit for each rank."""
     return -(-num_ranks // _BITS)
-
-
-def mask_words(is_token_in_rank: Tensor) -> Tensor:
-    """bool [T, R] -> int32 [T, words], a bit a rank: what a row tells its forwarder."""
-    num_tokens, num_ranks = is_token_in_rank.shape
-    words = num_words(num_ranks)
-    bits = F.pad(is_token_in_rank, (0, words * _BITS - num_ranks)).view(num_tokens, words, _BITS).to(torch.int64)
-    return (bits << torch.arange(_BITS, device=bits.device)).sum(2).to(torch.int32)
-
-
-def masks_of(words: Tensor, node: int, local: int) -> Tensor:
-    """int32 [F, words] -> bool [F, local]: which ranks of a node rows are for."""
-    rank = torch.arange(node * local, (node + 1) * local, dtype=torch.int32, device=words.device)
-    return ((words[:, rank // _BITS] >> rank % _BITS) & 1).to(torch.bool)

@@ -1,9 +1,10 @@
-"""The engine of several nodes whose GPUs reach each other through NVSHMEM: the collective engine's dispatch and combine with
-its counts, agreement and handles, and rows that travel through kernels (rails.py)."""
+"""The engine of several nodes whose GPUs reach each other through NVSHMEM: the collective engine's layouts and handles, and
+counts, tables and rows that travel through kernels (rails.py, rail_fresh.py)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -24,21 +25,21 @@ from deepep_train.engines.base import (
     need_rows_of,
     wrong_counts,
 )
-from deepep_train.engines.collective import CollectiveEngine, CollectivePlan, CountsOfAll, Opened, words_along
-from deepep_train.engines.expert_layout import weights_by_pick
+from deepep_train.engines.collective import CollectiveEngine, CollectivePlan
 from deepep_train.engines.hops import Hop, Route, to_device
 from deepep_train.engines.nvlink_failures import layout_error
 from deepep_train.engines.nvlink_tables import remember, remembered
-from deepep_train.engines.rail_route import RailRoute
+from deepep_train.engines.rail_domain import COMBINE, DISPATCH
+from deepep_train.engines.rail_fresh import Found, Fresh, Sizes, Told, Words, move_weights, words_bytes
+from deepep_train.engines.rail_route import Known, RailRoute
 from deepep_train.engines.rail_rows import padded
-from deepep_train.engines.rail_tables import ExpertTables, Tables, counts_of, expert_tables, num_words
-from deepep_train.engines.rails import COMBINE, DISPATCH, DTYPES, Rails
+from deepep_train.engines.rails import DTYPES, Rails
 from deepep_train.engines.signature import hashed, numbered
 from deepep_train.engines.two_level import Forwarding, two_level
 from deepep_train.errors import ArgumentError, DeepEPError
-from deepep_train.routing import RankLayout, count_picks, tokens_per_node
+from deepep_train.routing import RankLayout, count_picks, round_up, tokens_per_node
 
-_HEAD, _HALF = 5, (1 << 31) - 1
+_HEAD = 5  # csrc/rdma/fresh.hpp's kHead
 _MOST_SCALES = 8192  # bytes a row, which with a piece of the row must fit several times into a block's shared memory
 CachedT = TypeVar("CachedT", RedispatchRequest, CombineRequest)
 
@@ -69,12 +70,14 @@ class RdmaEngine(CollectiveEngine):
         num_sms: Callable[[], int],
     ) -> None:
         super().__init__(group, timeout, num_local_ranks, True, number)
-        self._row_words = _HEAD + self.peers.size + self.num_nodes + MAX_EXPERTS  # of an exchange of counts
-        rail_bytes = max(rail_bytes, 2 * self.num_nodes * 8 * self._row_words)
+        row_words = round_up(_HEAD + self.peers.size + self.num_nodes + MAX_EXPERTS, 4)  # of a row of counts
+        rail_bytes = max(rail_bytes, 2 * self.num_nodes * 8 * row_words)
         self.rails = Rails(self.peers, num_local_ranks, arena_bytes, rail_bytes, num_qps, num_sms)
-        self.device, self.low_latency = self.rails.device, self.rails.low_latency
+        self._fresh = Fresh(self.rails, row_words)
+        self.device: torch.device = self.rails.device
+        self.low_latency = self.rails.low_latency
         self._token = object()  # of this engine, for what travels with tensors
-        self._zeros = torch.zeros(MAX_EXPERTS, dtype=torch.int32, device=self.device)
+        self._no_offset_R1 = torch.zeros(self.peers.size, 1, dtype=torch.int32, device=self.device)
 
     def check_payload(self, payload: Payload, argument: str = "x") -> None:
         need_rows_of(payload, argument, self.device, DTYPES, "rdma")
@@ -85,13 +88,133 @@ class RdmaEngine(CollectiveEngine):
             )
             raise ArgumentError(f"{text} {scales.dtype}", f"{argument}[1]")
 
+    # A fresh dispatch ---------------------------------------------------------------------------------------------------
+
     def dispatch(self, prepared: Prepared[DispatchRequest]) -> Received:
         self.check()
-        if torch.cuda.is_current_stream_capturing():
-            raise ArgumentError("a dispatch in a CUDA graph's capture needs a handle on the rdma engine", "handle")
-        received = super().dispatch(prepared)
-        remember(received.tensors, received.plan, self._token)  # V1's callers may hand these back as a plain tuple
-        return received
+        if torch.cuda.is_current_stream_capturing() and not prepared.require().num_worst_tokens:
+            # No peer waits yet, and nothing of a capture that is given up will ever run.
+            raise ArgumentError(
+                "a dispatch in a CUDA graph's capture needs num_worst_tokens or a handle: without them its tensors' sizes are "
+                "counts, which the CPU waits for",
+                "num_worst_tokens",
+            )
+        request, told, found, sizes = self._count(prepared)
+        tables, words = self._fresh.open(told, found, sizes, request, self._signature("words", None, self.peers.calls))
+        experts, idx, weights = None, words.topk_idx, words.topk_weights
+        if request.arrangement == "expert":
+            assert idx is not None
+            experts = self._fresh.arrange(idx, found, sizes.num_rows)
+            if weights is not None:
+                weights = move_weights(self.rails, weights, experts, back=False)
+        received = found.received if request.num_worst_tokens else None
+        plan = CollectivePlan(
+            number=self.peers.calls,
+            num_tokens=told.in_rank.size(0),
+            num_received=sizes.num_received,
+            num_rows=sizes.num_rows,
+            num_experts=request.num_experts,
+            top_k=0 if idx is None else idx.size(1),
+            layout=request.arrangement,
+            alignment=request.alignment,
+            tokens_per_expert=sizes.tokens_per_expert,
+            recv_topk_idx=idx,
+            route=RailRoute(
+                (), rails=self.rails, num_tokens=told.in_rank.size(0), received=received, tables=[tables], experts=experts
+            ),
+            row_from=None,
+            experts=None,
+        )
+        tensors = self._tensors_of(told, found, words)
+        payload = self._move(request, plan)
+        remember(tensors, plan, self._token)  # V1's callers may hand these back as a plain tuple
+        return Received(payload, None if experts is not None else idx, weights, plan, tensors)
+
+    def _count(self, prepared: Prepared[DispatchRequest]) -> tuple[DispatchRequest, Told, Found, Sizes]:
+        """Agree on a fresh dispatch, by the kernels that move rows: a row of counts from each rank to all. One width serves all
+        calls, so that they meet even where the ranks' arguments differ. What is wrong on one rank raises on all; with
+        num_worst_tokens on any of them the kernels fail all ranks' buffers, since no CPU waits."""
+        peers, nodes = self.peers, self.num_nodes
+        described = peers.describe("dispatch", prepared)
+        wrong, widest = None, 1
+        try:
+            request = prepared.require()
+            if request.layout is None:
+                assert request.topk_idx is not None
+                request.layout = self._layout(request.topk_idx, request.num_experts)
+            self._need_served(request)
+            wrong, widest = _is_wrong(request, nodes), _widest(request, peers.size)
+            agreed = hashed("dispatch", peers.number, request.num_worst_tokens > 0, request.agreement())
+            told = self._fresh.tell(request, wrong, numbered(agreed, peers.calls))
+        except Exception as error:
+            if torch.cuda.is_current_stream_capturing():  # they raise, too, or run nothing of what they capture
+                raise
+            prepared.request, prepared.error = None, error
+            told = self._fresh.tell(None, None, 0)
+        found, seen = self._fresh.count(told, prepared.request, widest, self._signature("counts", None, peers.calls))
+        if seen is not None:
+            verdict, is_bounded = self._fresh.verdict(seen, found.expert_base.numel())
+            if verdict and prepared.error is not None and is_bounded:
+                raise prepared.error  # this is the end of the buffer: but first comes what is wrong here
+            self.check()
+            if verdict:
+                if prepared.request is not None and wrong is not None and wrong.item():
+                    prepared.error = _layout_error(prepared.request, nodes)
+                peers.raise_disagreement("dispatch", described, prepared.error)
+                raise DeepEPError("dispatch: the ranks disagree, but not on anything that can be told")
+        sizes = self._fresh.sizes(found, seen, request, widest)
+        if seen is not None:
+            self.rails.make_room(sizes.most, widest)
+        return request, told, found, sizes
+
+    def _need_served(self, request: DispatchRequest) -> None:
+        if request.num_experts > MAX_EXPERTS:
+            text = f"the rdma engine serves up to {MAX_EXPERTS} experts, got num_experts={request.num_experts}"
+            raise ArgumentError(text, "num_experts")
+        if request.topk_idx is not None and request.topk_idx.size(1) > MAX_TOP_K and request.arrangement == "expert":
+            text = f"the rdma engine serves up to top-{MAX_TOP_K} in expert layout, got topk_idx {list(request.topk_idx.shape)}"
+            raise ArgumentError(text, "topk_idx")
+
+    def _tensors_of(self, told: Told, found: Found, words: Words) -> tuple[Tensor, ...]:
+        """DeepEP V1's tensors; copies of what the kernels will read again."""
+        head, size, nodes = self.rails.kernels.head_words, self.peers.size, self.num_nodes
+        per_rank, per_node = told.row[head : head + size + nodes].clone().split_with_sizes([size, nodes])
+        return (
+            told.in_rank,
+            per_node.unsqueeze(1),
+            per_rank.unsqueeze(1),
+            self._no_offset_R1[:nodes],
+            found.recv_at[1:].clone(),
+            self._no_offset_R1,
+            found.received_upto,
+            words.source,
+            told.place.clone(),
+            words.number,
+        )
+
+    def layout(self, topk_idx: Tensor, num_experts: int) -> RankLayout:
+        layout = self._layout(topk_idx, num_experts)
+        counted = layout._replace(num_tokens_per_rdma_rank=tokens_per_node(layout.is_token_in_rank, self.num_nodes))
+        return RailLayout.made(counted, topk_idx, layout.wrong)
+
+    def _layout(self, topk_idx: Tensor, num_experts: int) -> RailLayout:
+        """Without nodes, which a fresh dispatch counts for itself."""
+        if topk_idx.device != self.device:
+            raise ArgumentError(f"topk_idx must lie on {self.device}, this engine's device, got {topk_idx.device}", "topk_idx")
+        (num_tokens, top_k), size = topk_idx.shape, self.peers.size
+        if num_experts > MAX_EXPERTS or top_k > MAX_TOP_K:  # for the kernel
+            in_range = (topk_idx >= -1) & (topk_idx < num_experts)
+            counted = super().layout(torch.where(in_range, topk_idx, -1), num_experts)
+            return RailLayout.made(counted, topk_idx, (~in_range.all()).to(torch.int32).view(1))
+        idx, places = topk_idx.contiguous(), num_tokens * size
+        sizes = [size, num_experts, 1, places, -(-places // 4)]  # the last: bools
+        block = torch.empty(sum(sizes), dtype=torch.int32, device=self.device)
+        self.rails.comm.layout(idx.data_ptr(), num_tokens, top_k, num_experts, size, block.data_ptr(), self.rails.stream())
+        per_rank, per_expert, wrong, _, bools = block.unsafe_split_with_sizes(sizes)  # writes to each are counted on their own
+        in_rank = bools.view(torch.bool)[:places].view(num_tokens, size)
+        return RailLayout.made(RankLayout(per_rank, None, per_expert, in_rank), topk_idx, wrong)
+
+    # Calls along a handle -----------------------------------------------------------------------------------------------
 
     def redispatch(self, prepared: Prepared[RedispatchRequest]) -> Payload:
         self.check()
@@ -102,13 +225,13 @@ class RdmaEngine(CollectiveEngine):
         self.check()
         request, plan, route = self._take("combine", COMBINE, prepared)
         call = self._signature("combine", request, plan.number)
-        weights, experts = request.weights, _experts_of(plan, route)
+        weights, experts = request.weights, route.experts
         rows = request.rows[: plan.num_received] if experts is None else request.rows
         z = route.add_back(rows, experts, request.bias, call, request.num_sms)
         if weights is None:
             return z, None
-        if plan.experts is not None:
-            weights = weights_by_pick(weights, plan.experts, plan.num_received, plan.top_k)
+        if experts is not None:
+            weights = move_weights(self.rails, weights, experts, back=True)
         return z, route.add_back(weights[: plan.num_received], None, (), call, request.num_sms)
 
     def _take(
@@ -124,7 +247,7 @@ class RdmaEngine(CollectiveEngine):
                 if not plan.route.tables:
                     raise _copied_in_a_capture()
                 # Not the plan, which knows the rails, which would keep it and so themselves.
-                self.rails.keep((plan.route.tables, plan.route.experts, plan.experts))
+                self.rails.keep(plan.route.kept())
         except Exception as error:  # noqa: BLE001 - whatever it is, the peers must hear of it
             self.rails.refuse(steps, error)
         if not plan.route.tables:
@@ -135,130 +258,55 @@ class RdmaEngine(CollectiveEngine):
         agreed = () if request is None else request.agreement()
         return numbered(hashed(operation, self.peers.number, agreed), number)
 
-    def layout(self, topk_idx: Tensor, num_experts: int) -> RankLayout:
-        if topk_idx.device != self.device:
-            raise ArgumentError(f"topk_idx must lie on {self.device}, this engine's device, got {topk_idx.device}", "topk_idx")
-        in_range = (topk_idx >= -1) & (topk_idx < num_experts)
-        layout = RailLayout(*super().layout(torch.where(in_range, topk_idx, -1), num_experts))
-        layout.of, layout.wrong = topk_idx, ~in_range.all()
-        return layout
-
-    def _exchange_counts(self, prepared: Prepared[DispatchRequest]) -> CountsOfAll:
-        """By the kernels that move rows, a row of counts from each rank to all. One width serves all calls, so that they meet
-        even where the ranks' arguments differ."""
-        peers, nodes = self.peers, self.num_nodes
-        described = peers.describe("dispatch", prepared)
-        try:
-            request = prepared.require()
-            if request.layout is None:
-                assert request.topk_idx is not None
-                request.layout = self.layout(request.topk_idx, request.num_experts)
-            words = self._words(request, nodes, self._signature("dispatch", request, peers.calls))
-        except Exception as error:  # noqa: BLE001 - whatever it is, the peers must hear of it
-            prepared.request, prepared.error = None, error
-            words = torch.zeros(self._row_words, dtype=torch.int32)
-            words[0] = 1
-            words = words.to(self.device)
-        table = self.rails.gather(words, self._signature("counts", None, peers.calls))
-        self.check()
-        broken, low, high, bounds, wrong = table[:, :_HEAD].t()
-        if broken.any() or wrong.any() or (low != low[0]).any() or (high != high[0]).any():
-            if prepared.request is not None and wrong[peers.rank]:
-                prepared.error = _layout_error(prepared.request, nodes)
-            peers.raise_disagreement("dispatch", described, prepared.error)
-            raise DeepEPError("dispatch: the ranks disagree, but not on anything that can be told")
-        counts = table[:, _HEAD : _HEAD + peers.size + nodes + request.num_experts].to(torch.int64)
-        counts_RR, per_node_RN, counts_RE = counts.split_with_sizes([peers.size, nodes, request.num_experts], 1)
-        return CountsOfAll(bounds.tolist(), counts_RR.tolist(), counts_RE, per_node_RN)
-
-    def _words(self, request: DispatchRequest, nodes: int, agreed: int) -> Tensor:
-        """This rank's row of the exchange: `_HEAD` words (is it broken; a signature, in halves; num_worst_tokens; whether the
-        layout is wrong), then its counts by rank, node and expert."""
-        layout, num_experts = request.counted, request.num_experts
-        if num_experts > MAX_EXPERTS:
-            raise ArgumentError(
-                f"the rdma engine serves up to {MAX_EXPERTS} experts, got num_experts={num_experts}", "num_experts"
-            )
-        head = [0, agreed & _HALF, agreed >> 31 & _HALF, min(request.num_worst_tokens, _HALF)]
-        per_node = layout.num_tokens_per_rdma_rank
-        assert per_node is not None
-        return torch.cat(
-            [
-                to_device(torch.tensor(head, dtype=torch.int32), self.rails.device),
-                _is_wrong(request, nodes).to(torch.int32).view(1),
-                layout.num_tokens_per_rank,
-                per_node,
-                layout.num_tokens_per_expert,
-                self._zeros[: MAX_EXPERTS - num_experts],
-            ]
-        )
-
-    def _open(
-        self, request: DispatchRequest, counts_RR: list[list[int]], per_node_RN: Tensor, recv_counts: list[int]
-    ) -> Opened:
-        if request.topk_idx is not None and request.topk_idx.size(1) > MAX_TOP_K and request.arrangement == "expert":
-            text = f"the rdma engine serves up to top-{MAX_TOP_K} in expert layout, got topk_idx {list(request.topk_idx.shape)}"
-            raise ArgumentError(text, "topk_idx")  # on every rank: they agree on it
-        in_rank = request.counted.is_token_in_rank
-        counts = counts_of(self.rank, self.num_local_ranks, torch.tensor(counts_RR), per_node_RN)
-        along = words_along(request)
-        self.rails.make_room(counts, _widest(request, along.size(1)))
-        call = self._signature("words", None, self.peers.calls)
-        tables, words = self.rails.open(counts, in_rank, along, sum(recv_counts), call)
-        forwarding = Forwarding(counts.recv, tables.slot >= 0)
-        return Opened(self._way((), in_rank, forwarding, recv_counts, [tables]), forwarding, words)
-
-    def _route(self, is_token_in_rank: Tensor, forwarding: Forwarding | None, recv_counts: list[int]) -> Route:
-        """Of a handle that was rebuilt from its tensors: its tables are learned when it is used."""
-        assert forwarding is not None
-        hops = two_level(self.peers, is_token_in_rank, forwarding, recv_counts, self.num_local_ranks).hops
-        return self._way(hops, is_token_in_rank, forwarding, recv_counts, [])
-
     def _deliver(
         self, parts: Sequence[Tensor], plan: CollectivePlan, request: DispatchRequest | RedispatchRequest
     ) -> list[Tensor]:
         assert isinstance(plan.route, RailRoute)
         call = self._signature("rows", request, plan.number)
-        return plan.route.send_together(parts, plan.num_rows, _experts_of(plan, plan.route), call, request.num_sms)
+        return plan.route.send_together(parts, plan.num_rows, call, request.num_sms)
+
+    def _padding(self, plan: CollectivePlan, _: torch.device) -> Tensor:
+        assert isinstance(plan.route, RailRoute)
+        if plan.route.experts is not None:
+            return plan.route.experts.row_slot < 0
+        number = torch.arange(plan.num_rows, device=self.device)
+        return number >= (plan.num_received if plan.route.received is None else plan.route.received)
+
+    # Handles that were rebuilt from their tensors -----------------------------------------------------------------------
 
     def plan_of(self, tensors: tuple[Tensor, ...]) -> CollectivePlan:
         plan = remembered(tensors, self._token)
         if plan is None and torch.cuda.is_current_stream_capturing():
             raise _copied_in_a_capture()
-        if plan is None:
-            return super().plan_of(tensors)
-        assert isinstance(plan, CollectivePlan)
-        return plan
+        if plan is not None:
+            assert isinstance(plan, CollectivePlan)
+            return plan
+        plan = super().plan_of(tensors)
+        num_rows = tensors[7].size(0)
+        if num_rows == plan.num_received:
+            return plan
+        # Of a dispatch with num_worst_tokens.
+        assert isinstance(plan.route, RailRoute)
+        received = to_device(torch.tensor([plan.num_received], dtype=torch.int32), self.device)
+        return replace(plan, num_rows=num_rows, route=replace(plan.route, received=received))
 
-    def _way(
-        self,
-        hops: tuple[Hop, ...],
-        is_token_in_rank: Tensor,
-        forwarding: Forwarding,
-        recv_counts: list[int],
-        tables: list[Tables],
-    ) -> RailRoute:
-        return RailRoute(
-            hops,
-            rails=self.rails,
-            forwarding=forwarding,
-            is_token_in_rank=is_token_in_rank,
-            recv_counts=recv_counts,
-            tables=tables,
-        )
+    def _route(self, is_token_in_rank: Tensor, forwarding: Forwarding | None, recv_counts: list[int]) -> Route:
+        """Its tables are learned when it is used."""
+        assert forwarding is not None
+        known = Known(is_token_in_rank, forwarding, recv_counts)
+        return RailRoute((), rails=self.rails, num_tokens=is_token_in_rank.size(0), known=known)
 
     def _hops(self, route: Route) -> tuple[Hop, ...]:
-        assert isinstance(route, RailRoute)
-        if route.hops:
-            return route.hops
-        how = (route.is_token_in_rank, route.forwarding, route.recv_counts, self.num_local_ranks)
-        return two_level(self.peers, *how).hops
+        assert isinstance(route, RailRoute) and route.known is not None
+        return two_level(self.peers, *route.known, self.num_local_ranks).hops
 
     def _agree_on_rows(self, operation: str, prepared: Prepared) -> None:
         super()._agree_on_rows(operation, prepared)
         plan = prepared.require().plan
         assert isinstance(plan, CollectivePlan) and isinstance(plan.route, RailRoute)
         plan.route.learn(operation)
+
+    # Life --------------------------------------------------------------------------------------------------------------
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device | None) -> Tensor:
         need_own_device(device, self.device)
@@ -281,7 +329,7 @@ class RdmaEngine(CollectiveEngine):
         super().destroy()
 
 
-def _widest(request: DispatchRequest, along: int) -> int:
+def _widest(request: DispatchRequest, num_ranks: int) -> int:
     """Bytes of the widest rows that this dispatch, its cached repetitions and its combines will send: of the payload with its
     scales, and of sums in its dtype, or in one of 16 bits if it has 8; or of what travels beside."""
     data, scales, _ = request.payload
@@ -289,18 +337,25 @@ def _widest(request: DispatchRequest, along: int) -> int:
     if scales is not None:
         row += padded(scales.size(1) * scales.element_size())
     sums = padded(data.size(1) * max(2, data.element_size()))
-    return max(row, sums, padded(4 * (along + num_words(request.counted.is_token_in_rank.size(1)))))
+    top_k = 0 if request.topk_idx is None else request.topk_idx.size(1)
+    return max(row, sums, words_bytes(top_k, request.topk_weights is not None, num_ranks))
 
 
 class RailLayout(RankLayout):
-    """What `RdmaEngine.layout` made of `of`; `wrong`: bool [], whether that is out of range, which nobody has looked at yet."""
+    """What `RdmaEngine.layout` made of `of`; `wrong`: int32 [1], whether that is out of range, which nobody has looked at."""
 
     of: Tensor
     wrong: Tensor
 
+    @classmethod
+    def made(cls, layout: RankLayout, of: Tensor, wrong: Tensor) -> RailLayout:
+        self = cls(*layout)
+        self.of, self.wrong = of, wrong
+        return self
+
 
 def _is_wrong(request: DispatchRequest, nodes: int) -> Tensor:
-    """bool []: whether the layout does not count what it should."""
+    """int32 [1]: whether the layout does not count what it should."""
     layout, idx = request.counted, request.topk_idx
     if isinstance(layout, RailLayout) and layout.of is idx:
         return layout.wrong
@@ -311,23 +366,15 @@ def _is_wrong(request: DispatchRequest, nodes: int) -> Tensor:
     if idx is not None:
         wrong = wrong | ((idx < -1) | (idx >= request.num_experts)).any()
         wrong = wrong | (count_picks(idx, request.num_experts) != layout.num_tokens_per_expert).any()
-    return wrong
+    return wrong.to(torch.int32).view(1)
 
 
 def _layout_error(request: DispatchRequest, nodes: int) -> ArgumentError:
     """What `_is_wrong` stands for."""
     per_node, counted = request.counted.num_tokens_per_rdma_rank, tokens_per_node(request.counted.is_token_in_rank, nodes)
-    assert per_node is not None
-    if not torch.equal(per_node, counted):
+    if per_node is not None and not torch.equal(per_node, counted):
         return wrong_counts(per_node, counted, "num_tokens_per_rdma_rank")
     return layout_error(request)
-
-
-def _experts_of(plan: CollectivePlan, route: RailRoute) -> ExpertTables | None:
-    """Made when they are first wanted, by the dispatch itself."""
-    if plan.experts is not None and not route.experts:
-        route.experts.append(expert_tables(plan.experts, plan.num_received, plan.top_k, plan.num_rows))
-    return route.experts[0] if route.experts else None
 
 
 def _copied_in_a_capture() -> ArgumentError:

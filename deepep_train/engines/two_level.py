@@ -76,12 +76,13 @@ def forwarding_of(tensors: tuple[Tensor, ...]) -> Forwarding:
     """From DeepEP V1's tensors of an internode handle."""
     counts = tensors[4].diff(prepend=tensors[4].new_zeros(1)).tolist()
     masks = tensors[9] >= 0
-    if min(counts) < 0 or sum(counts) != masks.size(0):
+    num_rows = sum(counts)
+    if min(counts) < 0 or num_rows > masks.size(0) or masks[num_rows:].any():  # with num_worst_tokens there is room for more
         raise ArgumentError(
             f"handle: recv_rdma_rank_prefix_sum {tensors[4].tolist()} does not fit send_nvl_head's {masks.size(0)} rows",
             "handle",
         )
-    return Forwarding(counts, masks)
+    return Forwarding(counts, masks[:num_rows])
 
 
 def _order(received_NL: Tensor) -> Tensor:

@@ -80,7 +80,7 @@ def test_one_node_and_one_gpu_need_no_network() -> None:
 
 @pytest.mark.parametrize("dtype", m.DTYPES)
 def test_staging_is_what_the_rdma_engine_needs(dtype: str) -> None:
-    """As engines/rails.py cuts `num_rdma_bytes` into segments."""
+    """As engines/rail_domain.py cuts `num_rdma_bytes` into segments."""
     work = m.Work(4, num_tokens=1001, hidden=7168, dispatch_dtype=dtype)
     segment = m.buffers(work).staging // 2 // 4 // 128 * 128
     assert 1001 * 14336 <= segment < 1001 * 14336 + 128

@@ -12,10 +12,11 @@ import torch
 import torch.distributed as dist
 from draws import Exchange
 from harness import run_ranks
+from rail_twins import arranged, mask_words, masks_of, placed_picks
 from reference import Given, Picture, Row
 
 from deepep_train.engines.peers import Peers
-from deepep_train.engines.rail_tables import Tables, counts_of, expert_tables, leaving, mask_words, masks_of, slots
+from deepep_train.engines.rail_tables import Tables, counts_of, leaving, slots
 from deepep_train.engines.two_level import learn_forwarding
 from deepep_train.routing import expert_rows, rank_layout, tokens_per_node
 
@@ -41,7 +42,6 @@ def check(picture: Picture, local: int, tables: list[Tables]) -> None:
             theirs = tables[source]
             first, end = theirs.send_at[node : node + 2].tolist()
             assert end - first == at[origin + 1] - at[origin]
-            assert end - first == mine.counts.recv[origin] == theirs.counts.send[node]
             for i in range(end - first):
                 token = int(theirs.token[first + i])
                 assert theirs.place[token, node] == i
@@ -51,7 +51,7 @@ def check(picture: Picture, local: int, tables: list[Tables]) -> None:
                         found[node * local + there][slot] = Row(source, token)
     for rank, rows in enumerate(found):
         assert [rows[i] for i in range(len(rows))] == picture.arrive(rank, "rank").rows
-    assert {mine.counts.most for mine in tables} == {max(n for r in range(size) for n in picture.num_tokens_per_node(r, local))}
+    assert {mine.most for mine in tables} == {max(n for r in range(size) for n in picture.num_tokens_per_node(r, local))}
 
 
 @MESHES
@@ -62,7 +62,8 @@ def test_masks_that_travel_with_their_rows(mesh: tuple[int, int], style: str) ->
     in_rank = [rank_layout(g.topk_idx, picture.num_experts, size).is_token_in_rank for g in picture.given]
     counts_RR = torch.stack([m.sum(0) for m in in_rank])
     per_node = torch.stack([tokens_per_node(m, size // local) for m in in_rank])
-    sent = [leaving(counts_of(r, local, counts_RR, per_node), in_rank[r], 0) for r in range(size)]
+    counts = [counts_of(r, local, counts_RR, per_node) for r in range(size)]
+    sent = [leaving(one, masks, 0) for one, masks in zip(counts, in_rank, strict=True)]
     done = []
     for rank, mine in enumerate(sent):
         node, rail = divmod(rank, local)
@@ -72,9 +73,9 @@ def test_masks_that_travel_with_their_rows(mesh: tuple[int, int], style: str) ->
             first, end = sent[source].send_at[node : node + 2].tolist()
             came.append(mask_words(in_rank[source])[sent[source].token[first:end].long()])
         masks = masks_of(torch.cat(came), node, local)
-        done.append(replace(mine, slot=slots(mine.counts, mine.recv_at, masks)))
+        done.append(replace(mine, slot=slots(counts[rank], mine.recv_at, masks)))
         # What a failed stream leaves behind, NaNs, sends no row beyond a tensor.
-        wild = slots(mine.counts, mine.recv_at, torch.ones_like(masks))
+        wild = slots(counts[rank], mine.recv_at, torch.ones_like(masks))
         assert (wild.amax(0) < counts_RR[:, node * local : (node + 1) * local].sum(0)).all() if wild.numel() else True
     check(picture, local, done)
 
@@ -88,15 +89,16 @@ def test_masks_survive_their_words(num_ranks: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_expert_tables_list_the_rows_of_every_token(seed: int) -> None:
-    """Rows behind the last token's are padding; some tokens have no expert here, and some name one twice."""
+def test_picks_are_placed_as_the_collective_engine_arranges_them(seed: int) -> None:
+    """Rows behind the last token's are padding; some tokens have no expert here, and some name one twice. What the twin says
+    the kernels do, which are nvlink's, is what the layout needs."""
     idx = torch.randint(-1, 3, ((0, 1, 9, 40)[seed], 4), generator=torch.Generator().manual_seed(seed))
     experts = expert_rows(idx, 3, 4)
-    tables = expert_tables(experts, idx.size(0), 4, experts.num_rows + 5)
-    assert tables.received.tolist() == [idx.size(0)]
-    slot = tables.row_slot.tolist()
+    sizes = torch.tensor(experts.tokens_per_expert)
+    rows_of, row_slot = arranged(placed_picks(idx, (sizes.cumsum(0) - sizes).to(torch.int32)), experts.num_rows + 5)
+    slot = row_slot.tolist()
     assert slot == [r if r < idx.size(0) else -1 for r in experts.source_row.tolist()] + [-1] * 5
-    for n, rows in enumerate(tables.rows_of.tolist()):
+    for n, rows in enumerate(rows_of.tolist()):
         found = [m for m, source in enumerate(slot) if source == n]
         assert rows == found + [-1] * (4 - len(found))
 
@@ -111,7 +113,7 @@ def learn(rank: int, size: int, group: dist.ProcessGroup, given: list[Given], nu
     forwarding = learn_forwarding(peers, in_rank, per_node, local)
     node, rail = divmod(rank, local)
     here = SimpleNamespace(
-        peers=peers, nodes=size // local, local=local, node=node, rail=rail, device=torch.device("cpu"), _stream=lambda: 0
+        peers=peers, nodes=size // local, local=local, node=node, rail=rail, device=torch.device("cpu"), stream=lambda: 0
     )
     return Rails.learn(here, forwarding, in_rank, recv_counts, "dispatch")  # type: ignore[arg-type]
 

@@ -30,7 +30,9 @@ def main() -> None:
     small = torch.zeros(64, device="cuda")
 
     def launch() -> None:
-        engine._comm.layout(idx.data_ptr(), TOKENS, TOP_K, EXPERTS, block.data_ptr(), torch.cuda.current_stream().cuda_stream)
+        engine._comm.layout(
+            idx.data_ptr(), TOKENS, TOP_K, EXPERTS, engine.peers.size, block.data_ptr(), torch.cuda.current_stream().cuda_stream
+        )
 
     def tensor() -> None:
         torch.empty(block.numel(), dtype=torch.int32, device="cuda")

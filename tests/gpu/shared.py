@@ -10,6 +10,7 @@ import harness
 import torch
 import torch.distributed as dist
 from draws import Exchange
+from harness import assert_same_bits
 from reference import Given, Rows
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from deepep_train import engines
 # Buffers take 2 GiB unless told to take more, and these tests make dozens of them, some of whose memory is kept for ever.
 engines.DEFAULT_ARENA_BYTES = 64 << 20
 engines.DEFAULT_RAIL_BYTES = 32 << 20
+TOKENS, HIDDEN, TOP_K, LOCAL_EXPERTS = 96, 512, 4, 4
 _buffers: dict[tuple[str, int, int | None], dt.Buffer] = {}
 
 
@@ -55,6 +57,62 @@ def to(value: Any, device: str) -> Any:
     if isinstance(value, (tuple, list)):
         return type(value)(to(v, device) for v in value)
     return value.to(device) if isinstance(value, Tensor) else value
+
+
+def inputs(rank: int, size: int, seed: int, tokens: int = TOKENS, hidden: int = HIDDEN) -> tuple[Tensor, Tensor, Tensor]:
+    """x, topk_idx, topk_weights on the CPU; some picks are -1."""
+    g = torch.Generator().manual_seed(1000 * seed + rank)
+    x = torch.randn(tokens, hidden, generator=g).to(torch.bfloat16)
+    idx = torch.rand(tokens, size * LOCAL_EXPERTS, generator=g).topk(TOP_K, 1).indices
+    idx[torch.rand(tokens, TOP_K, generator=g) < 0.1] = -1
+    return x, idx, torch.rand(tokens, TOP_K, generator=g)
+
+
+def capture_and_replay(buffer: dt.Buffer, rank: int, size: int, layout: str, fresh: bool) -> None:
+    """A dispatch, `fresh` with num_worst_tokens or along a handle, and its combine in a CUDA graph, which is replayed with
+    other rows and, if fresh, other routings; each time bit for bit what calls outside of graphs give. Destroys the buffer."""
+    x, idx, w = (t.cuda() for t in inputs(rank, size, 9))
+    how: dict[str, Any] = {"buffer": buffer, "num_experts": size * LOCAL_EXPERTS, "layout": layout, "alignment": 4}
+    first = dt.dispatch(x, idx, w, **how)
+
+    def work() -> tuple[dt.Dispatched, Tensor]:
+        if fresh:
+            out = dt.dispatch(x, idx, w, num_worst_tokens=2048, **how)
+        else:
+            out = dt.dispatch(x, buffer=buffer, handle=first.handle)
+        return out, dt.combine(out.x, out.handle if fresh else first.handle)
+
+    work()  # loads every kernel
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, z = work()
+    for seed in (10, 11, 12):
+        new_x, new_idx, new_w = inputs(rank, size, seed)
+        x.copy_(new_x)
+        if fresh:
+            idx.copy_(new_idx)
+            w.copy_(new_w)
+        for _ in range(2):
+            graph.replay()
+        expected = dt.dispatch(x, idx, w, **how) if fresh else dt.dispatch(x, buffer=buffer, handle=first.handle)
+        n = expected.x.size(0)
+        assert_same_bits(out.x[:n], expected.x)
+        assert out.x[n:].count_nonzero() == 0
+        handle = expected.handle if fresh else first.handle
+        assert_same_bits(z, dt.combine(expected.x, handle))
+        if fresh:
+            assert out.tokens_per_expert.tolist() == expected.tokens_per_expert.tolist()
+            assert_same_bits(out.topk_weights[:n], expected.topk_weights)
+            assert out.topk_weights[n:].count_nonzero() == 0
+            if layout == "rank":
+                assert_same_bits(out.topk_idx[:n], expected.topk_idx)
+                assert (out.topk_idx[n:] == -1).all()
+    torch.cuda.synchronize()
+    buffer.destroy()
+    graph.replay()  # of a destroyed buffer: defined, and NaN
+    torch.cuda.synchronize()
+    assert z.isnan().all()
 
 
 @dataclass(frozen=True)

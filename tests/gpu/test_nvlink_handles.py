@@ -7,8 +7,8 @@ import shared
 import torch
 import torch.distributed as dist
 from harness import assert_same_bits
-from shared import run_ranks
-from test_nvlink_streams import LOCAL_EXPERTS, inputs, spin
+from shared import LOCAL_EXPERTS, inputs, run_ranks
+from test_nvlink_streams import spin
 
 import deepep_train as dt
 

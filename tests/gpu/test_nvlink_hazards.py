@@ -10,8 +10,8 @@ import shared
 import torch
 import torch.distributed as dist
 from harness import assert_same_bits
-from shared import run_ranks
-from test_nvlink_streams import LOCAL_EXPERTS, inputs, spin, two_buffers
+from shared import LOCAL_EXPERTS, inputs, run_ranks
+from test_nvlink_streams import spin, two_buffers
 
 import deepep_train as dt
 from deepep_train import engines

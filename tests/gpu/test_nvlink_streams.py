@@ -4,28 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
-from typing import Any
 
 import pytest
 import shared
 import torch
 import torch.distributed as dist
 from harness import assert_same_bits
-from shared import run_ranks
+from shared import LOCAL_EXPERTS, TOKENS, inputs, run_ranks
 from torch import Tensor
 
 import deepep_train as dt
-
-TOKENS, HIDDEN, TOP_K, LOCAL_EXPERTS = 96, 512, 4, 4
-
-
-def inputs(rank: int, size: int, seed: int, tokens: int = TOKENS, hidden: int = HIDDEN) -> tuple[Tensor, Tensor, Tensor]:
-    """x, topk_idx, topk_weights on the CPU; some picks are -1."""
-    g = torch.Generator().manual_seed(1000 * seed + rank)
-    x = torch.randn(tokens, hidden, generator=g).to(torch.bfloat16)
-    idx = torch.rand(tokens, size * LOCAL_EXPERTS, generator=g).topk(TOP_K, 1).indices
-    idx[torch.rand(tokens, TOP_K, generator=g) < 0.1] = -1
-    return x, idx, torch.rand(tokens, TOP_K, generator=g)
 
 
 def spin(milliseconds: float) -> None:
@@ -213,39 +201,7 @@ def test_sms_per_call() -> None:
 
 def graphs(rank: int, size: int, group: dist.ProcessGroup, layout: str, fresh: bool) -> None:
     buffer = dt.Buffer(group, num_nvl_bytes=32 << 20, engine="nvlink", timeout=20)
-    x, idx, w = (t.cuda() for t in inputs(rank, size, 9))
-    how: dict[str, Any] = {"buffer": buffer, "num_experts": size * LOCAL_EXPERTS, "layout": layout, "alignment": 4}
-    first = dt.dispatch(x, idx, w, **how)
-
-    def work() -> tuple[Tensor, Tensor]:
-        if fresh:
-            out = dt.dispatch(x, idx, w, num_worst_tokens=2048, **how)
-            return out.x, dt.combine(out.x, out.handle)
-        again = dt.dispatch(x, buffer=buffer, handle=first.handle)
-        return again.x, dt.combine(again.x, first.handle)
-
-    work()  # loads every kernel
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        recv, z = work()
-    for seed in (10, 11, 12):
-        new_x, new_idx, _ = inputs(rank, size, seed)
-        x.copy_(new_x)
-        if fresh:
-            idx.copy_(new_idx)
-        for _ in range(2):
-            graph.replay()
-        expected = dt.dispatch(x, idx, w, **how) if fresh else dt.dispatch(x, buffer=buffer, handle=first.handle)
-        assert_same_bits(recv[: expected.x.size(0)], expected.x)
-        assert recv[expected.x.size(0) :].count_nonzero() == 0
-        handle = expected.handle if fresh else first.handle
-        assert_same_bits(z, dt.combine(expected.x, handle))
-    torch.cuda.synchronize()
-    buffer.destroy()
-    graph.replay()  # of a destroyed buffer: defined, and NaN
-    torch.cuda.synchronize()
-    assert z.isnan().all()
+    shared.capture_and_replay(buffer, rank, size, layout, fresh)
 
 
 @pytest.mark.parametrize("fresh", [False, True], ids=["cached", "num_worst_tokens"])

@@ -12,10 +12,9 @@ import torch
 import torch.distributed as dist
 from draws import Exchange
 from harness import assert_same_bits
-from shared import run_ranks
+from shared import LOCAL_EXPERTS, inputs, run_ranks
 from test_in_flight import SCHEDULES, interleaved, one_at_a_time
 from test_nvlink import check
-from test_nvlink_streams import LOCAL_EXPERTS, inputs
 from torch import Tensor
 
 import deepep_train as dt

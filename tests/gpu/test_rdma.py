@@ -151,12 +151,17 @@ def count_bytes(
     rank: int, size: int, group: dist.ProcessGroup, case: Exchange, given: list[Given], local: int
 ) -> tuple[int, int]:
     buffer, mine = buffer_of(group, "rdma", local), given[rank]
-    before = buffer.memory_stats()["network bytes put"]
+
+    def put() -> int:
+        torch.cuda.synchronize()
+        return buffer.memory_stats()["network bytes put"]
+
+    before = put()
     x, idx, w = to((mine.x, mine.topk_idx, mine.topk_weights), "cuda")
     out = dt.dispatch(x, idx, w, buffer=buffer, num_experts=case.num_experts)
-    middle = buffer.memory_stats()["network bytes put"]
+    middle = put()
     dt.combine(out.x, out.handle)
-    return middle - before, buffer.memory_stats()["network bytes put"] - middle
+    return middle - before, put() - middle
 
 
 def test_a_row_crosses_the_network_once_for_each_node() -> None:

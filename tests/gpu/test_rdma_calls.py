@@ -1,18 +1,19 @@
-"""The rdma engine's cached calls, which exchange nothing over the process group: in CUDA graphs, and when ranks do not fit
-together, which the kernels find out."""
+"""The rdma engine's calls for which no CPU waits, along a handle or with num_worst_tokens: in CUDA graphs, and when ranks do
+not fit together, which the kernels find out."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from harness import assert_same_bits
-from shared import buffer_of, layout_of, run_ranks
-from test_nvlink_streams import LOCAL_EXPERTS, inputs
+from shared import LOCAL_EXPERTS, buffer_of, capture_and_replay, inputs, layout_of, run_ranks
+from test_nvlink_streams import spin
 from test_rdma import USABLE
 from torch import Tensor
 
@@ -28,35 +29,62 @@ def made(buffer: dt.Buffer, rank: int, size: int, seed: int, **how: Any) -> tupl
     return x, idx, w, dt.dispatch(x, idx, w, buffer=buffer, num_experts=size * LOCAL_EXPERTS, **how)
 
 
-def graphs(rank: int, size: int, group: dist.ProcessGroup, local: int, layout: str) -> None:
+def graphs(rank: int, size: int, group: dist.ProcessGroup, local: int, layout: str, fresh: bool) -> None:
     buffer = dt.Buffer(group, num_nvl_bytes=32 << 20, engine="rdma", num_local_ranks=local, timeout=TIMEOUT)
-    x, idx, w, first = made(buffer, rank, size, 9, layout=layout, alignment=4)
-
-    def work() -> tuple[Tensor, Tensor]:
-        again = dt.dispatch(x, buffer=buffer, handle=first.handle)
-        return again.x, dt.combine(again.x, first.handle)
-
-    work()  # loads every kernel
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        recv, z = work()
-    for seed in (10, 11, 12):
-        x.copy_(inputs(rank, size, seed)[0])
-        for _ in range(2):
-            graph.replay()
-        expected = work()
-        assert_same_bits(recv, expected[0])
-        assert_same_bits(z, expected[1])
-    with pytest.raises(dt.ArgumentError, match="capture needs a handle"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+    x, idx, w = (t.cuda() for t in inputs(rank, size, 9))
+    with pytest.raises(dt.ArgumentError, match="capture needs num_worst"), torch.cuda.graph(torch.cuda.CUDAGraph()):
         dt.dispatch(x, idx, w, buffer=buffer, num_experts=size * LOCAL_EXPERTS)
     buffer.check()
+    capture_and_replay(buffer, rank, size, layout, fresh)
+
+
+@pytest.mark.parametrize("fresh", [False, True], ids=["cached", "num_worst_tokens"])
+@pytest.mark.parametrize("layout", ["rank", "expert"])
+@MESHES
+def test_graphs_capture_and_replay(mesh: tuple[int, int], layout: str, fresh: bool) -> None:
+    run_ranks(mesh[0], graphs, mesh[1], layout, fresh, timeout=90)
+
+
+def unwaiting(rank: int, size: int, group: dist.ProcessGroup, local: int, layout: str) -> float:
+    """Dispatches with num_worst_tokens while the GPU is busy for 400 ms: what torch would wait for raises, what else there is
+    would take as long. The results are those of a dispatch that waits."""
+    buffer = buffer_of(group, "rdma", local)
+    x, idx, w = (t.cuda() for t in inputs(rank, size, 6))
+    how: dict[str, Any] = {"buffer": buffer, "num_experts": size * LOCAL_EXPERTS, "layout": layout, "alignment": 8}
+    expected = dt.dispatch(x, idx, w, **how)
+    z = dt.combine(expected.x, expected.handle)
+    dt.dispatch(x, idx, w, num_worst_tokens=1500, **how)  # loads every kernel
+    torch.cuda.synchronize()
+    dist.barrier(group)
+    spin(400)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        began = time.monotonic()
+        out = dt.dispatch(x, idx, w, num_worst_tokens=1500, **how)
+        got_z = dt.combine(out.x, out.handle)
+        seconds = time.monotonic() - began
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    n = expected.x.size(0)
+    assert out.x.size(0) == 1500
+    assert_same_bits(out.x[:n], expected.x)
+    assert out.x[n:].count_nonzero() == 0
+    assert_same_bits(out.topk_weights[:n], expected.topk_weights)
+    assert_same_bits(got_z, z)
+    assert out.tokens_per_expert.is_cuda
+    assert out.tokens_per_expert.tolist() == expected.tokens_per_expert.tolist()
+    copied = tuple(t.clone() for t in out.handle)
+    if layout == "rank":
+        assert_same_bits(buffer.dispatch(x, handle=copied)[0], out.x)
+        assert_same_bits(buffer.combine(out.x, copied)[0], z)
+    buffer.check()
+    return seconds
 
 
 @pytest.mark.parametrize("layout", ["rank", "expert"])
 @MESHES
-def test_graphs_capture_and_replay_cached_calls(mesh: tuple[int, int], layout: str) -> None:
-    run_ranks(mesh[0], graphs, mesh[1], layout, timeout=90)
+def test_no_cpu_waits_with_num_worst_tokens(mesh: tuple[int, int], layout: str) -> None:
+    assert max(run_ranks(mesh[0], unwaiting, mesh[1], layout)) < 0.2
 
 
 def rebuilt(rank: int, size: int, group: dist.ProcessGroup, local: int) -> None:
@@ -89,7 +117,6 @@ def misused(rank: int, size: int, group: dist.ProcessGroup, local: int) -> None:
     told("rank 1: x must be", x[:, None] if one else x, idx, w)
     told("disagree on num_experts", x, idx, w, num_experts=2 * num_experts if one else num_experts)
     told("disagree on hidden", x[:, :64] if one else x, idx, w)
-    told("rank 1: num_worst_tokens=1 but", x, idx, w, num_worst_tokens=1 if one else 4096)
     layout = layout_of(buffer, idx, num_experts)
     for name, text in (("num_tokens_per_rdma_rank", "rdma_rank"), ("num_tokens_per_expert", "per_expert")):
         with pytest.raises(dt.ArgumentError, match=f"rank 1: num_tokens_.*{text}"):
@@ -157,6 +184,49 @@ def all_or_one(rank: int, size: int, group: dist.ProcessGroup, local: int, opera
 @pytest.mark.parametrize("mesh", [(4, 2), (4, 1)], ids=str)
 def test_wrong_arguments_of_cached_calls(mesh: tuple[int, int], operation: str) -> None:
     run_ranks(mesh[0], all_or_one, mesh[1], operation, fresh=True, timeout=60)
+
+
+def unbounded(rank: int, size: int, group: dist.ProcessGroup, local: int, how: str) -> None:
+    """With num_worst_tokens what is wrong on one rank fails all ranks' buffers, long before the deadline."""
+    buffer = dt.Buffer(group, num_nvl_bytes=32 << 20, engine="rdma", num_local_ranks=local, timeout=TIMEOUT)
+    x, idx, w, _ = made(buffer, rank, size, 3)
+    made(buffer, rank, size, 3, num_worst_tokens=4096)
+    dt.dispatch(x, idx, w, buffer=buffer, num_experts=size * LOCAL_EXPERTS, layout="expert", num_worst_tokens=4096)
+    buffer.check()
+    torch.cuda.synchronize()
+    one, bound = rank == 1, 4096
+    began = time.monotonic()
+    if how == "overflow":
+        bound = 1 if one else 4096
+    elif how == "mixed":
+        bound = 0 if one else 4096
+    elif how == "index":
+        idx = idx + size * LOCAL_EXPERTS if one else idx
+    elif how == "room":
+        x, idx, w = (t.repeat(200, 1) for t in (x, idx, w)) if one else (x, idx, w)
+        bound = 20000
+    if how in ("mixed", "arguments") and one:
+        with pytest.raises(dt.ArgumentError, match="must be" if how == "arguments" else "are wrong or differ"):
+            dt.dispatch(x[:, None] if how == "arguments" else x, idx, w, buffer=buffer, num_experts=size * LOCAL_EXPERTS)
+    else:
+        experts = size * LOCAL_EXPERTS
+        for layout in ("rank", "expert"):  # the next one hears of the first, if it is not too early
+            with suppress(dt.ArgumentError):
+                out = dt.dispatch(x, idx, w, buffer=buffer, num_experts=experts, layout=layout, num_worst_tokens=bound)
+                torch.cuda.synchronize()
+                assert out.x.isnan().all()
+                assert not out.tokens_per_expert.any()
+    torch.cuda.synchronize()
+    text = {"overflow": "rank 1: num_worst_tokens=1 but", "room": "pass num_rdma_bytes="}.get(how, "are wrong or differ")
+    with pytest.raises(dt.ArgumentError, match=text):
+        buffer.check()
+    assert time.monotonic() - began < TIMEOUT / 2
+
+
+@pytest.mark.parametrize("how", ["overflow", "mixed", "index", "arguments", "room"])
+@pytest.mark.parametrize("mesh", [(4, 2), (4, 1)], ids=str)
+def test_num_worst_tokens_that_is_wrong_on_one_rank(mesh: tuple[int, int], how: str) -> None:
+    run_ranks(mesh[0], unbounded, mesh[1], how, fresh=True, timeout=60)
 
 
 def astray(rank: int, size: int, group: dist.ProcessGroup, local: int, how: str) -> None:

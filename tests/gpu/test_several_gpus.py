@@ -11,8 +11,8 @@ import shared
 import torch
 import torch.distributed as dist
 from harness import assert_same_bits
-from shared import run_ranks
-from test_nvlink_streams import LOCAL_EXPERTS, inputs, spin, step
+from shared import LOCAL_EXPERTS, inputs, run_ranks
+from test_nvlink_streams import spin, step
 from test_nvlink_surroundings import ROUNDS, pair
 from torch import Tensor
 

@@ -1,0 +1,222 @@
+"""One rank's end of its rail and of its node: its life, its memory, the order of its operations, and what has failed in it.
+
+What the operations are stands in rails.py; docs/rdma.md explains the protocol.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from types import SimpleNamespace
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from deepep_train.engines import nvshmem
+from deepep_train.engines.arena import ArenaFull
+from deepep_train.engines.low_latency import MAX_RANKS, LowLatency, weakly
+from deepep_train.engines.low_latency_far import OtherNodes
+from deepep_train.engines.node_memory import map_memory
+from deepep_train.engines.nvlink_failures import AWAITED, counts_error, cuda_failed, device_error, rail_error, who_ended
+from deepep_train.engines.peers import Peers, raise_if_broken
+from deepep_train.engines.rail_tables import ExpertTables, Tables
+from deepep_train.errors import ArgumentError, DeepEPError, PeerTimeoutError
+
+_SEGMENT_STEP = 128  # bytes
+
+# What the ranks wait for in a dispatch and a combine, in order: the rail's exchange, and nvlink's operation.
+RAIL = "rail"
+DISPATCH, COMBINE = (RAIL, "dispatch"), ("combine", RAIL)
+
+
+class RailDomain:
+    """See the module.
+
+    Args:
+        peers: bootstrap.
+        num_local_ranks: ranks per node, consecutive.
+        arena_bytes: memory that the node's ranks can reach; received rows live in it.
+        rail_bytes: of NVSHMEM's memory, half for what leaves and half for what comes.
+        num_qps: queue pairs, which take turns.
+        num_sms: gives the SMs that a call may occupy; 0: what the links need.
+    """
+
+    def __init__(
+        self, peers: Peers, num_local_ranks: int, arena_bytes: int, rail_bytes: int, num_qps: int, num_sms: Any
+    ) -> None:
+        self.peers, self.local = peers, num_local_ranks
+        self.nodes = peers.size // num_local_ranks
+        self.node, self.rail = divmod(peers.rank, num_local_ranks)
+        self.device = torch.device("cuda", torch.cuda.current_device())
+        self._num_sms, self._lock = num_sms, threading.RLock()
+        self._owed: list[str] = []  # of the operation under way: what other ranks still wait for, in order
+        self.kernels = nvshmem.start(peers, self.device)
+        first = self.node * num_local_ranks
+        memory = map_memory(peers, range(first, first + num_local_ranks), arena_bytes, self.device)
+        self.comm, self.arena, self._processes = memory.comm, memory.arena, memory.processes
+        self._max_sms, self._default_sms = memory.max_sms, memory.default_sms
+        segment = max(1, rail_bytes // 2 // self.nodes // _SEGMENT_STEP) * _SEGMENT_STEP
+        error = ""
+        try:
+            how = (self.device.index, peers.rank, peers.size, num_local_ranks, segment, num_qps, float(peers.timeout))
+            self.end = nvshmem.before_deadline(peers, lambda: self.kernels.Endpoint(*how, self.comm.failed_flag))
+        except RuntimeError as caught:
+            error = str(caught)
+        raise_if_broken([{"error": text} for text in peers.gather_objects(error, "Buffer")])
+        # What the kernels leave when a dispatch's counts do not allow it: csrc/rdma/fresh.hpp's `report`.
+        self.report = torch.zeros(self.kernels.report_head + 3 * peers.size, dtype=torch.int64, pin_memory=True)
+        one_gpu = len(set(memory.gpus[first : first + num_local_ranks])) == 1
+        self.low_latency = self._low_latency(first, one_gpu) if peers.size <= MAX_RANKS else None
+
+    def _low_latency(self, first: int, one_gpu: bool) -> LowLatency:
+        size = self.peers.size
+        arenas = [0] * size
+        arenas[first : first + self.local] = self.comm.addresses()
+        far = OtherNodes(self.kernels, self.end, first, self.local, size, self.device)
+        how = (self._max_sms, one_gpu, weakly(self._ordered), self.device, far)
+        return LowLatency(self.peers, self.arena, arenas, *how)
+
+    # Memory ------------------------------------------------------------------------------------------------------------
+
+    def room(self, row_bytes: int) -> int:
+        """Rows of this width that fit between two nodes; the same on all ranks."""
+        return self.end.segment_bytes // row_bytes
+
+    def make_room(self, most: int, row_bytes: int) -> None:
+        """Memory for `most` rows of this width between any two nodes; a collective call, which all ranks make alike."""
+        need, segment = -(-most * row_bytes // _SEGMENT_STEP) * _SEGMENT_STEP, self.end.segment_bytes
+        if need <= segment:
+            return
+        error = ""
+        try:
+            # A quarter more than before, so that slowly growing batches do not leave many outgrown segments behind.
+            size = max(need, segment * 5 // 4 // _SEGMENT_STEP * _SEGMENT_STEP)
+            nvshmem.before_deadline(self.peers, lambda: self.end.resize(size))
+        except RuntimeError as caught:
+            error = f"rows of {row_bytes} bytes need {2 * self.nodes * need} bytes between {self.nodes} nodes: {caught}"
+        raise_if_broken([{"error": text} for text in self.peers.gather_objects(error, "dispatch")], "dispatch")
+
+    def need_room(self, most: int, row_bytes: int) -> None:
+        """Raise, on every rank alike, if there is no room for `most` rows of this width."""
+        if most * row_bytes > self.end.segment_bytes:
+            need = self.bytes_for(most, row_bytes)
+            raise ArgumentError(
+                f"{most} rows of {row_bytes} bytes between two nodes do not fit into the {self.end.segment_bytes} bytes for "
+                f"one node, which were made for the rows of dispatches; pass num_rdma_bytes={need} or more to Buffer",
+                "num_rdma_bytes",
+            )
+
+    def bytes_for(self, most: int, row_bytes: int) -> int:
+        """The `num_rdma_bytes` that these rows need."""
+        return 2 * self.nodes * (most * row_bytes + _SEGMENT_STEP)
+
+    # Operations --------------------------------------------------------------------------------------------------------
+
+    def refuse(self, steps: Sequence[str], error: Exception) -> NoReturn:
+        """Raise `error`, after having told the ranks that wait for this one's part in these `steps`; their results are NaN.
+        If all ranks do so, nothing has happened."""
+        with self.operation(None, *steps):
+            raise error
+
+    @contextmanager
+    def operation(self, tables: Tables | None, *steps: str, also: ExpertTables | None = None) -> Iterator[int]:
+        """Gives the stream; operations of all streams follow each other.
+
+        `steps` are what other ranks wait for; each is taken from `_owed` once it is launched. If an exception comes first, the
+        ranks are told that the rest will not come.
+        """
+        with self._lock, torch.cuda.device(self.device):
+            stream = self.stream()
+            self.comm.enter(stream)
+            self.arena.begin_operation()
+            self._owed = list(steps)
+            if tables is not None and tables.stream != stream and not torch.cuda.is_current_stream_capturing():
+                # A handle may die as soon as a call that uses it returns: its tables must not.
+                current = torch.cuda.current_stream(self.device)
+                for table in [*tables.tensors(), *(() if also is None else also.tensors())]:
+                    table.record_stream(current)
+            try:
+                yield stream
+            except BaseException as error:
+                if text := self.comm.cuda_error(stream):  # nothing can be launched any more
+                    raise cuda_failed(text, self.peers.rank, self._processes) from error
+                for step in self._owed:
+                    if step == RAIL:
+                        self.end.refuse(False, stream)
+                    else:
+                        self.comm.refuse(step, error.num_bytes if isinstance(error, ArenaFull) else 0, stream)
+                if isinstance(error, ArenaFull):
+                    raise self.arena.too_small(self.peers.rank, error.num_bytes) from None
+                raise
+            finally:
+                self.comm.leave(stream)
+
+    def _ordered(self) -> AbstractContextManager[int]:
+        return self.operation(None)
+
+    def keep(self, used: Any) -> None:
+        """A CUDA graph is being captured that uses this."""
+        self.arena.keep(used)
+
+    def stream(self) -> int:
+        return torch._C._cuda_getCurrentRawStream(self.device.index)
+
+    def sms(self, asked: int, operation: str) -> int:
+        return min(asked or self._num_sms() or self._default_sms[operation], self._max_sms)
+
+    # Life --------------------------------------------------------------------------------------------------------------
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        with self._lock, torch.cuda.device(self.device):
+            try:
+                return self.arena.empty(shape, dtype)
+            except ArenaFull as full:
+                raise self.arena.too_small(self.peers.rank, full.num_bytes) from None
+
+    def stats(self) -> dict[str, int]:
+        put = self.end.put_bytes + (0 if self.low_latency is None else self.low_latency.put_bytes())
+        return self.arena.stats() | {"rail": 2 * self.nodes * self.end.segment_bytes, "network bytes put": put}
+
+    def failure(self) -> DeepEPError | None:
+        """What has failed on the device or in CUDA, once it has; then the other ranks have been told that this one is gone."""
+        rail, node = self.end.failure(), None if self.comm.is_well() else self.comm.failure()
+        if rail is None and node is None:
+            text = self.comm.cuda_error(self.stream())
+            return cuda_failed(text, self.peers.rank, self._processes) if text else None
+        with suppress(RuntimeError), self._lock, torch.cuda.device(self.device):  # CUDA may be broken, too
+            stream = self.stream()
+            self.end.refuse(True, stream)
+            if node is None:
+                self.comm.refuse("dispatch", 0, stream)
+        if rail is not None and rail.cause == "counts":
+            told, awaited = counts_error(self.report.tolist(), rail.number, self.peers.rank, self.bytes_for), False
+        elif rail is not None:
+            told, awaited = rail_error(rail, self.peers.rank, self.peers.timeout), rail.cause in AWAITED
+        else:
+            told, awaited = self._told_by_the_node(node)
+        if not awaited:
+            self.peers.say_here()
+            return told
+        # Those that this rank has waited for may have waited themselves: who does not answer now is whom all wait for.
+        if silent := self.peers.roll_call():
+            who = ", ".join(map(str, silent))
+            text = f"{told}; no sign of life from rank {who}{who_ended(self._processes)}"
+            return PeerTimeoutError(text, silent, "rail")
+        return told
+
+    def _told_by_the_node(self, failure: Any) -> tuple[DeepEPError, bool]:
+        names = ("epoch", "operation", "meeting", "cause", "bytes", "rows", "bounds")
+        told = SimpleNamespace(**{name: getattr(failure, name) for name in names})
+        told.ranks = [self.node * self.local + r for r in failure.ranks]
+        awaited = failure.cause in ("missing", "blamed") or (failure.cause == "refused" and failure.bytes < 0)
+        return device_error(told, self.peers.rank, self.peers.timeout, self._processes), awaited
+
+    def close(self) -> None:
+        with self._lock:
+            if self.low_latency is not None:
+                self.low_latency.close()
+            self.comm.close(self.arena.was_captured)
+            del self.arena, self.low_latency
+            torch.cuda.empty_cache()  # which the arena's memory is in, unless tensors still use it

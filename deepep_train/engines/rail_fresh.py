@@ -1,0 +1,252 @@
+"""What stands before the rows of a fresh dispatch over `Rails`: counts, tables, and the words beside the rows, all made on the
+GPU. csrc/rdma/fresh.hpp says what the kernels are given; the names here are its.
+
+With `num_worst_tokens` the CPU waits for none of it: tensors have room for the most there may be, and how much there is stays
+on the GPU. Without, it waits once, for what the counts come to.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from deepep_train import _C  # type: ignore[attr-defined]
+from deepep_train.engines.base import DispatchRequest
+from deepep_train.engines.rail_domain import DISPATCH
+from deepep_train.engines.rail_rows import padded
+from deepep_train.engines.rail_tables import ExpertTables, Tables, num_words
+from deepep_train.engines.rails import Rails
+
+_FINE, _BAD = 0, 1  # verdicts
+
+
+class Told(NamedTuple):
+    """What this rank tells all others: its row of counts, int32, and, which it keeps, [T, nodes] its tokens' places."""
+
+    row: Tensor
+    place: Tensor
+    in_rank: Tensor
+
+
+class Found(NamedTuple):
+    """What all ranks' counts come to, on the GPU: parts of `block`, int32 but for the first, int64."""
+
+    block: Tensor
+    tokens_per_expert: Tensor
+    found: Tensor
+    send_at: Tensor
+    recv_at: Tensor
+    received_upto: Tensor
+    theirs: Tensor
+    begin: Tensor
+    expert_base: Tensor
+
+    @property
+    def received(self) -> Tensor:
+        """int32 [1]: N."""
+        return self.found[2:3]
+
+
+class Sizes(NamedTuple):
+    """What the CPU knows of them, or the most there may be: rows that this rank receives, rows of its tensor, rows of one
+    stream of any rank, rows that it forwards; and int64 [experts here], on the CPU where it knows them."""
+
+    num_received: int
+    num_rows: int
+    most: int
+    num_forwarded: int
+    tokens_per_expert: Tensor
+
+
+class Words(NamedTuple):
+    """What came beside the N rows: int32 [N, 2] their ranks and tokens, int64 [N, K] local experts, float32 [N, K] weights; and
+    [F, local ranks], of the rows that this rank forwards, their numbers among those for each rank of its node."""
+
+    source: Tensor
+    topk_idx: Tensor | None
+    topk_weights: Tensor | None
+    number: Tensor
+
+
+class Fresh:
+    """The steps, in their order, of one rank's fresh dispatches."""
+
+    def __init__(self, rails: Rails, row_words: int) -> None:
+        self._rails, self._row_words = rails, row_words
+        self._head, self._found_words = rails.kernels.head_words, rails.kernels.found_words
+        self.num_ranks = rails.peers.size
+
+    def tell(self, request: DispatchRequest | None, wrong: Tensor | None, signature: int) -> Told:
+        """This rank's row, `wrong` int32 [1]; without a request word that there is none."""
+        rails, p = self._rails, self._rails.kernels.TellParams()
+        row = self._ints(self._row_words)
+        p.row, p.row_words, p.num_ranks, p.num_nodes, p.status = row.data_ptr(), row.numel(), self.num_ranks, rails.nodes, 1
+        place, in_rank = self._ints(0, rails.nodes), torch.empty(0, self.num_ranks, dtype=torch.bool, device=rails.device)
+        if request is not None:
+            assert wrong is not None
+            layout = request.counted
+            per_rank, per_expert = layout.num_tokens_per_rank.contiguous(), layout.num_tokens_per_expert.contiguous()
+            in_rank = layout.is_token_in_rank.contiguous()
+            place = self._ints(in_rank.size(0), rails.nodes)
+            p.is_token_in_rank, p.wrong, p.place = in_rank.data_ptr(), wrong.data_ptr(), place.data_ptr()
+            p.num_tokens_per_rank, p.num_tokens_per_expert = per_rank.data_ptr(), per_expert.data_ptr()
+            p.signature, p.bound, p.status = signature, min(request.num_worst_tokens, (1 << 31) - 1), 0
+            p.num_tokens, p.num_experts = in_rank.size(0), request.num_experts
+        rails.end.tell(p, rails.stream())
+        return Told(row, place, in_rank)
+
+    def count(self, told: Told, request: DispatchRequest | None, widest: int, signature: int) -> tuple[Found, Tensor | None]:
+        """Exchange the rows of counts; `widest`: bytes of the widest rows that will be sent.
+
+        Returns: what they come to; and what the CPU has waited for of it, None if it has not.
+        """
+        rails, num_experts = self._rails, 0 if request is None else request.num_experts
+        found = self._room_for_found(num_experts // self.num_ranks)
+        data = told.row.unsqueeze(0).view(torch.uint8)
+        p = rails.kernels.DigestParams()
+        rows = self._ints(self.num_ranks)
+        p.rows, p.result_words, p.report = rows.data_ptr(), found.block.numel(), rails.report.data_ptr()
+        for name, part in zip(found._fields[1:], found[1:], strict=True):
+            setattr(p, name, part.data_ptr())
+        p.tokens_per_expert = found.block.data_ptr()  # where all begin; torch gives no address for none
+        p.rank, p.num_ranks, p.num_local_ranks, p.row_words = rails.peers.rank, self.num_ranks, rails.local, self._row_words
+        p.room, p.widest, p.num_experts = rails.room(widest), widest, num_experts
+        if request is not None:
+            p.alignment, p.expert_layout = request.alignment, int(request.arrangement == "expert")
+        with rails.operation(rails.everyone, *DISPATCH) as stream:
+            addresses = rails.exchange(rails.everyone, [data], data.size(1), signature, 0, stream)
+            table = rails.arena.temporary((self.num_ranks, data.size(1)), torch.uint8)
+            rails.forward(rails.everyone, [data], addresses, [table], signature, 0, stream)
+            p.table = table.data_ptr()
+            rails.end.digest(p, stream)
+            waits = request is None or not request.num_worst_tokens
+            return found, found.block.cpu() if waits else None
+
+    def sizes(self, found: Found, seen: Tensor | None, request: DispatchRequest, widest: int) -> Sizes:
+        """`seen`: `found.block` on the CPU, or None: then the tensors have room for the most there may be."""
+        rails, bound = self._rails, request.num_worst_tokens
+        if seen is None:
+            most = rails.room(widest)
+            forwarded = min(request.payload.data.size(0), most) + (rails.nodes - 1) * most
+            return Sizes(bound, bound, most, forwarded, found.tokens_per_expert)
+        known = self._parts(seen, found.expert_base.numel())
+        _, _, num_received, num_rows, most, *_ = known.found.tolist()
+        return Sizes(num_received, num_rows, most, int(known.recv_at[-1]), known.tokens_per_expert)
+
+    def open(self, told: Told, found: Found, sizes: Sizes, request: DispatchRequest, signature: int) -> tuple[Tables, Words]:
+        """The tables, and what comes beside the rows: a token's ranks go with it, so that its forwarder knows them."""
+        rails, idx, weights = self._rails, request.topk_idx, request.topk_weights
+        num_tokens, top_k = told.in_rank.size(0), 0 if idx is None else idx.size(1)
+        idx, weights = (None if t is None else t.detach().contiguous() for t in (idx, weights))
+        row_bytes = words_bytes(top_k, weights is not None, self.num_ranks)
+        rails.need_room(sizes.most, row_bytes)
+        nodes, local = rails.nodes, rails.local
+        slot, number = self._ints(sizes.num_forwarded, local), self._ints(sizes.num_forwarded, local)
+        with rails.operation(None, *DISPATCH) as stream:
+            token = self._ints(num_tokens * nodes)
+            tables = Tables(token, found.send_at, found.recv_at, slot, told.place, sizes.most, stream)
+            words = self._ints(num_tokens, row_bytes // 4)
+            p = rails.kernels.PackParams()
+            p.is_token_in_rank, p.place, p.send_at = told.in_rank.data_ptr(), told.place.data_ptr(), found.send_at.data_ptr()
+            p.topk_idx, p.topk_weights, p.words, p.token = _address(idx), _address(weights), words.data_ptr(), token.data_ptr()
+            p.num_tokens, p.top_k, p.num_ranks, p.num_nodes = num_tokens, top_k, self.num_ranks, nodes
+            p.row_words = words.size(1)
+            rails.end.pack_words(p, stream)
+            data = words.view(torch.uint8)
+            addresses = rails.exchange(tables, [data], row_bytes, signature, 0, stream)
+            s = rails.kernels.SlotParams()
+            s.addresses, s.recv_at = addresses.data_ptr(), found.recv_at.data_ptr()
+            s.theirs, s.begin = found.theirs.data_ptr(), found.begin.data_ptr()
+            s.slot, s.number, s.capacity = slot.data_ptr(), number.data_ptr(), sizes.num_forwarded
+            s.mask_at = 1 + top_k * (1 if weights is None else 2)
+            s.node, s.num_nodes, s.num_local_ranks = rails.node, nodes, local
+            rails.end.find_slots(s, stream)
+            came = rails.arena.temporary((sizes.num_received, row_bytes), torch.uint8)
+            rails.forward(tables, [data], addresses, [came], signature, 0, stream)
+            return tables, self._unpack(came, found, request, number, stream)
+
+    def _unpack(self, came: Tensor, found: Found, request: DispatchRequest, number: Tensor, stream: int) -> Words:
+        rails, n, num_local = self._rails, came.size(0), request.num_experts // self.num_ranks
+        top_k = 0 if request.topk_idx is None else request.topk_idx.size(1)
+        source = self._ints(n, 2)
+        idx = weights = None
+        if request.topk_idx is not None:
+            idx = torch.empty(n, top_k, dtype=torch.int64, device=rails.device)
+            if request.topk_weights is not None:
+                weights = torch.empty(n, top_k, dtype=torch.float32, device=rails.device)
+        p = rails.kernels.UnpackParams()
+        p.words, p.received_upto, p.num_received = came.data_ptr(), found.received_upto.data_ptr(), found.received.data_ptr()
+        p.source, p.topk_idx, p.topk_weights = source.data_ptr(), _address(idx), _address(weights)
+        p.capacity, p.top_k, p.row_words, p.num_ranks = n, top_k, came.size(1) // 4, self.num_ranks
+        p.first_expert, p.num_local_experts = rails.peers.rank * num_local, num_local
+        rails.end.unpack_words(p, stream)
+        return Words(source, idx, weights, number)
+
+    def arrange(self, idx: Tensor, found: Found, num_rows: int) -> ExpertTables:
+        """The rows of received tokens by expert; `idx`: int64 [N, K], local numbers."""
+        rails, (n, top_k), num_local = self._rails, idx.shape, found.expert_base.numel()
+        pick_row, chunks = self._ints(n, top_k), self._ints(_C.place_chunks, num_local)
+        p = _C.PlaceParams()
+        p.topk_idx, p.expert_base = idx.data_ptr(), found.expert_base.data_ptr()
+        p.pick_row, p.chunk_counts = pick_row.data_ptr(), chunks.data_ptr()
+        p.num_tokens, p.top_k, p.num_experts, p.num_ranks = n, top_k, num_local, 1
+        rails.comm.place_picks(p, rails.stream())
+        rows_of, row_slot = pick_row.clone(), self._ints(num_rows)
+        a = _C.ArrangeParams()
+        a.rows_of, a.row_slot, a.num_received = rows_of.data_ptr(), row_slot.data_ptr(), found.received.data_ptr()
+        a.num_rows, a.top_k, a.num_sms = num_rows, top_k, rails.sms(0, "dispatch")
+        rails.comm.arrange_rows(a, rails.stream())
+        return ExpertTables(rows_of, row_slot, pick_row, found.received)
+
+    def _ints(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.int32, device=self._rails.device)
+
+    def _widths(self, num_local_experts: int) -> list[int]:
+        nodes, local = self._rails.nodes, self._rails.local
+        streams = nodes * local
+        return [
+            2 * num_local_experts,
+            self._found_words,
+            nodes + 1,
+            nodes + 1,
+            self.num_ranks,
+            streams,
+            streams,
+            num_local_experts,
+        ]
+
+    def _room_for_found(self, num_local_experts: int) -> Found:
+        return self._parts(self._ints(sum(self._widths(num_local_experts))), num_local_experts)
+
+    def _parts(self, block: Tensor, num_local_experts: int) -> Found:
+        per_expert, *others = block.split_with_sizes(self._widths(num_local_experts))
+        return Found(block, per_expert.view(torch.int64), *others)
+
+    def verdict(self, seen: Tensor, num_local_experts: int) -> tuple[int, bool]:
+        """And whether any rank has num_worst_tokens, on which the buffer has then failed if the verdict is not 0."""
+        verdict, bounded, *_ = self._parts(seen, num_local_experts).found.tolist()
+        return verdict, bool(bounded)
+
+
+def words_bytes(top_k: int, has_weights: bool, num_ranks: int) -> int:
+    """Of one token's words, as they travel."""
+    return padded(4 * (1 + top_k * (1 + has_weights) + num_words(num_ranks)))
+
+
+def move_weights(rails: Rails, weights: Tensor, experts: ExpertTables, back: bool) -> Tensor:
+    """float32 [N, K] -> [M], 0.0 on padding; or `back`, 0.0 where the expert lives elsewhere."""
+    num_rows, weights = experts.row_slot.numel(), weights.detach().contiguous()
+    shape: Any = experts.pick_row.shape if back else (num_rows,)
+    out = (torch.empty if back else torch.zeros)(shape, dtype=torch.float32, device=rails.device)
+    p = rails.kernels.WeightParams()
+    by_pick, by_row = (out, weights) if back else (weights, out)
+    p.by_pick, p.by_row = by_pick.data_ptr(), by_row.data_ptr()
+    p.pick_row, p.num_picks, p.num_rows, p.back = experts.pick_row.data_ptr(), experts.pick_row.numel(), num_rows, int(back)
+    rails.end.move_weights(p, rails.stream())
+    return out
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()

@@ -1,0 +1,230 @@
+"""Fresh dispatches of the rdma engine, num_worst_tokens and not, on CPUs: tests/rail_on_cpu.py says what of it is real."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from draws import Exchange
+from harness import assert_same_bits, run_ranks
+from reference import Given, Picture
+
+import deepep_train as dt
+from deepep_train.engines.base import DispatchRequest, Payload, Prepared
+from deepep_train.engines.collective import CollectiveEngine
+from deepep_train.routing import RankLayout
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("deepep_train._C") is None, reason="the package was built without nvcc, so it has no kernels"
+)
+MESHES = pytest.mark.parametrize("mesh", [(4, 2), (4, 1), (6, 3), (6, 2)], ids=str)
+TOKENS = (7, 0, 70, 11, 3, 8)
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> str:
+    from rail_on_cpu import compile_kernels
+
+    made = compile_kernels(tmp_path_factory.mktemp("kernels"))
+    if made is None:
+        pytest.skip("there is no g++")
+    return made
+
+
+def request_of(case: Exchange, given: Given, bound: int = 0, **other: Any) -> DispatchRequest:
+    how: dict[str, Any] = {
+        "payload": Payload(given.x),
+        "layout": None,
+        "topk_idx": given.topk_idx,
+        "topk_weights": given.topk_weights,
+        "num_experts": case.num_experts,
+        "arrangement": case.layout,
+        "alignment": case.alignment,
+        "num_worst_tokens": bound,
+    }
+    return DispatchRequest(**how | other)
+
+
+def exchange(
+    rank: int, size: int, group: dist.ProcessGroup, library: str, local: int, cases: list[Exchange], given: Any, worst: Any
+) -> list[Any]:
+    from rail_on_cpu import engine_on_cpu
+
+    engine = engine_on_cpu(group, local, library, 64 << 10)
+    collective = CollectiveEngine(group, 20, local, True, 9)
+    found = []
+    for case, all_given, bound in zip(cases, given, worst, strict=True):
+        mine = all_given[rank]
+        got = engine.dispatch(Prepared(lambda m=mine, b=bound, c=case: request_of(c, m, b[rank])))
+        layout = collective.layout(mine.topk_idx, case.num_experts)
+        others = request_of(case, mine, bound[rank], layout=layout)
+        theirs = collective.dispatch(Prepared(lambda r=others: r))
+        again = engine._move(request_of(case, mine), got.plan).data
+        n, f = theirs.tensors[7].size(0), theirs.tensors[9].size(0)
+        for i, (a, b) in enumerate(zip(got.tensors, theirs.tensors, strict=True)):
+            assert a.dtype == b.dtype, i
+            cut = {7: n, 9: f}.get(i, a.size(0))
+            assert torch.equal(a[:cut], b), i
+            assert a.shape[1:] == b.shape[1:]
+            assert (a[cut:] == {7: 0}.get(i, -1)).all(), "room that is not used"
+        assert got.plan.num_rows == theirs.plan.num_rows
+        found.append((got.payload.data, got.topk_idx, got.topk_weights, got.plan.tokens_per_expert.tolist(), again))
+    return found
+
+
+@MESHES
+@pytest.mark.parametrize("layout", ["rank", "expert"])
+@pytest.mark.parametrize("spare", [None, 0, 9])
+def test_every_row_and_what_is_beside_it(mesh: tuple[int, int], layout: str, spare: int | None, library: str) -> None:
+    """Bit for bit the picture's, and the handle's tensors those of the collective engine."""
+    size, local = mesh
+    cases = [
+        Exchange(TOKENS[:size], hidden, top_k, 3, style, dtype, layout, alignment, seed=seed)
+        for seed, (hidden, top_k, style, dtype, alignment) in enumerate(
+            [(8, 2, "uniform", torch.float32, 1), (5, 4, "mixed", torch.bfloat16, 4), (16, 1, "mixed", torch.float16, 3)]
+        )
+    ]
+    pictures = [Picture(case.given(), case.num_experts) for case in cases]
+    worst = []
+    for case, picture in zip(cases, pictures, strict=True):
+        needed = [len(picture.arrive(r, layout, case.alignment).rows) for r in range(size)]
+        worst.append([0 if spare is None else max(1, n + spare) for n in needed])
+    got = run_ranks(size, exchange, library, local, cases, [p.given for p in pictures], worst, timeout=150)
+    for rank, results in enumerate(got):
+        for case, picture, bound, (x, idx, weights, counts, again) in zip(cases, pictures, worst, results, strict=True):
+            expected = picture.arrive(rank, layout, case.alignment, bound[rank])
+            assert_same_bits(x, expected.x)
+            assert_same_bits(again, expected.x)
+            assert_same_bits(idx, expected.topk_idx)
+            assert_same_bits(weights, expected.topk_weights)
+            assert counts == expected.tokens_per_expert
+
+
+def gone_wrong(
+    rank: int, size: int, group: dist.ProcessGroup, library: str, case: Exchange, given: list[Given], how: str
+) -> tuple[str, list[int], bool]:
+    """What the failed call gave, if anything, and what the next says."""
+    from rail_on_cpu import engine_on_cpu
+
+    engine = engine_on_cpu(group, 2, library, 64 << 10 if how != "room" else 160 << 10)
+    # The tables do not know of one another, so a failed dispatch must leave none that leads anywhere.
+    mine, one = given[rank], rank == 1
+    bound, other = 4096, {}
+    if how == "overflow":
+        bound = 1 if one else 4096
+    elif how == "mixed":
+        bound = 0 if one else 4096
+    elif how == "index" and one:
+        other = {"topk_idx": mine.topk_idx + case.num_experts}
+    elif how == "alignment" and one:
+        other = {"alignment": 4}
+    elif how == "room":
+        wide = torch.zeros(mine.x.size(0), 1024)
+        other = {"payload": Payload(wide)}
+
+    def make() -> DispatchRequest:
+        if how == "arguments" and one:
+            raise dt.ArgumentError("x must be better", "x")
+        return request_of(case, mine, bound, **other)
+
+    nothing = True
+    try:
+        out = engine.dispatch(Prepared(make))
+        nothing = not out.plan.tokens_per_expert.any() and (out.topk_idx is None or bool((out.topk_idx == -1).all()))
+        if out.topk_weights is not None and out.topk_weights.numel():
+            nothing &= bool(out.topk_weights.isnan().all())
+    except dt.ArgumentError as error:
+        assert how in ("mixed", "arguments")
+        assert one, "no CPU may have waited"
+        if how == "arguments":
+            assert "x must be better" in str(error)
+    with pytest.raises(dt.ArgumentError) as caught:
+        engine.check()
+    return str(caught.value), list(caught.value.ranks), nothing
+
+
+@pytest.mark.parametrize("layout", ["rank", "expert"])
+@pytest.mark.parametrize(
+    ("how", "text", "ranks"),
+    [
+        ("overflow", "rank 1: num_worst_tokens=1 but", [1]),
+        ("mixed", "are wrong or differ", None),
+        ("index", "the arguments of rank 1 are wrong", [1]),
+        ("alignment", "are wrong or differ", None),
+        ("arguments", "are wrong or differ", None),
+        ("room", "pass num_rdma_bytes=", []),
+    ],
+)
+def test_what_is_wrong_with_num_worst_tokens_fails_every_rank(
+    how: str, text: str, ranks: list[int] | None, layout: str, library: str
+) -> None:
+    case = Exchange((7, 3, 70, 11), 8, 2, 3, "uniform", torch.float32, layout)
+    given = case.given()
+    told = run_ranks(4, gone_wrong, library, case, given, how, timeout=150)
+    for rank, (said, at_fault, nothing) in enumerate(told):
+        assert text in said
+        assert nothing, "a failed dispatch gives rows to nobody"
+        if ranks is not None:
+            assert at_fault == ranks
+        else:
+            assert at_fault == ([0, 2, 3] if rank == 1 and how != "arguments" else at_fault)
+            assert at_fault == [1] or rank == 1
+    if how == "room":
+        most = max(n for r in range(4) for n in Picture(given, case.num_experts).num_tokens_per_node(r, 2))
+        assert f"num_rdma_bytes={4 * (most * 4096 + 128)}" in told[0][0]
+
+
+def after_a_failed_stream(rank: int, size: int, group: dist.ProcessGroup, library: str, case: Exchange, given: Any) -> None:
+    """What the rail has failed to bring is not looked at."""
+    from rail_on_cpu import engine_on_cpu
+
+    engine = engine_on_cpu(group, 2, library, 64 << 10)
+    engine.rails.end.fail()
+    out = engine.dispatch(Prepared(lambda: request_of(case, given[rank], 4096)))
+    assert not out.plan.tokens_per_expert.any()
+    assert int(out.plan.route.received) == 0  # type: ignore[attr-defined]
+
+
+def test_nothing_is_read_after_a_failed_stream(library: str) -> None:
+    case = Exchange((7, 3, 70, 11), 8, 2, 3, "uniform", torch.float32)
+    run_ranks(4, after_a_failed_stream, library, case, case.given())
+
+
+def told_to_all(rank: int, size: int, group: dist.ProcessGroup, library: str, case: Exchange, given: list[Given]) -> None:
+    """Without num_worst_tokens what is wrong on one rank raises the same on all, and the engine goes on."""
+    from rail_on_cpu import engine_on_cpu
+
+    engine, mine, one = engine_on_cpu(group, 2, library, 64 << 10), given[rank], rank == 1
+
+    def told(text: str, **other: Any) -> None:
+        with pytest.raises(dt.ArgumentError, match=text):
+            engine.dispatch(Prepared(lambda: request_of(case, mine, **(other if one else {}))))
+
+    def fails() -> DispatchRequest:
+        raise dt.ArgumentError("x must be better", "x") if rank == 3 else AssertionError
+
+    with pytest.raises(dt.ArgumentError, match="dispatch: rank 3: x must be better"):
+        engine.dispatch(Prepared(fails if rank == 3 else lambda: request_of(case, mine)))
+    layout = engine.layout(mine.topk_idx, case.num_experts)
+    assert torch.equal(layout.num_tokens_per_rank, layout.is_token_in_rank.sum(0))
+    told("disagree on alignment: 1 on rank 0, 2, 3; 4 on rank 1", alignment=4)
+    told("rank 1: the rdma engine serves up to 4096 experts", num_experts=8192)
+    told("rank 1: topk_idx must lie in", topk_idx=torch.full_like(mine.topk_idx, case.num_experts))
+    per_node = layout.num_tokens_per_rdma_rank
+    assert per_node is not None
+    for name, wrong in (
+        ("num_tokens_per_rank", layout.num_tokens_per_rank + 1),
+        ("num_tokens_per_rdma_rank", per_node + 1),
+        ("num_tokens_per_expert", layout.num_tokens_per_expert + 1),
+    ):
+        told(f"rank 1: {name}=", layout=RankLayout(*layout)._replace(**{name: wrong}))
+    out = engine.dispatch(Prepared(lambda: request_of(case, mine, layout=layout)))
+    assert_same_bits(out.payload.data, engine.dispatch(Prepared(lambda: request_of(case, mine))).payload.data)
+
+
+def test_what_is_wrong_on_one_rank_is_told_to_all(library: str) -> None:
+    case = Exchange((7, 3, 70, 11), 8, 2, 3, "uniform", torch.float32)
+    run_ranks(4, told_to_all, library, case, case.given())

@@ -1,0 +1,46 @@
+"""In torch, on any device, what the kernels of the rdma engine's fresh dispatches do; the tests compare."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deepep_train.engines.rail_tables import num_words
+
+_BITS = 32  # of a word
+
+
+def mask_words(is_token_in_rank: Tensor) -> Tensor:
+    """bool [T, R] -> int32 [T, words], a bit a rank: what a row tells its forwarder."""
+    num_tokens, num_ranks = is_token_in_rank.shape
+    words = num_words(num_ranks)
+    bits = F.pad(is_token_in_rank, (0, words * _BITS - num_ranks)).view(num_tokens, words, _BITS).to(torch.int64)
+    return (bits << torch.arange(_BITS, device=bits.device)).sum(2).to(torch.int32)
+
+
+def masks_of(words: Tensor, node: int, local: int) -> Tensor:
+    """int32 [F, words] -> bool [F, local]: which ranks of a node rows are for."""
+    rank = torch.arange(node * local, (node + 1) * local, dtype=torch.int32, device=words.device)
+    return ((words[:, rank // _BITS] >> rank % _BITS) & 1).to(torch.bool)
+
+
+def placed_picks(idx: Tensor, expert_base: Tensor) -> Tensor:
+    """int64 [N, K] local experts, int32 [L] -> int32 [N, K]: the row of every pick, its expert's rows in order of picks."""
+    row, following = torch.full(idx.shape, -1, dtype=torch.int32), expert_base.tolist()
+    for n, picks in enumerate(idx.tolist()):
+        for k, e in enumerate(picks):
+            if e >= 0:
+                row[n, k] = following[e]
+                following[e] += 1
+    return row
+
+
+def arranged(pick_row: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """-> `ExpertTables`' rows_of and row_slot."""
+    rows_of, row_slot = torch.full_like(pick_row, -1), torch.full((num_rows,), -1, dtype=torch.int32)
+    for n, picks in enumerate(pick_row.tolist()):
+        rows = sorted(row for row in picks if row >= 0)
+        rows_of[n, : len(rows)] = torch.tensor(rows, dtype=torch.int32)
+        row_slot[rows] = n
+    return rows_of, row_slot
