@@ -35,7 +35,7 @@ def graphs(rank: int, size: int, group: dist.ProcessGroup, local: int, layout: s
     with pytest.raises(dt.ArgumentError, match="capture needs num_worst"), torch.cuda.graph(torch.cuda.CUDAGraph()):
         dt.dispatch(x, idx, w, buffer=buffer, num_experts=size * LOCAL_EXPERTS)
     buffer.check()
-    capture_and_replay(buffer, rank, size, layout, fresh)
+    capture_and_replay(buffer, rank, size, group, layout, fresh)
 
 
 @pytest.mark.parametrize("fresh", [False, True], ids=["cached", "num_worst_tokens"])
