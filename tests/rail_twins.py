@@ -6,9 +6,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deepep_train.engines.rail_tables import num_words
+from deepep_train.engines.rail_tables import Counts, node_counts, num_words
 
 _BITS = 32  # of a word
+
+
+def counts_of(rank: int, local: int, counts_RR: Tensor, per_node_RN: Tensor) -> Counts:
+    """Args:
+    counts_RR: int64 [R, R], rows from each rank to each rank.
+    per_node_RN: int64 [R, nodes], the same to each node.
+    """
+    node, rail = divmod(rank, local)
+    recv = per_node_RN[rail::local, node].tolist()
+    return node_counts(rank, local, per_node_RN[rank].tolist(), recv, counts_RR, int(per_node_RN.max()))
 
 
 def mask_words(is_token_in_rank: Tensor) -> Tensor:

@@ -143,8 +143,8 @@ class Fresh:
         row_bytes = words_bytes(top_k, weights is not None, self.num_ranks)
         rails.need_room(sizes.most, row_bytes)
         nodes, local = rails.nodes, rails.local
-        slot, number = self._ints(sizes.num_forwarded, local), self._ints(sizes.num_forwarded, local)
         with rails.operation(None, *DISPATCH) as stream:
+            slot, number = self._ints(sizes.num_forwarded, local), self._ints(sizes.num_forwarded, local)
             token = self._ints(num_tokens * nodes)
             tables = Tables(token, found.send_at, found.recv_at, slot, told.place, sizes.most, stream)
             words = self._ints(num_tokens, row_bytes // 4)

@@ -34,17 +34,8 @@ class Counts:
     most: int
 
 
-def counts_of(rank: int, local: int, counts_RR: Tensor, per_node_RN: Tensor) -> Counts:
-    """Args:
-    counts_RR: int64 [R, R], rows from each rank to each rank.
-    per_node_RN: int64 [R, nodes], the same to each node.
-    """
-    node, rail = divmod(rank, local)
-    recv = per_node_RN[rail::local, node].tolist()
-    return node_counts(rank, local, per_node_RN[rank].tolist(), recv, counts_RR, int(per_node_RN.max()))
-
-
 def node_counts(rank: int, local: int, send: list[int], recv: list[int], counts_RR: Tensor, most: int) -> Counts:
+    """`counts_RR`: int64 [R, R], rows from each rank to each rank; the rest as in `Counts`."""
     node, rail = divmod(rank, local)
     counts_RL = counts_RR[:, node * local : (node + 1) * local]
     begin_RL = counts_RL.cumsum(0) - counts_RL

@@ -103,11 +103,19 @@ class RdmaEngine(CollectiveEngine):
         tables, words = self._fresh.open(told, found, sizes, request, self._signature("words", None, self.peers.calls))
         experts, idx, weights = None, words.topk_idx, words.topk_weights
         if request.arrangement == "expert":
-            assert idx is not None
-            experts = self._fresh.arrange(idx, found, sizes.num_rows)
-            if weights is not None:
-                weights = move_weights(self.rails, weights, experts, back=False)
+            try:
+                assert idx is not None
+                experts = self._fresh.arrange(idx, found, sizes.num_rows)
+                if weights is not None:
+                    weights = move_weights(self.rails, weights, experts, back=False)
+            except Exception as error:  # noqa: BLE001 - whatever it is, the peers wait for this rank's rows
+                self.rails.refuse(DISPATCH, error)
         received = found.received if request.num_worst_tokens else None
+        route = RailRoute(
+            (), rails=self.rails, num_tokens=told.in_rank.size(0), received=received, tables=[tables], experts=experts
+        )
+        if torch.cuda.is_current_stream_capturing():
+            self.rails.keep(route.kept())
         plan = CollectivePlan(
             number=self.peers.calls,
             num_tokens=told.in_rank.size(0),
@@ -119,14 +127,12 @@ class RdmaEngine(CollectiveEngine):
             alignment=request.alignment,
             tokens_per_expert=sizes.tokens_per_expert,
             recv_topk_idx=idx,
-            route=RailRoute(
-                (), rails=self.rails, num_tokens=told.in_rank.size(0), received=received, tables=[tables], experts=experts
-            ),
+            route=route,
             row_from=None,
             experts=None,
         )
+        payload = self._move(request, plan)  # which peers wait for; then what only the caller needs
         tensors = self._tensors_of(told, found, words)
-        payload = self._move(request, plan)
         remember(tensors, plan, self._token)  # V1's callers may hand these back as a plain tuple
         return Received(payload, None if experts is not None else idx, weights, plan, tensors)
 

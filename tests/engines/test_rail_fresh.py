@@ -15,6 +15,7 @@ from reference import Given, Picture
 import deepep_train as dt
 from deepep_train.engines.base import DispatchRequest, Payload, Prepared
 from deepep_train.engines.collective import CollectiveEngine
+from deepep_train.engines.rail_tables import Counts, slots
 from deepep_train.routing import RankLayout
 
 pytestmark = pytest.mark.skipif(
@@ -228,3 +229,47 @@ def told_to_all(rank: int, size: int, group: dist.ProcessGroup, library: str, ca
 def test_what_is_wrong_on_one_rank_is_told_to_all(library: str) -> None:
     case = Exchange((7, 3, 70, 11), 8, 2, 3, "uniform", torch.float32)
     run_ranks(4, told_to_all, library, case, case.given())
+
+
+@pytest.mark.parametrize(("num_ranks", "local"), [(32, 4), (36, 6), (70, 10)])
+def test_more_ranks_than_a_word_has_bits(num_ranks: int, local: int, library: str) -> None:
+    """The kernels against torch's twins, without ranks that run."""
+    from rail_on_cpu import End, params
+    from rail_twins import mask_words, masks_of
+
+    g, nodes, node, end = torch.Generator().manual_seed(num_ranks), num_ranks // local, 1, End(library, 0)
+    in_rank = torch.rand(90, num_ranks, generator=g) < 0.05
+    weights = torch.rand(90, 3, generator=g)
+    idx = torch.randint(-1, 99, (90, 3), generator=g)
+    mask_at, masks = 7, mask_words(in_rank)
+    words = torch.full((90, -(-(mask_at + masks.size(1)) // 4) * 4), 77, dtype=torch.int32)
+    p, places = params()["PackParams"](), torch.full((90, nodes), -1, dtype=torch.int32)
+    p.is_token_in_rank, p.topk_idx, p.topk_weights = in_rank.data_ptr(), idx.data_ptr(), weights.data_ptr()
+    p.place, p.words, p.num_tokens, p.top_k = places.data_ptr(), words.data_ptr(), 90, 3
+    p.num_ranks, p.num_nodes, p.row_words = num_ranks, nodes, words.size(1)
+    end.pack_words(p, 0)
+    assert torch.equal(words[:, 0], torch.arange(90, dtype=torch.int32))
+    assert torch.equal(words[:, 1:4], idx.to(torch.int32))
+    assert_same_bits(words[:, 4:7].contiguous().view(torch.float32), weights)
+    assert torch.equal(words[:, mask_at : mask_at + masks.size(1)], masks)
+    assert not words[:, mask_at + masks.size(1) :].any()
+
+    # These tokens as what has come: from each node some, the last rows beyond what was counted.
+    mine = masks_of(masks, node, local)
+    recv_at = torch.tensor([0, *torch.randint(0, 91, (nodes - 1,), generator=g).sort().values.tolist(), 90], dtype=torch.int32)
+    theirs = torch.stack([part.sum(0) for part in mine.split(recv_at.diff().tolist())]).to(torch.int32)
+    theirs[-1] = (theirs[-1] - 1).clamp(min=0)
+    begin = torch.randint(0, 1000, (nodes, local), generator=g).to(torch.int32)
+    expected = slots(Counts([], [], theirs.to(torch.int64), begin.to(torch.int64), 0), recv_at, mine)
+    slot, number = torch.full((97, local), 77, dtype=torch.int32), torch.full((97, local), 77, dtype=torch.int32)
+    addresses = words.data_ptr() + torch.arange(90) * 4 * words.size(1)
+    s = params()["SlotParams"]()
+    s.addresses, s.recv_at, s.theirs, s.begin = (t.data_ptr() for t in (addresses, recv_at, theirs, begin))
+    s.slot, s.number, s.capacity, s.mask_at = slot.data_ptr(), number.data_ptr(), 97, mask_at
+    s.node, s.num_nodes, s.num_local_ranks = node, nodes, local
+    end.find_slots(s, 0)
+    assert torch.equal(slot[:90], expected)
+    assert (slot[90:] == -1).all()
+    assert (number[90:] == -1).all()
+    for r in range(local):
+        assert number[:90, r][slot[:90, r] >= 0].tolist() == list(range(int(theirs[:, r].sum())))

@@ -12,11 +12,11 @@ import torch
 import torch.distributed as dist
 from draws import Exchange
 from harness import run_ranks
-from rail_twins import arranged, mask_words, masks_of, placed_picks
+from rail_twins import arranged, counts_of, mask_words, masks_of, placed_picks
 from reference import Given, Picture, Row
 
 from deepep_train.engines.peers import Peers
-from deepep_train.engines.rail_tables import Tables, counts_of, leaving, slots
+from deepep_train.engines.rail_tables import Tables, leaving, slots
 from deepep_train.engines.two_level import learn_forwarding
 from deepep_train.routing import expert_rows, rank_layout, tokens_per_node
 

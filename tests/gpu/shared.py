@@ -68,7 +68,7 @@ def inputs(rank: int, size: int, seed: int, tokens: int = TOKENS, hidden: int = 
     return x, idx, torch.rand(tokens, TOP_K, generator=g)
 
 
-def capture_and_replay(buffer: dt.Buffer, rank: int, size: int, layout: str, fresh: bool) -> None:
+def capture_and_replay(buffer: dt.Buffer, rank: int, size: int, group: dist.ProcessGroup, layout: str, fresh: bool) -> None:
     """A dispatch, `fresh` with num_worst_tokens or along a handle, and its combine in a CUDA graph, which is replayed with
     other rows and, if fresh, other routings; each time bit for bit what calls outside of graphs give. Destroys the buffer."""
     x, idx, w = (t.cuda() for t in inputs(rank, size, 9))
@@ -109,6 +109,7 @@ def capture_and_replay(buffer: dt.Buffer, rank: int, size: int, layout: str, fre
                 assert_same_bits(out.topk_idx[:n], expected.topk_idx)
                 assert (out.topk_idx[n:] == -1).all()
     torch.cuda.synchronize()
+    dist.barrier(group)  # a rank whose buffer is destroyed may say that it is gone to one that still looks at the last call
     buffer.destroy()
     graph.replay()  # of a destroyed buffer: defined, and NaN
     torch.cuda.synchronize()

@@ -201,7 +201,7 @@ def test_sms_per_call() -> None:
 
 def graphs(rank: int, size: int, group: dist.ProcessGroup, layout: str, fresh: bool) -> None:
     buffer = dt.Buffer(group, num_nvl_bytes=32 << 20, engine="nvlink", timeout=20)
-    shared.capture_and_replay(buffer, rank, size, layout, fresh)
+    shared.capture_and_replay(buffer, rank, size, group, layout, fresh)
 
 
 @pytest.mark.parametrize("fresh", [False, True], ids=["cached", "num_worst_tokens"])

@@ -35,7 +35,7 @@ def graphs(rank: int, size: int, group: dist.ProcessGroup, local: int, layout: s
     with pytest.raises(dt.ArgumentError, match="capture needs num_worst"), torch.cuda.graph(torch.cuda.CUDAGraph()):
         dt.dispatch(x, idx, w, buffer=buffer, num_experts=size * LOCAL_EXPERTS)
     buffer.check()
-    capture_and_replay(buffer, rank, size, layout, fresh)
+    capture_and_replay(buffer, rank, size, group, layout, fresh)
 
 
 @pytest.mark.parametrize("fresh", [False, True], ids=["cached", "num_worst_tokens"])
@@ -53,7 +53,9 @@ def unwaiting(rank: int, size: int, group: dist.ProcessGroup, local: int, layout
     how: dict[str, Any] = {"buffer": buffer, "num_experts": size * LOCAL_EXPERTS, "layout": layout, "alignment": 8}
     expected = dt.dispatch(x, idx, w, **how)
     z = dt.combine(expected.x, expected.handle)
-    dt.dispatch(x, idx, w, num_worst_tokens=1500, **how)  # loads every kernel
+    first = dt.dispatch(x, idx, w, num_worst_tokens=1500, **how)  # loads every kernel, and leaves memory in caches
+    dt.combine(first.x, first.handle)
+    del first
     torch.cuda.synchronize()
     dist.barrier(group)
     spin(400)
