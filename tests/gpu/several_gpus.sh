@@ -15,33 +15,11 @@ out=${1:-runs/several_gpus}
 pack=${PACK:-$out.tar.gz}
 limit=${LIMIT:-470}
 parts=${PARTS:-build doctor bench checks new moe_lm megatron tests}
-mkdir -p "$out"
+. tests/gpu/parts.sh
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 OMP_NUM_THREADS=4
 # A program that uses NVLink multicast can put GPUs of a shared host out of service.
 export NCCL_NVLS_ENABLE=0 TORCH_SYMM_MEM_DISABLE_MULTICAST=1 NVSHMEM_DISABLE_NVLS=1
 gpus=$(python3 -c 'import torch; print(torch.cuda.device_count())')
-summary=()
-
-# part NAME SECONDS COMMAND...: runs it within its limit and what is left of the whole.
-part() {
-  local name=$1 seconds=$2 left=$((limit - SECONDS)) began=$SECONDS status=0
-  shift 2
-  [[ " $parts " == *" ${name%%-*} "* ]] || return 0
-  if ((left < 15)); then
-    summary+=("$name: NOT RUN, no time left")
-    return 0
-  fi
-  ((seconds > left)) && seconds=$left
-  timeout -s INT -k 10 "$seconds" "$@" >"$out/$name.log" 2>&1 || status=$?
-  case $status in
-  0) summary+=("$name: done in $((SECONDS - began)) s") ;;
-  124 | 137) summary+=("$name: STOPPED at its limit of $seconds s") ;;
-  *) summary+=("$name: FAILED with status $status after $((SECONDS - began)) s") ;;
-  esac
-  echo "== ${summary[-1]}"
-  tar -czf "$pack" -C "$(dirname "$out")" "$(basename "$out")"
-}
-
 torchrun() { echo python3 -m torch.distributed.run --standalone --nproc-per-node "$gpus" "$@"; }
 
 if ((gpus < 2)); then
@@ -79,6 +57,4 @@ grep -hE "peer copies|best GB/s|the arena was too small" "$out/bench.log" 2>/dev
 grep -HE "tokens/s" "$out"/moe_lm-*.log "$out"/megatron-*.log 2>/dev/null | grep -E "median" | sed "s|^$out/||"
 grep -HE "FAILED|ERROR |^=+ .* in [0-9.]+" "$out"/new.log "$out"/tests-*.log 2>/dev/null | sed "s|^$out/||"
 tail -n 3 "$out"/checks.log 2>/dev/null
-printf '%s\n' "${summary[@]}" "$SECONDS s in all; everything is in $out and $pack"
-printf '%s\n' "${summary[@]}" | grep -qE "FAILED|STOPPED|NOT RUN" && exit 1
-exit 0
+finish
