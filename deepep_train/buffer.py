@@ -184,7 +184,11 @@ class Buffer(CheckedCalls, LowLatencyCalls):
         return self._destroyed
 
     def destroy(self) -> None:
-        """Give back what the buffer holds; raises what has failed and was not raised yet. Later calls raise."""
+        """Give back what the buffer holds; raises what has failed and was not raised yet. Later calls raise.
+
+        Asks no other rank. Memory that other ranks write to is kept until they have destroyed theirs, and then goes back when
+        the last of them does, or this rank makes its next buffer.
+        """
         if self._destroyed:
             return
         self._destroyed = True

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <stdexcept>
 #include <thread>
+#include <utility>
 
 #include "../common/check.hpp"
 #include "../common/relaxed.hpp"
@@ -151,8 +152,10 @@ Communicator::~Communicator() {
         cudaGetLastError();
         state_->kept = true;
     }
-    if (!state_->kept)
+    if (!state_->kept) {
         for (void* memory : opened_) cudaIpcCloseMemHandle(memory);
+        if (closings_ && !closed_) closings_->say(rank_);
+    }
     if (arena_) arena_->retire(state_->kept || (state_->host != nullptr && state_->host->failed != 0));
     if (state_->eager != nullptr) cudaEventDestroy(state_->eager);
     if (state_->captured != nullptr) cudaEventDestroy(state_->captured);
@@ -202,6 +205,11 @@ std::vector<uint64_t> Communicator::addresses() const {
     return table;
 }
 
+void Communicator::share(std::shared_ptr<Closings> closings) {
+    closings_ = std::move(closings);
+    arena_->share(closings_);
+}
+
 void Communicator::close(bool keep) {
     state_->kept |= keep;
     closed_ = true;
@@ -212,9 +220,10 @@ void Communicator::close(bool keep) {
     const uint32_t one = 1;
     auto* control = reinterpret_cast<Control*>(arena_->base());
     DT_CUDA(cudaMemcpy(&control->failed, &one, sizeof(one), cudaMemcpyHostToDevice));
-    arena_->retire(state_->kept || failed || state_->host->failed != 0);
     for (void* memory : opened_) DT_CUDA(cudaIpcCloseMemHandle(memory));
     opened_.clear();
+    if (closings_) closings_->say(rank_);
+    arena_->retire(state_->kept || failed || state_->host->failed != 0);
 }
 
 void Communicator::enter_pool() { set_current_arena(arena_.get()); }

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../common/arena.hpp"
+#include "../common/closings.hpp"
 #include "params.hpp"
 #include "tables.hpp"
 
@@ -62,8 +63,10 @@ public:
     void open(const std::vector<PeerAddress>& peers);
     // Every rank's arena, as this process maps it; after `open`.
     std::vector<uint64_t> addresses() const;
-    // Unmaps them. With `keep`, or after a failure, this rank's memory is kept for ever: a late peer, or a CUDA graph, may
-    // still write into it.
+    // After that barrier: which ranks have closed, so that a late one finds the memory it writes to; null: nobody will know.
+    void share(std::shared_ptr<Closings> closings);
+    // Unmaps them, and says so. This rank's memory is kept until all ranks have; with `keep`, or after a failure, for ever: a
+    // late peer, or a CUDA graph, may still write into it.
     void close(bool keep);
 
     // Makes torch's allocations from the arena's pool, on this thread, come from this arena; or from none.
@@ -122,6 +125,7 @@ private:
     uint32_t tickets_ = 0;
     bool closed_ = false;
     std::shared_ptr<Arena> arena_;
+    std::shared_ptr<Closings> closings_;
     std::unique_ptr<State> state_;
     std::vector<void*> opened_;
 };
