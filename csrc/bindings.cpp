@@ -265,10 +265,12 @@ PYBIND11_MODULE(_C, m) {
         .def("layout", &C::layout)
         .def("route", &C::route)
         .def("route_nothing", &C::route_nothing)
+        .def("counts_come", &C::counts_come)
+        .def("counts", &C::counts)
         .def(
             "wait_counts",
-            [](const C& c, uint32_t ticket, int num_local_experts, uint64_t stream) {
-                return c.wait_counts(ticket, num_local_experts, stream, [] {
+            [](const C& c, uint32_t ticket, uint64_t stream) {
+                c.wait_counts(ticket, stream, [] {
                     const py::gil_scoped_acquire gil;
                     if (PyErr_CheckSignals() != 0) throw py::error_already_set();
                 });

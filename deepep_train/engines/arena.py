@@ -164,7 +164,8 @@ class Arena:
         return landings
 
     def ahead(self) -> AbstractContextManager[None]:
-        """Enters the pool before it is known how large the tensors will be: a CPU that waits for that has the time."""
+        """Enters the pool before it is known how large the tensors will be: a CPU that waits for that has the time. To be left
+        soon: torch takes a pool in use for a capture, and gives back nothing that it caches, whichever thread runs short."""
         return self._allocating()
 
     def land_quickly(self, wanted: Wanted) -> list[Landing | None] | None:
