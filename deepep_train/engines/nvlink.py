@@ -163,6 +163,8 @@ class NvlinkEngine(NvlinkDomain):
             signature = hashed("dispatch", self.peers.number, bound > 0, request.agreement())
             ticket = self._comm.route(tables, _address(idx), request.alignment, bound, signature, stream)
         except Exception as error:
+            if self._is_capturing:  # as `dispatch` does before: no peer waits yet, and no CPU may
+                raise
             prepared.request, prepared.error = None, error
             counts = self._wait_counts(self._comm.route_nothing(stream), 0, stream)
             if counts is None:  # some rank had a bound, so this is the end of the buffer: but first comes what is wrong here
