@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <array>
 
+#include "common/closings.hpp"
 #include "fp8/kernels.hpp"
 #include "low_latency/kernels.hpp"
 #include "nvlink/beside.hpp"
@@ -226,6 +227,13 @@ PYBIND11_MODULE(_C, m) {
     bind_results(m);
     bind_low_latency(m.def_submodule("low_latency"));
     bind_fp8(m.def_submodule("fp8"));
+    py::class_<deepep_train::Closings, std::shared_ptr<deepep_train::Closings>>(m, "Closings")
+        .def(py::init<int>(), py::arg("num_ranks"))
+        .def(py::init<int, int, int>(), py::arg("num_ranks"), py::arg("pid"), py::arg("descriptor"))
+        .def_property_readonly("descriptor", &deepep_train::Closings::descriptor)
+        .def("seal", &deepep_train::Closings::seal)
+        .def("say", &deepep_train::Closings::say)
+        .def("all", &deepep_train::Closings::all);
     using C = Communicator;
     const auto no_gil = py::call_guard<py::gil_scoped_release>();
     py::class_<C>(m, "Communicator")
@@ -246,6 +254,7 @@ PYBIND11_MODULE(_C, m) {
                  c.open(addresses);
              })
         .def("addresses", &C::addresses)
+        .def("share", &C::share)
         .def("close", &C::close, py::arg("keep") = false, no_gil)
         .def("enter_pool", &C::enter_pool)
         .def_static("leave_pool", &C::leave_pool)
@@ -256,10 +265,12 @@ PYBIND11_MODULE(_C, m) {
         .def("layout", &C::layout)
         .def("route", &C::route)
         .def("route_nothing", &C::route_nothing)
+        .def("counts_come", &C::counts_come)
+        .def("counts", &C::counts)
         .def(
             "wait_counts",
-            [](const C& c, uint32_t ticket, int num_local_experts, uint64_t stream) {
-                return c.wait_counts(ticket, num_local_experts, stream, [] {
+            [](const C& c, uint32_t ticket, uint64_t stream) {
+                c.wait_counts(ticket, stream, [] {
                     const py::gil_scoped_acquire gil;
                     if (PyErr_CheckSignals() != 0) throw py::error_already_set();
                 });

@@ -184,7 +184,11 @@ class Buffer(CheckedCalls, LowLatencyCalls):
         return self._destroyed
 
     def destroy(self) -> None:
-        """Give back what the buffer holds; raises what has failed and was not raised yet. Later calls raise."""
+        """Give back what the buffer holds; raises what has failed and was not raised yet. Later calls raise.
+
+        Asks no other rank. Memory that other ranks write to is kept until they have destroyed theirs, and then goes back when
+        the last of them does, or this rank makes its next buffer.
+        """
         if self._destroyed:
             return
         self._destroyed = True
@@ -208,6 +212,8 @@ class Buffer(CheckedCalls, LowLatencyCalls):
             where = None if device is None else torch.device(device)
         except (RuntimeError, TypeError):
             raise ArgumentError(f"device must name a device, got {checks.shown(device)}", "device") from None
+        if where is not None and where.type == "cuda" and not torch.cuda.is_available():
+            raise ArgumentError(f"device: this machine has no CUDA device, got {checks.shown(device)}", "device")
         return self._engine.empty(shape, dtype, where)
 
     def empty_like(self, t: Tensor) -> Tensor:
@@ -229,7 +235,10 @@ class Buffer(CheckedCalls, LowLatencyCalls):
 
     @staticmethod
     def set_num_sms(new_num_sms: int) -> None:
-        """Set how many SMs the kernels of later calls may occupy; even, as in V1."""
+        """Set how many SMs the kernels of later calls that move rows, or wait for other ranks, may occupy; even, as in V1.
+
+        Small kernels that wait for nobody take what they need for some microseconds, whatever this says (docs/kernels.md).
+        """
         checks.integer(new_num_sms, "new_num_sms", 2)
         checks.need(new_num_sms % 2 == 0, "new_num_sms", "even", new_num_sms)
         Buffer.num_sms = new_num_sms

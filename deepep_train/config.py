@@ -29,8 +29,9 @@ class Config:
         for name, value in vars(self).items():
             if name == "is_default":
                 continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < (0 if name == "num_sms" else 1):
-                raise ArgumentError(f"Config: {name} must be a positive int, got {value!r}", name)
+            least = 0 if name == "num_sms" else 1
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ArgumentError(f"Config: {name} must be an int from {least} on, got {value!r}", name)
         for link in ("nvl", "rdma"):
             send, recv = (getattr(self, f"num_max_{link}_chunked_{way}_tokens") for way in ("send", "recv"))
             if send >= recv:

@@ -77,10 +77,13 @@ class CommStream:
         else:
             comm.wait_stream(current)
         with torch.cuda.stream(comm):
-            result = work()
+            try:
+                result = work()
+            finally:  # it may raise behind a launch that reads them
+                for t in tensors:
+                    if t.is_cuda:
+                        t.record_stream(comm)
             event = EventHandle()
-        for t in tensors:
-            t.record_stream(comm)
         for t in _tensors_in(result):
             if t.is_cuda:
                 t.record_stream(current)

@@ -12,22 +12,67 @@ import pytest
 from needs import need_built, need_cuobjdump, need_nvcc
 
 
+class Body:
+    """A function's instructions in order, without their predicates, and which may follow which.
+
+    `is_sure`: whether it is executed by whoever comes to it, by no predicate.
+    """
+
+    def __init__(self, sass: str) -> None:
+        lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+ )?(\S.*?)\s*;", sass, re.M)
+        self.code = [text for _, _, text in lines]
+        self.is_sure = [not predicate for _, predicate, _ in lines]
+        at = {int(address, 16): i for i, (address, _, _) in enumerate(lines)}
+        self._next: list[list[int]] = []
+        for i, one in enumerate(self.code):
+            name, *operands = one.split()
+            to = [i + 1] if i + 1 < len(lines) else []
+            if self.is_sure[i] and (name.startswith(("EXIT", "RET")) or (name == "BRA" and len(operands) == 1)):
+                to = []
+            if name.startswith(("BRA", "CALL", "WARPSYNC.COLLECTIVE")):
+                to.append(at[int(operands[-1], 16)])
+            self._next.append(to)
+
+    def find(self, pattern: str) -> list[int]:
+        return [i for i, one in enumerate(self.code) if re.match(pattern, one)]
+
+    def reached(self, starts: list[int], without: list[int]) -> set[int]:
+        """Whatever a thread may come to from behind `starts` that executes none of `without`, lanes and blocks being what they
+        may: an instruction is missing here only if every way to it leads through `without`."""
+        sure = {i for i in without if self.is_sure[i]}
+        found: set[int] = set()
+        left = [n for i in starts for n in self._next[i]]
+        while left:
+            i = left.pop()
+            if i not in found and i not in sure:
+                found.add(i)
+                left += self._next[i]
+        return found
+
+    def proxy_fences(self) -> list[int]:
+        """Those of `fence.proxy.async`: an mbarrier's initialization has one of its own, before it."""
+        return [i for i in self.find(r"FENCE\.VIEW\.ASYNC") if not self.code[i + 1].startswith("SYNCS.EXCH")]
+
+
 @cache
-def instructions() -> dict[str, list[str]]:
-    """By function: its instructions in order, without predicates and encodings."""
+def bodies() -> dict[str, Body]:
+    """By function."""
     built = need_built("_C")
     command = [need_cuobjdump(), "--dump-sass", "-arch", "sm_90", built]
     sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    line = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?(\S.*?)\s*;", re.M)
     found = re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function : |\Z)", sass, re.S)
     assert found, f"{built} holds no code for sm_90; TORCH_CUDA_ARCH_LIST may have left it out"
-    return {name: line.findall(body) for name, body in found}
+    return {name: Body(sass) for name, sass in found}
+
+
+def whole(kernel: str) -> list[Body]:
+    found = [body for name, body in bodies().items() if kernel in name]
+    assert found, f"no {kernel}"
+    return found
 
 
 def of_kernel(kernel: str) -> list[list[str]]:
-    bodies = [body for name, body in instructions().items() if kernel in name]
-    assert bodies, f"no {kernel}"
-    return bodies
+    return [body.code for body in whole(kernel)]
 
 
 def has(body: list[str], pattern: str) -> bool:
@@ -40,8 +85,8 @@ def test_rows_go_through_the_bulk_copy_engine(kernel: str) -> None:
 
 
 def test_nothing_is_read_through_the_non_coherent_path() -> None:
-    for name, body in instructions().items():
-        assert not has(body, r"LDG?\S*\.CONSTANT"), name
+    for name, body in bodies().items():
+        assert not has(body.code, r"LDG?\S*\.CONSTANT"), name
 
 
 LOW_LATENCY = [f"{operation}_{phase}_kernel" for operation in ("dispatch", "combine") for phase in ("send", "receive")]
@@ -58,23 +103,35 @@ def test_flags_are_polled_and_raised_for_the_whole_system(kernel: str) -> None:
 
 
 # Where a peer's flags lie in its `Control` (csrc/nvlink/protocol.cuh), by kernel: those that it raises and polls.
-COUNTED, READY, DONE = "", r"\+0x100", r"\+0x200"
+COUNTED, READY, DONE, ALARM = "", r"\+0x100", r"\+0x200", r"\+0x20a900"
 FLAGS = {
-    "dispatch_kernel": (READY, DONE),
-    "combine_kernel": (READY, DONE),
-    "count_kernel": (COUNTED,),
-    "refuse_kernel": (READY,),
+    "dispatch_kernel": (READY, DONE, ALARM),
+    "combine_kernel": (READY, DONE, ALARM),
+    "count_kernel": (COUNTED, ALARM),
+    "refuse_kernel": (READY, ALARM),
 }
+FAILED = r"\+0x4410"  # in the `HostPage`
 FENCE = r"MEMBAR\.(ALL|SC)\.SYS"
+
+
+def stores(body: list[str], at: str = "") -> list[int]:
+    return [i for i, one in enumerate(body) if re.match(rf"STG?\.E\.STRONG\.SYS \S+\[\w+\.64{at}\]", one)]
+
+
+def is_released(body: list[str], store: int) -> bool:
+    """A fence is before it, which nothing separates from the store but what belongs to it."""
+    return has(body[store - 4 : store], FENCE)
 
 
 @pytest.mark.parametrize("kernel", FLAGS)
 def test_flags_are_raised_by_a_release(kernel: str) -> None:
-    """Behind a fence, which nothing separates from the store but what belongs to it."""
     for body in of_kernel(kernel):
         for flag in FLAGS[kernel]:
-            stores = [i for i, one in enumerate(body) if re.match(rf"STG?\.E\.STRONG\.SYS \S+\[\w+\.64{flag}\]", one)]
-            assert any(has(body[i - 4 : i], FENCE) for i in stores), f"the flag at {flag or 0} is raised without order"
+            raised = stores(body, flag)
+            if flag == COUNTED:  # the same pattern finds what the CPU gets, of which the last is the ticket
+                raised = [i for i in raised[:-1] if is_released(body, i)]
+            assert raised, f"the flag at {flag or 0} is not raised"
+            assert all(is_released(body, i) for i in raised), f"the flag at {flag or 0} is raised without order"
 
 
 @pytest.mark.parametrize("kernel", FLAGS)
@@ -89,38 +146,60 @@ def test_flags_are_polled_by_an_acquire(kernel: str) -> None:
             assert all(acquired) or (flag == COUNTED and any(acquired)), f"the flag at {flag or 0} is polled without order"
 
 
+@pytest.mark.parametrize("kernel", FLAGS)
+def test_the_cpu_is_told_last_that_the_domain_has_failed(kernel: str) -> None:
+    for body in of_kernel(kernel):
+        failed = stores(body, FAILED)
+        assert failed
+        assert all(is_released(body, i) for i in failed), "the CPU may find `failed` without what has"
+
+
+def test_the_cpu_is_told_last_that_the_counts_are_there() -> None:
+    """By one thread: its fence counts for what the others wrote if it comes behind the barrier."""
+    (body,) = whole("count_kernel")
+    ticket, barrier = stores(body.code)[-1], body.find(r"BAR\.SYNC")[-1]
+    assert is_released(body.code, ticket), "the CPU may find the ticket without the counts"
+    assert body.find(FENCE)[-2] > barrier, "the fence orders one thread's counts"  # the last is behind the ticket
+
+
 @pytest.mark.parametrize("kernel", ["dispatch_kernel", "combine_kernel"])
 def test_blocks_join_behind_a_fence_of_the_whole_system(kernel: str) -> None:
-    """The last block raises the flags for what all blocks have written."""
-    for body in of_kernel(kernel):
-        joins = [i for i, one in enumerate(body) if one.startswith("ATOMG.E.ADD.STRONG.GPU")]
+    """The last block raises the flags for what all blocks have written; every thread has executed one."""
+    for body in whole(kernel):
+        joins = body.find(r"ATOMG\.E\.ADD\.STRONG\.GPU")
         assert joins
         for join in joins:
-            barrier = max(i for i, one in enumerate(body[:join]) if one.startswith("BAR.SYNC"))
-            assert has(body[barrier - 8 : barrier], FENCE), "blocks join without a fence"
+            barrier = max(i for i in body.find(r"BAR\.SYNC") if i < join)
+            assert has(body.code[barrier - 8 : barrier], FENCE), "blocks join without a fence"
+        assert not body.reached([0], without=body.find(FENCE)) & set(joins), "some threads pass the fence by"
 
 
-# In dispatch and combine one stands behind the meeting: what peers wrote is read by bulk copies, and what they read is
-# overwritten by them. The others are the pipelines' own.
-PROXY_FENCES = {"dispatch_kernel": 6, "combine_kernel": 2, "expand_kernel": 5, "reduce_kernel": 1}
-
-
-@pytest.mark.parametrize("kernel", PROXY_FENCES)
-def test_no_fence_between_ordinary_and_bulk_accesses_is_missing(kernel: str) -> None:
-    for body in of_kernel(kernel):
-        assert sum(one.startswith("FENCE.VIEW.ASYNC") for one in body) >= PROXY_FENCES[kernel]
+@pytest.mark.parametrize("kernel", ["dispatch_kernel", "combine_kernel"])
+def test_bulk_accesses_are_ordered_behind_the_meeting(kernel: str) -> None:
+    """What peers wrote is read by bulk copies, and what they read is overwritten by them: every thread that comes from the
+    flags to the copy engine has executed a fence between the two."""
+    for body in whole(kernel):
+        polls, bulk = body.find(rf"LDG?\.E\.STRONG\.SYS \w+, \S+\[\w+\.64{READY}\]"), set(body.find("UBLKCP"))
+        assert bulk & body.reached(polls, without=[]), "this test does not follow the kernel"
+        assert not bulk & body.reached(polls, without=body.proxy_fences()), "some threads pass the fence by"
 
 
 @pytest.mark.parametrize("kernel", ["dispatch_kernel", "expand_kernel"])
 def test_bulk_stores_are_written_before_they_are_announced(kernel: str) -> None:
     """`wait_group` is `wait_group.read` (DEPBAR: shared memory has been read) and an invalidation of L1 behind it; the waits on
-    the way, which only free a stage, have none. After the last wait nothing is stored in bulk any more."""
-    for body in of_kernel(kernel):
-        waits = [i for i, one in enumerate(body) if one.startswith("DEPBAR.LE SB0")]
-        final = [i for i in waits if body[i].endswith("0x0")]
+    the way, which only free a stage, have none. Every thread that has stored in bulk comes through the last wait, and then
+    through a fence between the two kinds of accesses, before it joins or ends."""
+    for body in whole(kernel):
+        waits, bulk = body.find("DEPBAR.LE SB0"), body.find(r"UBLKCP\.G\.S")
+        final = [i for i in waits if body.code[i].endswith("0x0")]
         assert len(final) == 1
-        assert [body[i + 1].startswith("CCTL.IVALL") for i in waits] == [i in final for i in waits]
-        assert max(i for i, one in enumerate(body) if one.startswith("UBLKCP.G.S")) < final[0]
+        assert [body.code[i + 1].startswith("CCTL.IVALL") for i in waits] == [i in final for i in waits]
+        assert bulk
+        ends = set(body.find(r"ATOMG\.E\.ADD|EXIT"))
+        assert ends & body.reached(bulk, without=[]), "this test does not follow the kernel"
+        assert not ends & body.reached(bulk, without=final), "some threads do not wait"
+        assert not ends & body.reached(final, without=body.proxy_fences()), "some threads pass the fence by"
+        assert not set(bulk) & body.reached(final, without=[])
 
 
 def test_that_test_tells_the_two_waits_apart(tmp_path: Path) -> None:

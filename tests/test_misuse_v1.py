@@ -193,3 +193,19 @@ def test_errors_can_be_caught_by_what_they_are() -> None:
     for kind in (DeepEPError, ValueError, RuntimeError):
         with pytest.raises(kind):
             Config(num_sms=-1)
+
+
+def test_a_config_says_what_it_accepts() -> None:
+    """0 SMs stand for what the buffer takes."""
+    assert Config(num_sms=0).num_sms == 0
+    with pytest.raises(ArgumentError, match="num_sms must be an int from 0 on, got -1"):
+        Config(num_sms=-1)
+    with pytest.raises(ArgumentError, match="send_tokens must be an int from 1 on, got 0"):
+        Config(20, 0)
+
+
+def test_memory_of_a_gpu_that_is_not_there_is_an_argument_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ArgumentError, match="no CUDA device, got 'cuda'") as caught:
+        Buffer().empty((1, 1), torch.float32, "cuda")
+    assert caught.value.argument == "device"

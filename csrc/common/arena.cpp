@@ -1,6 +1,7 @@
 #include "arena.hpp"
 
 #include <iterator>
+#include <utility>
 #include <vector>
 
 #include "check.hpp"
@@ -32,6 +33,7 @@ Registry& registry() {
 }  // namespace
 
 std::shared_ptr<Arena> Arena::make(int device, size_t bytes, size_t reserve) {
+    collect();
     std::shared_ptr<Arena> arena(new Arena(device, bytes, reserve));
     const std::lock_guard<std::mutex> lock(registry().mutex);
     registry().arenas.push_back(arena);
@@ -59,7 +61,7 @@ Arena::~Arena() {
 
 bool Arena::is_garbage() const {
     const std::lock_guard<std::mutex> lock(mutex_);
-    return retired_ && !abandoned_ && used_ == 0;
+    return retired_ && !abandoned_ && used_ == 0 && (!shared_ || (closings_ && closings_->all()));
 }
 
 // Drops the registry's hold on arenas that nobody needs.
@@ -75,6 +77,12 @@ void Arena::collect() {
             ++i;
         }
     }
+}
+
+void Arena::share(std::shared_ptr<const Closings> closings) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    shared_ = true;
+    closings_ = std::move(closings);
 }
 
 void Arena::retire(bool abandoned) {

@@ -7,13 +7,16 @@
 #include <memory>
 #include <mutex>
 
+#include "closings.hpp"
+
 namespace deepep_train {
 
 // One block of device memory. `reserve` bytes at its start are the owner's; the rest is a heap, given out first-fit.
 //
 // torch's caching allocator asks the heap for whole segments (2 MiB and more) and splits them itself, so there are few, and a
-// map of free ranges is enough. Tensors may outlive the arena's owner: the memory is freed when the owner has retired the arena
-// and nothing of it is taken any more. All methods may be called from any thread.
+// map of free ranges is enough. Tensors may outlive the arena's owner: the memory is freed when the owner has retired the
+// arena, nothing of it is taken any more and no peer can write to it. That is looked at whenever an arena of this process is
+// made or retired, or memory of one comes back. All methods may be called from any thread.
 class Arena {
 public:
     static std::shared_ptr<Arena> make(int device, size_t bytes, size_t reserve);
@@ -37,6 +40,9 @@ public:
     // Finds the arena that gave `pointer` out.
     static void release_anywhere(void* pointer);
 
+    // From now on peers write to it, until all have said in `closings` that they have closed; null: nobody will know.
+    void share(std::shared_ptr<const Closings> closings);
+
     // The owner needs it no longer. With `abandoned`, the memory is never freed: a peer that was stopped, and goes on, may
     // still write into it, and so may a CUDA graph.
     void retire(bool abandoned);
@@ -51,6 +57,8 @@ private:
     size_t bytes_;
     bool retired_ = false;
     bool abandoned_ = false;
+    bool shared_ = false;
+    std::shared_ptr<const Closings> closings_;
     mutable std::mutex mutex_;
     std::map<size_t, size_t> free_;   // offset -> size
     std::map<size_t, size_t> taken_;  // offset -> size

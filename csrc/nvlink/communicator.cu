@@ -7,6 +7,7 @@
 #include <cstring>
 #include <stdexcept>
 #include <thread>
+#include <utility>
 
 #include "../common/check.hpp"
 #include "../common/relaxed.hpp"
@@ -151,8 +152,10 @@ Communicator::~Communicator() {
         cudaGetLastError();
         state_->kept = true;
     }
-    if (!state_->kept)
+    if (!state_->kept) {
         for (void* memory : opened_) cudaIpcCloseMemHandle(memory);
+        if (closings_ && !closed_) closings_->say(rank_);
+    }
     if (arena_) arena_->retire(state_->kept || (state_->host != nullptr && state_->host->failed != 0));
     if (state_->eager != nullptr) cudaEventDestroy(state_->eager);
     if (state_->captured != nullptr) cudaEventDestroy(state_->captured);
@@ -202,6 +205,11 @@ std::vector<uint64_t> Communicator::addresses() const {
     return table;
 }
 
+void Communicator::share(std::shared_ptr<Closings> closings) {
+    closings_ = std::move(closings);
+    arena_->share(closings_);
+}
+
 void Communicator::close(bool keep) {
     state_->kept |= keep;
     closed_ = true;
@@ -212,9 +220,10 @@ void Communicator::close(bool keep) {
     const uint32_t one = 1;
     auto* control = reinterpret_cast<Control*>(arena_->base());
     DT_CUDA(cudaMemcpy(&control->failed, &one, sizeof(one), cudaMemcpyHostToDevice));
-    arena_->retire(state_->kept || failed || state_->host->failed != 0);
     for (void* memory : opened_) DT_CUDA(cudaIpcCloseMemHandle(memory));
     opened_.clear();
+    if (closings_) closings_->say(rank_);
+    arena_->retire(state_->kept || failed || state_->host->failed != 0);
 }
 
 void Communicator::enter_pool() { set_current_arena(arena_.get()); }
@@ -310,12 +319,17 @@ uint32_t Communicator::route_nothing(uint64_t stream) {
     return c.ticket;
 }
 
-std::optional<CountResult> Communicator::wait_counts(uint32_t ticket, int num_local_experts, uint64_t stream,
-                                                     const std::function<void()>& now_and_then) const {
-    const HostPage* page = state_->host;
+bool Communicator::counts_come(uint32_t ticket, double microseconds) const {
+    const auto until = std::chrono::steady_clock::now() + std::chrono::duration<double, std::micro>(microseconds);
+    while (static_cast<int32_t>(state_->host->ticket - ticket) < 0)
+        if (std::chrono::steady_clock::now() > until) return false;
+    return true;
+}
+
+void Communicator::wait_counts(uint32_t ticket, uint64_t stream, const std::function<void()>& now_and_then) const {
     // The kernel keeps the deadline; here only a kernel that cannot run, or has crashed, is looked for.
     const auto deadline = std::chrono::steady_clock::now() + std::chrono::duration<double>(timeout_seconds_ + 30);
-    for (int64_t spins = 0; static_cast<int32_t>(page->ticket - ticket) < 0; ++spins) {
+    for (int64_t spins = 0; static_cast<int32_t>(state_->host->ticket - ticket) < 0; ++spins) {
         if (spins % 4096 != 4095) continue;
         const cudaError_t status = cudaStreamQuery(as_stream(stream));
         if (status != cudaSuccess && status != cudaErrorNotReady)
@@ -325,7 +339,11 @@ std::optional<CountResult> Communicator::wait_counts(uint32_t ticket, int num_lo
         if (spins % (1 << 22) == (1 << 22) - 1) now_and_then();
         std::this_thread::yield();
     }
+}
+
+std::optional<CountResult> Communicator::counts(int num_local_experts) const {
     std::atomic_thread_fence(std::memory_order_acquire);
+    const HostPage* page = state_->host;
     if (page->failed != 0) return std::nullopt;
     CountResult result;
     result.bad = page->counts_bad != 0;
@@ -439,7 +457,7 @@ std::optional<Failure> Communicator::failure() const {
     std::atomic_thread_fence(std::memory_order_acquire);
     static const char* const operations[] = {"count exchange", "dispatch", "combine"};
     static const char* const meetings[] = {"their counts", "their readiness", "the end of their part"};
-    static const char* const causes[] = {"missing", "mismatched", "blamed", "overflow", "bad counts", "destroyed", "refused"};
+    static const char* const causes[] = {"missing", "mismatched", "blamed", "overflow", "bad counts", "refused"};
     Failure f;
     f.epoch = page->failed_epoch;
     f.operation = operations[page->failed_operation];

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../common/arena.hpp"
+#include "../common/closings.hpp"
 #include "params.hpp"
 #include "tables.hpp"
 
@@ -62,8 +63,10 @@ public:
     void open(const std::vector<PeerAddress>& peers);
     // Every rank's arena, as this process maps it; after `open`.
     std::vector<uint64_t> addresses() const;
-    // Unmaps them. With `keep`, or after a failure, this rank's memory is kept for ever: a late peer, or a CUDA graph, may
-    // still write into it.
+    // After that barrier: which ranks have closed, so that a late one finds the memory it writes to; null: nobody will know.
+    void share(std::shared_ptr<Closings> closings);
+    // Unmaps them, and says so. This rank's memory is kept until all ranks have; with `keep`, or after a failure, for ever: a
+    // late peer, or a CUDA graph, may still write into it.
     void close(bool keep);
 
     // Makes torch's allocations from the arena's pool, on this thread, come from this arena; or from none.
@@ -88,10 +91,13 @@ public:
     uint32_t route(const Tables& t, uint64_t topk_idx, int alignment, int64_t bound, int64_t signature, uint64_t stream);
     // Take part in the exchange of counts only to say that this rank's arguments are wrong.
     uint32_t route_nothing(uint64_t stream);
-    // Waits on the CPU; to be called without the GIL. Gives nothing if the domain has failed. `now_and_then`, some ten times a
-    // second or more often, may end it by an exception.
-    std::optional<CountResult> wait_counts(uint32_t ticket, int num_local_experts, uint64_t stream,
-                                           const std::function<void()>& now_and_then) const;
+    // Whether a count exchange's result is there within this time, which is too short to give up the GIL.
+    bool counts_come(uint32_t ticket, double microseconds) const;
+    // Waits for it on the CPU; to be called without the GIL. `now_and_then`, some ten times a second or more often, may end it
+    // by an exception.
+    void wait_counts(uint32_t ticket, uint64_t stream, const std::function<void()>& now_and_then) const;
+    // What has come; nothing if the domain has failed.
+    std::optional<CountResult> counts(int num_local_experts) const;
     void dispatch(const DispatchParams& p, uint64_t stream) const;
     // Take part in the next operation only to refuse it: for wrong arguments, or because `bytes` did not fit. Unless every rank
     // does, the domain has failed.
@@ -122,6 +128,7 @@ private:
     uint32_t tickets_ = 0;
     bool closed_ = false;
     std::shared_ptr<Arena> arena_;
+    std::shared_ptr<Closings> closings_;
     std::unique_ptr<State> state_;
     std::vector<void*> opened_;
 };

@@ -157,6 +157,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     __syncthreads();
     if (threadIdx.x == 0) {
         mine->epoch = epoch;
+        // Behind the barrier: the CPU is about to read what other threads wrote, and a fence orders for its own thread alone.
+        __threadfence_system();
         d.host->ticket = p.ticket;
         __threadfence_system();
     }

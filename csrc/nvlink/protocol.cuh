@@ -65,8 +65,7 @@ enum Cause : uint32_t {
     kBlamed = 2,      // a peer has failed and blames these ranks
     kOverflow = 3,    // more rows would arrive at these ranks than num_worst_tokens
     kBadCounts = 4,   // these ranks' arguments of a dispatch with num_worst_tokens are wrong or differ
-    kDestroyed = 5,   // the buffer has been destroyed
-    kRefused = 6      // these ranks, not all, refused to take part
+    kRefused = 5      // these ranks, not all, refused to take part
 };
 
 // Page-locked host memory through which kernels tell the CPU.

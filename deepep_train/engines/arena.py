@@ -23,6 +23,7 @@ STAGING_SHARE = 4
 T = TypeVar("T")
 Wanted = Sequence[tuple[Sequence[int], torch.dtype] | None]
 _ASK_AGAIN = 64  # requests that are answered from memory until torch is asked again
+_SEGMENT = 20 << 20  # bytes that torch asks the heap for, whatever smaller tensor above 1 MiB it is for
 _LARGE = 1 << 20  # bytes: tensors whose death makes room worth asking for
 
 
@@ -132,11 +133,20 @@ class Arena:
         return 0 if t is None or not t.numel() else t.data_ptr() - self._base
 
     def too_small(self, rank: int, num_bytes: int) -> DeepEPError:
-        """What its owner is told when `num_bytes` more did not fit."""
+        """What its owner is told when `num_bytes` of an operation's did not fit."""
         have, need = self._comm.bytes, self._comm.bytes + STAGING_SHARE * num_bytes
         return DeepEPError(
             f"the arena of rank {rank} is full: {num_bytes} bytes more do not fit into its {have}, nor into staging, a quarter "
             f"of it; pass num_nvl_bytes={need} or more to Buffer, or keep fewer received tensors alive"
+        )
+
+    def too_small_for(self, rank: int, num_bytes: int) -> DeepEPError:
+        """What the caller of `empty` is told."""
+        have = self._comm.bytes
+        need = have + 2 * max(num_bytes, _SEGMENT)  # a quarter of which is staging again
+        return DeepEPError(
+            f"the arena of rank {rank} is full: a tensor of {num_bytes} bytes does not fit beside what lives in its {have}; "
+            f"pass num_nvl_bytes={need} or more to Buffer, or keep fewer tensors alive"
         )
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -164,7 +174,8 @@ class Arena:
         return landings
 
     def ahead(self) -> AbstractContextManager[None]:
-        """Enters the pool before it is known how large the tensors will be: a CPU that waits for that has the time."""
+        """Enters the pool before it is known how large the tensors will be: a CPU that waits for that has the time. To be left
+        soon: torch takes a pool in use for a capture, and gives back nothing that it caches, whichever thread runs short."""
         return self._allocating()
 
     def land_quickly(self, wanted: Wanted) -> list[Landing | None] | None:

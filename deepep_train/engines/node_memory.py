@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -47,7 +48,10 @@ def map_memory(peers: Peers, ranks: range, arena_bytes: int, device: torch.devic
     properties = torch.cuda.get_device_properties(device)
     mine["gpu"] = str(properties.uuid)  # without the host's name: containers that share a GPU may differ in it
     torch.cuda.empty_cache()  # arenas of buffers that are gone are in it
-    comm = None
+    comm, closings, first = None, None, ranks.start == peers.rank
+    with suppress(RuntimeError):  # without it, what has been destroyed is kept
+        closings = _C.Closings(len(ranks)) if first else None
+    mine["closings"] = closings.descriptor if closings else -1
     try:
         comm = _C.Communicator(device.index, ranks.index(peers.rank), len(ranks), total, float(peers.timeout))
         mine["base"] = comm.base
@@ -67,10 +71,15 @@ def map_memory(peers: Peers, ranks: range, arena_bytes: int, device: torch.devic
         )
     except RuntimeError as error:
         mine["error"] = str(error)
+    closings = closings or _closings_of(everyone[ranks.start], mine["identity"], len(ranks))
     try:
         raise_if_broken(peers.gather_objects(mine, "Buffer"))  # besides: nobody starts before all have mapped all
     except DeepEPError as error:
         raise NoPeerAccess(str(error)) from None
+    if len(ranks) > 1:
+        comm.share(closings)
+    if closings:
+        closings.seal()
     gpus = [o["gpu"] for o in everyone]
     sharing, sms = gpus.count(mine["gpu"]), properties.multi_processor_count
     return NodeMemory(
@@ -81,3 +90,13 @@ def map_memory(peers: Peers, ranks: range, arena_bytes: int, device: torch.devic
         most_sms(sms, sharing),
         {what: default_sms(what, properties.major, sms, peers.size, sharing) for what in ("dispatch", "combine")},
     )
+
+
+def _closings_of(maker: dict[str, Any], identity: list[str], num_ranks: int) -> Any:
+    """Where the ranks say that they have closed; None where it cannot be reached: processes in containers of their own."""
+    if maker["closings"] < 0 or not identity or maker["identity"][:2] != identity[:2]:
+        return None
+    try:
+        return _C.Closings(num_ranks, int(maker["identity"][2]), maker["closings"])
+    except RuntimeError:
+        return None

@@ -49,6 +49,9 @@ from deepep_train.scale_blocks import ScaleBlocks
 
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _MAX_ALIGNMENT = 1 << 16  # with 4096 experts, row numbers still fit into 32 bits
+# How long counts are waited for within the arena's pool: while one is in use, torch frees nothing of what it caches, for no
+# thread. So it is short, and no other thread of Python's runs in it.
+_AHEAD_US = 50.0
 # What scales get that asked for no blocks, in expert layout: one group, column by column, given as [M, n].
 _COLUMNS = ScaleBlocks(True, 4, 0)
 
@@ -160,6 +163,8 @@ class NvlinkEngine(NvlinkDomain):
             signature = hashed("dispatch", self.peers.number, bound > 0, request.agreement())
             ticket = self._comm.route(tables, _address(idx), request.alignment, bound, signature, stream)
         except Exception as error:
+            if self._is_capturing:  # as `dispatch` does before: no peer waits yet, and no CPU may
+                raise
             prepared.request, prepared.error = None, error
             counts = self._wait_counts(self._comm.route_nothing(stream), 0, stream)
             if counts is None:  # some rank had a bound, so this is the end of the buffer: but first comes what is wrong here
@@ -170,10 +175,11 @@ class NvlinkEngine(NvlinkDomain):
 
     def _wait_counts(self, ticket: int, num_local_experts: int, stream: int) -> Any:
         try:
-            return self._comm.wait_counts(ticket, num_local_experts, stream)
+            self._comm.wait_counts(ticket, stream)
         except RuntimeError as error:
             self._check_cuda(error)
             raise DeepEPError(f"dispatch on rank {self.rank}: {error}") from error
+        return self._comm.counts(num_local_experts)
 
     def _dispatch(self, prepared: Prepared[DispatchRequest], stream: int) -> Received:
         fresh = self._open_counts(prepared, stream)
@@ -211,16 +217,21 @@ class NvlinkEngine(NvlinkDomain):
         num_received = num_rows = request.num_worst_tokens
         if not request.num_worst_tokens:
             with self._arena.ahead():
-                counts = self._wait_counts(ticket, num_local, stream)
+                came = self._comm.counts_come(ticket, _AHEAD_US)
+                if came:
+                    counts = self._comm.counts(num_local)
                 if counts is not None and not counts.bad:
                     num_received, num_rows = counts.num_received, counts.num_rows
                     landings = self._arena.land_quickly(wanted(num_received, num_rows))
                     if landings is not None and blocks is None:
                         launch(landings)
+            if not came:
+                counts = self._wait_counts(ticket, num_local, stream)
             if counts is None or counts.bad:
                 self._owed = ""  # nobody waits for them
                 self.check()
                 self._explain(prepared, fresh)
+            num_received, num_rows = counts.num_received, counts.num_rows
         if landings is None or blocks is not None:
             landings = landings or self._arena.land(wanted(num_received, num_rows))
             if scales is not None and blocks is not None:

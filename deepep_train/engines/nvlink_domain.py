@@ -70,7 +70,7 @@ class NvlinkDomain(Engine):
             try:
                 return self._arena.empty(shape, dtype)
             except ArenaFull as full:
-                raise self._arena.too_small(self.rank, full.num_bytes) from None
+                raise self._arena.too_small_for(self.rank, full.num_bytes) from None
 
     def memory_stats(self) -> dict[str, int]:
         return self._arena.stats()

@@ -173,7 +173,7 @@ class RailDomain:
             try:
                 return self.arena.empty(shape, dtype)
             except ArenaFull as full:
-                raise self.arena.too_small(self.peers.rank, full.num_bytes) from None
+                raise self.arena.too_small_for(self.peers.rank, full.num_bytes) from None
 
     def stats(self) -> dict[str, int]:
         put = self.end.put_bytes + (0 if self.low_latency is None else self.low_latency.put_bytes())

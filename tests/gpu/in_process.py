@@ -31,8 +31,8 @@ from deepep_train.engines.peers import Peers
 class Threads(Peers):
     """The ranks of one process."""
 
-    def __init__(self, rank: int, size: int, meeting: threading.Barrier, table: list[Any]) -> None:
-        super().__init__(None, 60.0)
+    def __init__(self, rank: int, size: int, meeting: threading.Barrier, table: list[Any], timeout: float = 60.0) -> None:
+        super().__init__(None, timeout)
         self.rank, self.size = rank, size
         self._meeting, self._table = meeting, table
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-STREAMS, PROCESSES, LOW_LATENCY = (
-    Path(__file__).with_name(name) for name in ("in_process.py", "two_processes.py", "low_latency_in_process.py")
+STREAMS, PROCESSES, LOW_LATENCY, DESTROY = (
+    Path(__file__).with_name(f"{name}.py")
+    for name in ("in_process", "two_processes", "low_latency_in_process", "destroy_in_process")
 )
 ROOT = STREAMS.parents[2]
 
@@ -37,6 +38,10 @@ def test_ranks_as_streams(size: str) -> None:
 @pytest.mark.parametrize("size", ["1", "2", "4", "8"])
 def test_low_latency_ranks_as_streams(size: str) -> None:
     assert "fine" in run(str(LOW_LATENCY), size, "12")
+
+
+def test_a_late_rank_finds_the_memory_of_a_destroyed_buffer() -> None:
+    assert "fine" in run(str(DESTROY))
 
 
 @pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="there is no compute-sanitizer on PATH")

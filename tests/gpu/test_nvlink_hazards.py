@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import threading
+import time
 from typing import Any
 
 import pytest
@@ -11,14 +13,10 @@ import torch
 import torch.distributed as dist
 from harness import assert_same_bits
 from shared import LOCAL_EXPERTS, inputs, run_ranks
-from test_nvlink_streams import spin, two_buffers
+from test_nvlink_streams import small_buffer, spin, two_buffers
 
 import deepep_train as dt
 from deepep_train import engines
-
-
-def small_buffer(group: dist.ProcessGroup, mib: int = 16, timeout: float = 10) -> dt.Buffer:
-    return dt.Buffer(group, num_nvl_bytes=mib << 20, engine="nvlink", timeout=timeout)
 
 
 def fails(buffer: dt.Buffer, match: str) -> None:
@@ -232,6 +230,69 @@ def in_use(rank: int, size: int, group: dist.ProcessGroup, during: str) -> None:
 @pytest.mark.parametrize("during", ["its own", "the caller's pool", "a capture"])
 def test_pools_are_in_use(during: str) -> None:
     run_ranks(2, in_use, during, fresh=True, timeout=60)
+
+
+def short_of_memory(rank: int, size: int, group: dist.ProcessGroup) -> None:
+    """While rank 0 waits for rank 1's counts, another of its threads asks for more memory than is free, and torch has cached
+    enough."""
+    buffer = small_buffer(group, timeout=60)
+    x, idx, w = (t.cuda() for t in inputs(rank, size, 24))
+    how: dict[str, Any] = {"buffer": buffer, "num_experts": size * LOCAL_EXPERTS}
+    expected = dt.dispatch(x, idx, w, **how)
+    torch.cuda.synchronize()
+    dist.barrier(group)
+    if rank == 1:
+        time.sleep(8)
+        dt.dispatch(x, idx, w, **how)
+        return
+    cached, seen = threading.Event(), []
+
+    def run_short() -> None:
+        try:
+            free = torch.cuda.mem_get_info()[0]
+            t = torch.empty(int(free * 0.6), dtype=torch.uint8, device="cuda")
+            del t
+            cached.set()
+            time.sleep(2)  # the other thread waits by now
+            seen.append(time.monotonic())
+            t = torch.empty(int(free * 0.8), dtype=torch.uint8, device="cuda")  # CUDA may give memory back only behind the wait
+            seen.append(t.numel())
+        except BaseException as error:  # noqa: BLE001 - raised below
+            seen.append(error)
+
+    thread = threading.Thread(target=run_short)
+    thread.start()
+    assert cached.wait(30), seen
+    out = dt.dispatch(x, idx, w, **how)
+    came = time.monotonic()
+    thread.join()
+    torch.cuda.empty_cache()
+    if isinstance(seen[-1], BaseException):
+        raise seen[-1]
+    assert seen[0] < came, "the dispatch did not wait, so this test shows nothing"
+    assert_same_bits(out.x, expected.x)
+
+
+def test_a_wait_for_counts_keeps_no_memory_from_other_threads() -> None:
+    run_ranks(2, short_of_memory, fresh=True, timeout=90)
+
+
+def too_large(rank: int, size: int, group: dist.ProcessGroup) -> None:
+    """`empty` says what it is about: no staging, and a size that does."""
+    buffer = small_buffer(group)
+    have = buffer.memory_stats()["arena"]
+    with pytest.raises(dt.DeepEPError, match=f"a tensor of {have} bytes does not fit") as caught:
+        buffer.empty((have,), torch.uint8)
+    assert "staging" not in str(caught.value)
+    buffer.destroy()
+    needed = int(str(caught.value).partition("num_nvl_bytes=")[2].split()[0])
+    buffer = dt.Buffer(group, num_nvl_bytes=needed, engine="nvlink", timeout=20)
+    assert buffer.empty((have,), torch.uint8).numel() == have
+    buffer.destroy()
+
+
+def test_a_tensor_too_large_for_the_arena() -> None:
+    run_ranks(2, too_large, fresh=True, timeout=60)
 
 
 def growing(rank: int, size: int, group: dist.ProcessGroup) -> dict[str, int]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
+import weakref
 
 import pytest
 import shared
@@ -14,6 +16,10 @@ from shared import LOCAL_EXPERTS, TOKENS, inputs, run_ranks
 from torch import Tensor
 
 import deepep_train as dt
+
+
+def small_buffer(group: dist.ProcessGroup, mib: int = 16, timeout: float = 10) -> dt.Buffer:
+    return dt.Buffer(group, num_nvl_bytes=mib << 20, engine="nvlink", timeout=timeout)
 
 
 def spin(milliseconds: float) -> None:
@@ -208,6 +214,58 @@ def graphs(rank: int, size: int, group: dist.ProcessGroup, layout: str, fresh: b
 @pytest.mark.parametrize("layout", ["rank", "expert"])
 def test_graphs_capture_and_replay(layout: str, fresh: bool) -> None:
     run_ranks(2, graphs, layout, fresh, timeout=90)
+
+
+def misused_in_a_capture(rank: int, size: int, group: dist.ProcessGroup) -> None:
+    """Arguments that only the engine finds wrong: their own text, at once, and the buffer goes on."""
+    buffer = shared.buffer_of(group)
+    x, idx, w = (t.cuda() for t in inputs(rank, size, 35))
+    wide, weights = torch.full((x.size(0), 33), -1, device="cuda"), torch.zeros(x.size(0), 33, device="cuda")
+    experts = size * LOCAL_EXPERTS
+    expected = dt.dispatch(x, idx, w, buffer=buffer, num_experts=experts)
+    torch.cuda.synchronize()
+    for match, args, num_experts in (("top-32", (wide, weights), experts), ("4096 experts", (idx, w), 4100 * size)):
+        with pytest.raises(dt.ArgumentError, match=match), torch.cuda.graph(torch.cuda.CUDAGraph()):
+            dt.dispatch(x, *args, buffer=buffer, num_experts=num_experts, num_worst_tokens=2048)
+    assert_same_bits(dt.dispatch(x, idx, w, buffer=buffer, num_experts=experts).x, expected.x)
+    buffer.check()
+
+
+def test_wrong_arguments_in_a_capture() -> None:
+    run_ranks(2, misused_in_a_capture, fresh=True, timeout=60)
+
+
+def along(buffer: dt.Buffer, x: Tensor, handle: dt.Handle) -> Tensor:
+    return dt.combine(dt.dispatch(x, buffer=buffer, handle=handle).x, handle)
+
+
+def dropped(rank: int, size: int, group: dist.ProcessGroup) -> None:
+    """A graph outlives a buffer that was dropped without `destroy`: its replays touch no peer and give NaN."""
+    buffer = small_buffer(group)
+    x, idx, w = (t.cuda() for t in inputs(rank, size, 36))
+    handle = dt.dispatch(x, idx, w, buffer=buffer, num_experts=size * LOCAL_EXPERTS).handle
+    expected = along(buffer, x, handle)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        z = along(buffer, x, handle)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert_same_bits(z, expected)
+    gone = weakref.ref(buffer._engine)
+    del buffer, handle
+    gc.collect()
+    assert gone() is None, "something keeps the buffer, so this test shows nothing"
+    torch.cuda.synchronize()
+    dist.barrier(group)
+    if rank == 0:  # alone
+        graph.replay()
+        torch.cuda.synchronize()
+        assert z.isnan().all()
+
+
+def test_a_graph_of_a_buffer_that_was_dropped() -> None:
+    run_ranks(2, dropped, fresh=True, timeout=60)
 
 
 # Memory -----------------------------------------------------------------------------------------------------------------
