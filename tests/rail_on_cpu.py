@@ -25,7 +25,9 @@ from deepep_train.engines.rail_rows import as_elements, as_rows
 from deepep_train.engines.rail_tables import ExpertTables, Tables, to_everyone
 from deepep_train.engines.rails import Rails
 from deepep_train.engines.rdma import RdmaEngine
+from deepep_train.engines.v1_handle import channels
 from deepep_train.errors import DeepEPError
+from deepep_train.handle import LAYOUTS
 from deepep_train.routing import rank_layout, round_up
 
 ROOT = Path(__file__).parents[1]
@@ -211,5 +213,5 @@ def engine_on_cpu(group: dist.ProcessGroup, local: int, library: str, segment_by
     engine.device, engine.low_latency, engine._token = CPU, None, object()
     row_words = round_up(5 + peers.size + engine.num_nodes + MAX_EXPERTS, 4)
     engine._fresh = Fresh(rails, row_words)
-    engine._no_offset_R1 = torch.zeros(peers.size, 1, dtype=torch.int32)
+    engine._no_offset = {layout: channels(peers.size, layout, torch.device("cpu")) for layout in LAYOUTS}
     return engine

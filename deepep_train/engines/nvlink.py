@@ -15,6 +15,7 @@ from torch import Tensor
 from deepep_train import _C  # type: ignore[attr-defined]
 from deepep_train.engines.arena import Landing
 from deepep_train.engines.base import (
+    MAX_ALIGNMENT,
     MAX_EXPERTS,
     MAX_TOP_K,
     CombineRequest,
@@ -48,7 +49,6 @@ from deepep_train.routing import RankLayout
 from deepep_train.scale_blocks import ScaleBlocks
 
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-_MAX_ALIGNMENT = 1 << 16  # with 4096 experts, row numbers still fit into 32 bits
 # How long counts are waited for within the arena's pool: while one is in use, torch frees nothing of what it caches, for no
 # thread. So it is short, and no other thread of Python's runs in it.
 _AHEAD_US = 50.0
@@ -548,9 +548,9 @@ class NvlinkEngine(NvlinkDomain):
 
 
 def _need_routing(num_experts: int, topk_idx: Tensor | None, alignment: int = 1) -> None:
-    if num_experts > MAX_EXPERTS or alignment > _MAX_ALIGNMENT:
+    if num_experts > MAX_EXPERTS or alignment > MAX_ALIGNMENT:
         raise ArgumentError(
-            f"the nvlink engine serves up to {MAX_EXPERTS} experts and alignments up to {_MAX_ALIGNMENT}, got "
+            f"the nvlink engine serves up to {MAX_EXPERTS} experts and alignments up to {MAX_ALIGNMENT}, got "
             f"num_experts={num_experts} and alignment={alignment}",
             "num_experts" if num_experts > MAX_EXPERTS else "alignment",
         )

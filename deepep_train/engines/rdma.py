@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deepep_train.engines.base import (
+    MAX_ALIGNMENT,
     MAX_EXPERTS,
     MAX_TOP_K,
     CombineRequest,
@@ -36,7 +37,9 @@ from deepep_train.engines.rail_rows import padded
 from deepep_train.engines.rails import DTYPES, Rails
 from deepep_train.engines.signature import hashed, numbered
 from deepep_train.engines.two_level import Forwarding, two_level
+from deepep_train.engines.v1_handle import channels
 from deepep_train.errors import ArgumentError, DeepEPError
+from deepep_train.handle import LAYOUTS
 from deepep_train.routing import RankLayout, count_picks, round_up, tokens_per_node
 
 _HEAD = 5  # csrc/rdma/fresh.hpp's kHead
@@ -77,7 +80,7 @@ class RdmaEngine(CollectiveEngine):
         self.device: torch.device = self.rails.device
         self.low_latency = self.rails.low_latency
         self._token = object()  # of this engine, for what travels with tensors
-        self._no_offset_R1 = torch.zeros(self.peers.size, 1, dtype=torch.int32, device=self.device)
+        self._no_offset = {layout: channels(self.peers.size, layout, self.device) for layout in LAYOUTS}
 
     def check_payload(self, payload: Payload, argument: str = "x") -> None:
         need_rows_of(payload, argument, self.device, DTYPES, "rdma")
@@ -132,7 +135,7 @@ class RdmaEngine(CollectiveEngine):
             experts=None,
         )
         payload = self._move(request, plan)  # which peers wait for; then what only the caller needs
-        tensors = self._tensors_of(told, found, words)
+        tensors = self._tensors_of(told, found, words, self._no_offset[request.arrangement])
         remember(tensors, plan, self._token)  # V1's callers may hand these back as a plain tuple
         return Received(payload, None if experts is not None else idx, weights, plan, tensors)
 
@@ -177,11 +180,14 @@ class RdmaEngine(CollectiveEngine):
         if request.num_experts > MAX_EXPERTS:
             text = f"the rdma engine serves up to {MAX_EXPERTS} experts, got num_experts={request.num_experts}"
             raise ArgumentError(text, "num_experts")
+        if request.alignment > MAX_ALIGNMENT:
+            text = f"the rdma engine serves alignments up to {MAX_ALIGNMENT}, got alignment={request.alignment}"
+            raise ArgumentError(text, "alignment")
         if request.topk_idx is not None and request.topk_idx.size(1) > MAX_TOP_K and request.arrangement == "expert":
             text = f"the rdma engine serves up to top-{MAX_TOP_K} in expert layout, got topk_idx {list(request.topk_idx.shape)}"
             raise ArgumentError(text, "topk_idx")
 
-    def _tensors_of(self, told: Told, found: Found, words: Words) -> tuple[Tensor, ...]:
+    def _tensors_of(self, told: Told, found: Found, words: Words, no_offset: Tensor) -> tuple[Tensor, ...]:
         """DeepEP V1's tensors; copies of what the kernels will read again."""
         head, size, nodes = self.rails.kernels.head_words, self.peers.size, self.num_nodes
         per_rank, per_node = told.row[head : head + size + nodes].clone().split_with_sizes([size, nodes])
@@ -189,9 +195,9 @@ class RdmaEngine(CollectiveEngine):
             told.in_rank,
             per_node.unsqueeze(1),
             per_rank.unsqueeze(1),
-            self._no_offset_R1[:nodes],
+            no_offset[:nodes],
             found.recv_at[1:].clone(),
-            self._no_offset_R1,
+            no_offset,
             found.received_upto,
             words.source,
             told.place.clone(),

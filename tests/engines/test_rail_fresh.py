@@ -122,6 +122,8 @@ def gone_wrong(
         other = {"topk_idx": mine.topk_idx + case.num_experts}
     elif how == "alignment" and one:
         other = {"alignment": 4}
+    elif how == "huge" and one:
+        other = {"alignment": 1 << 30}
     elif how == "room":
         wide = torch.zeros(mine.x.size(0), 1024)
         other = {"payload": Payload(wide)}
@@ -138,10 +140,12 @@ def gone_wrong(
         if out.topk_weights is not None and out.topk_weights.numel():
             nothing &= bool(out.topk_weights.isnan().all())
     except dt.ArgumentError as error:
-        assert how in ("mixed", "arguments")
+        assert how in ("mixed", "arguments", "huge")
         assert one, "no CPU may have waited"
         if how == "arguments":
             assert "x must be better" in str(error)
+        elif how == "huge":
+            assert "alignments up to 65536, got alignment=1073741824" in str(error)
     with pytest.raises(dt.ArgumentError) as caught:
         engine.check()
     return str(caught.value), list(caught.value.ranks), nothing
@@ -156,6 +160,7 @@ def gone_wrong(
         ("index", "the arguments of rank 1 are wrong", [1]),
         ("alignment", "are wrong or differ", None),
         ("arguments", "are wrong or differ", None),
+        ("huge", "are wrong or differ", None),
         ("room", "pass num_rdma_bytes=", []),
     ],
 )
@@ -171,7 +176,7 @@ def test_what_is_wrong_with_num_worst_tokens_fails_every_rank(
         if ranks is not None:
             assert at_fault == ranks
         else:
-            assert at_fault == ([0, 2, 3] if rank == 1 and how != "arguments" else at_fault)
+            assert at_fault == ([0, 2, 3] if rank == 1 and how not in ("arguments", "huge") else at_fault)
             assert at_fault == [1] or rank == 1
     if how == "room":
         most = max(n for r in range(4) for n in Picture(given, case.num_experts).num_tokens_per_node(r, 2))
