@@ -193,6 +193,12 @@ def need_own_device(device: torch.device | None, own: torch.device | None) -> No
         raise ArgumentError(f"device must be {own}, this engine's, got {device}", "device")
 
 
+def aligned(t: Tensor) -> Tensor:
+    """As kernels read it, 16 bytes at a time: contiguous, a copy if need be."""
+    t = t.contiguous()
+    return t if t.data_ptr() % 16 == 0 else t.clone()
+
+
 def need_rows_of(
     payload: Payload, argument: str, own: torch.device | None, dtypes: Collection[torch.dtype], engine: str
 ) -> None:

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from deepep_train import _C, checks, fp8  # type: ignore[attr-defined]
 from deepep_train.engines.arena import Arena
+from deepep_train.engines.base import aligned
 from deepep_train.engines.low_latency_arguments import check_combine, check_dispatch, check_out, check_stats, handle_of
 from deepep_train.engines.low_latency_far import OtherNodes
-from deepep_train.engines.low_latency_space import KernelHandle, Shape, Space
+from deepep_train.engines.low_latency_space import KernelHandle, Shape, Space, Waiting
 from deepep_train.engines.low_latency_spaces import Spaces
 from deepep_train.engines.peers import Peers
 from deepep_train.errors import ArgumentError, DeepEPError
@@ -108,7 +109,7 @@ class LowLatency:
         def new(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.empty(*shape, dtype=dtype, device=self._device)
 
-        x, topk_idx = x.contiguous(), topk_idx.contiguous()
+        x, topk_idx = aligned(x), topk_idx.contiguous()
         data = new(num_local, num_slots, shape.hidden, dtype=torch.float8_e4m3fn if use_fp8 else torch.bfloat16)
         words = shape.hidden // fp8.BLOCK // (4 if use_ue8m0 else 1)
         # V1 gives scales with their last two dimensions column-major.
@@ -154,14 +155,16 @@ class LowLatency:
             out = torch.empty(num_tokens, hidden, dtype=torch.bfloat16, device=self._device)
         check_out(out, num_tokens, hidden, self._device)
         check_stats(wait_stats, "combine_wait_recv_cost_stats", self._peers.size, self._device)
-        if zero_copy and not (self._arena.holds(x) and x.is_contiguous()):
+        if zero_copy and not (self._arena.holds(x) and x.is_contiguous() and x.data_ptr() % 16 == 0):
             raise ArgumentError(
                 "x must be what get_next_low_latency_combine_buffer(handle) gave, or a contiguous tensor from Buffer.empty, "
-                "with zero_copy=True",
+                "aligned to 16 bytes, with zero_copy=True",
                 "x",
             )
         space.check_hook(handle.set)
-        x, topk_idx, topk_weights = x.contiguous(), topk_idx.contiguous(), topk_weights.contiguous()
+        x, topk_idx, topk_weights = aligned(x), topk_idx.contiguous(), topk_weights.contiguous()
+        if zero_copy:
+            space.shown[handle.set] = x
         p = self._params(_C.low_latency.CombineParams(), space, handle.set)
         p.y, p.zero_copy, p.logfmt = x.data_ptr(), int(zero_copy), int(use_logfmt)
         p.out, p.topk_idx, p.topk_weights = out.data_ptr(), topk_idx.data_ptr(), topk_weights.data_ptr()
@@ -174,6 +177,12 @@ class LowLatency:
     ) -> Callable[[], None] | None:
         """The send phase, and the receive phase, now or as a hook."""
         space, slots = handle.space, handle.set
+
+        def received() -> None:
+            if name == "combine":
+                space.are_over[slots] = True
+            else:
+                space.shown[slots] = None
 
         def launch(phase: str, stream: int) -> None:
             getattr(_C.low_latency, name + phase)(p, stream)
@@ -188,14 +197,14 @@ class LowLatency:
                 self._arena.keep((space, handle.pick_index))
                 space.was_captured = True
         if not with_hook:
-            space.are_over[slots] |= name == "combine"
+            received()
             return None
-        space.waiting[slots] = f"low_latency_{name}"
+        space.waiting[slots] = waiting = Waiting(f"low_latency_{name}")
         sent_on = torch.cuda.current_stream(self._device)
 
         def hook() -> None:
             space.check_open()
-            if not space.waiting[slots] or space.numbers[slots] != handle.number:
+            if space.waiting[slots] is not waiting:
                 raise DeepEPError(f"the hook of a low_latency_{name} may be called once")
             here = torch.cuda.current_stream(self._device)
             if here != sent_on and not torch.cuda.is_current_stream_capturing():
@@ -205,8 +214,8 @@ class LowLatency:
             with self._ordered() as stream:
                 launch("_receive", stream)
                 space.was_captured |= torch.cuda.is_current_stream_capturing()
-            space.waiting[slots] = ""
-            space.are_over[slots] |= name == "combine"
+            space.waiting[slots] = None
+            received()
 
         return hook
 

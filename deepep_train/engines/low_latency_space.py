@@ -50,6 +50,13 @@ class KernelHandle(tuple):
         return self
 
 
+class Waiting:
+    """A hook that is to be called, and may be once; `name`: of its call."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
 class Space:
     """The memory, of every rank, through which calls of one shape go; see csrc/low_latency/space.cuh.
 
@@ -60,18 +67,22 @@ class Space:
 
     Attributes:
         was_captured: whether a CUDA graph, which may be replayed at any time, has calls through it.
+        shown: what the last zero-copy combine of the slots is read from: by peers, until their next dispatch through the slots
+            is here, whatever the caller drops.
     """
 
     def __init__(self, shape: Shape, memory: Tensor, addresses: Tensor, block: Block | None) -> None:
         self.shape, self.memory, self.addresses, self.block = shape, memory, addresses, block
         self.was_captured = self._is_closed = False
         self.combine_buffers: list[Tensor | None] = [None] * _SETS
+        self.shown: list[Tensor | None] = [None] * _SETS
+        self.numbers = [0] * _SETS  # of the slots' newest dispatch; none comes back, so no old handle fits a new one
         self.forget()
 
     def forget(self) -> None:
         """No call has been made, as far as this process knows."""
-        self.numbers = [0] * _SETS
-        self.waiting = [""] * _SETS  # a hook to be called
+        self.numbers = [number + 1 for number in self.numbers]
+        self.waiting: list[Waiting | None] = [None] * _SETS
         self._lives: list[weakref.ref[_Life] | None] = [None] * _SETS
         self.are_over = [True] * _SETS  # whether the newest result of the slots has been combined
         self._next = 0
@@ -99,8 +110,8 @@ class Space:
         return slots
 
     def check_hook(self, slots: int) -> None:
-        if self.waiting[slots]:
-            raise DeepEPError(f"the hook of an earlier {self.waiting[slots]} through the same slots has not been called")
+        if (waiting := self.waiting[slots]) is not None:
+            raise DeepEPError(f"the hook of an earlier {waiting.name} through the same slots has not been called")
 
     def follow(self, slots: int, handle: KernelHandle) -> None:
         self._lives[slots], self.are_over[slots] = weakref.ref(handle.life), False

@@ -24,6 +24,7 @@ from deepep_train.engines.base import (
     Prepared,
     Received,
     RedispatchRequest,
+    aligned,
     need_rows_of,
 )
 from deepep_train.engines.nvlink_domain import NvlinkDomain
@@ -186,7 +187,7 @@ class NvlinkEngine(NvlinkDomain):
         # The GPU is at work. While the CPU would wait anyway: everything about the rows but where they go.
         request, _, tables, _, _, idx, signature, ticket = fresh
         is_expert, num_local = request.arrangement == "expert", request.num_experts // self.peers.size
-        data, scales, blocks = _aligned(request.payload.data), request.payload.scales, _blocks_of(request.payload, is_expert)
+        data, scales, blocks = aligned(request.payload.data), request.payload.scales, _blocks_of(request.payload, is_expert)
         weights = None if request.topk_weights is None else request.topk_weights.contiguous()
         hidden, top_k = data.shape[1], 0 if idx is None else idx.shape[1]
         num_sms = self._sms(request.num_sms)
@@ -387,7 +388,7 @@ class NvlinkEngine(NvlinkDomain):
             plan = self._plan_for(request.plan, stream)
             tables, is_expert, num_sms = plan.tables, plan.layout == "expert", self._sms(request.num_sms)
             data, scales, blocks = (
-                _aligned(request.payload.data),
+                aligned(request.payload.data),
                 request.payload.scales,
                 _blocks_of(request.payload, is_expert),
             )
@@ -425,7 +426,7 @@ class NvlinkEngine(NvlinkDomain):
             request = prepared.require()
             plan = self._plan_for(request.plan, stream)
             tables, is_expert = plan.tables, plan.layout == "expert"
-            rows, weights = _aligned(request.rows), request.weights
+            rows, weights = aligned(request.rows), request.weights
             hidden, num_sms = rows.shape[1], self._sms(request.num_sms, "combine")
             row_bytes, dtype = hidden * rows.element_size(), _DTYPES[rows.dtype]
             is_visible = self._arena.holds(rows) or not rows.numel()
@@ -454,7 +455,7 @@ class NvlinkEngine(NvlinkDomain):
                 p.out_weights, p.top_k = out_weights.data_ptr(), width
                 p.pick_row, p.pick_rank = tables.pick_row, tables.pick_rank
             if request.bias:
-                bias = [_aligned(b) for b in request.bias]
+                bias = [aligned(b) for b in request.bias]
                 p.bias_0, p.bias_1 = bias[0].data_ptr(), bias[1].data_ptr() if len(bias) > 1 else 0
             out = torch.empty((plan.num_tokens, hidden), dtype=rows.dtype, device=self.device)
             p.y, p.out, p.row_bytes, p.num_tokens = rows.data_ptr(), out.data_ptr(), row_bytes, plan.num_tokens
@@ -568,8 +569,3 @@ def _blocks_of(payload: Payload, is_expert: bool) -> ScaleBlocks | None:
 
 def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
-
-
-def _aligned(t: Tensor) -> Tensor:
-    t = t.contiguous()
-    return t if t.data_ptr() % 16 == 0 else t.clone()

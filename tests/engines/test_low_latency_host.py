@@ -148,6 +148,45 @@ def test_hooks_receive_once(engine: LowLatency, kernels: Kernels) -> None:
         dispatch(engine)
 
 
+def test_an_earlier_hook_does_not_take_a_later_ones_turn(engine: LowLatency, kernels: Kernels) -> None:
+    *_, handle, sent = dispatch(engine, with_hook=True)
+    sent()
+    _, first = combine(engine, handle, with_hook=True)
+    with pytest.raises(DeepEPError, match="hook of a low_latency_dispatch may be called once"):
+        sent()
+    first()
+    _, second = combine(engine, handle, with_hook=True)
+    with pytest.raises(DeepEPError, match="hook of a low_latency_combine may be called once"):
+        first()
+    second()
+    assert [name for name, _ in kernels.launched] == ["dispatch_send", "dispatch_receive"] + 2 * [
+        "combine_send",
+        "combine_receive",
+    ]
+
+
+def test_kernels_get_rows_that_are_aligned(engine: LowLatency, monkeypatch: pytest.MonkeyPatch) -> None:
+    launch, given = engine._launch, []
+    monkeypatch.setattr(engine, "_launch", lambda name, p, *how: (given.append(p), launch(name, p, *how))[1])
+    *_, handle, _ = dispatch(engine, x=torch.zeros(3 * 512 + 1, dtype=torch.bfloat16)[1:].view(3, 512))
+    combine(engine, handle, torch.zeros(5 * 4 * 512 + 1, dtype=torch.bfloat16)[1:].view(5, 4, 512))
+    assert (given[0].x % 16, given[1].y % 16) == (0, 0)
+
+
+def test_what_peers_read_lives_until_their_next_dispatch(engine: LowLatency) -> None:
+    *_, handle, _ = dispatch(engine)
+    y = engine._arena.empty((5, 4, 512), torch.bfloat16)
+    combine(engine, handle, y, zero_copy=True)
+    space, slots = handle.space, handle.set
+    assert space.shown[slots] is y
+    dispatch(engine)
+    assert space.shown[slots] is y
+    *_, hook = dispatch(engine, with_hook=True)
+    assert space.shown[slots] is y
+    hook()
+    assert space.shown[slots] is None
+
+
 def test_two_results_may_be_alive(engine: LowLatency) -> None:
     one, two = dispatch(engine), dispatch(engine)
     with pytest.raises(DeepEPError, match="2 results are alive"):
