@@ -236,9 +236,12 @@ def test_bad_indices_are_told_once(engine: LowLatency) -> None:
 def test_starting_anew_forgets(engine: LowLatency) -> None:
     kept = dispatch(engine), dispatch(engine, with_hook=True)
     engine.clean(4, 512, 5)
-    dispatch(engine)
-    with pytest.raises(ArgumentError, match="has taken"):
-        combine(engine, kept[1][2])
+    dispatch(engine), dispatch(engine, with_hook=True)
+    for *_, handle, _ in kept:
+        with pytest.raises(ArgumentError, match="has taken"):
+            combine(engine, handle)
+    with pytest.raises(DeepEPError, match="may be called once"):
+        kept[1][3]()
 
 
 # With ranks on other nodes --------------------------------------------------------------------------------------------------
