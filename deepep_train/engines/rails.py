@@ -71,10 +71,10 @@ class Rails(RailDomain):
             experts: how they are arranged; None: by (source rank, token).
             signature: of what all ranks must agree on, which the kernels compare.
         """
-        data = [as_rows(part) for part in parts]
-        wire_bytes = sum(d.size(1) for d in data)
-        self.need_room(tables.most, wire_bytes)
         with self.operation(tables, *DISPATCH, also=experts) as stream:
+            data = [as_rows(part) for part in parts]
+            wire_bytes = sum(d.size(1) for d in data)
+            self.need_room(tables.most, wire_bytes)
             addresses = self.exchange(tables, data, wire_bytes, signature, num_sms, stream)
             if experts is None:
                 landings = self.arena.land([((num_rows, d.size(1)), torch.uint8) for d in data])
@@ -99,10 +99,10 @@ class Rails(RailDomain):
     ) -> Tensor:
         """[num_rows, n] -> [num_tokens, n]: with `experts` a token's rows here by ascending row, then each node's by ascending
         rank, then the biases and the nodes' sums by ascending node; each in float32, rounded once. `signature` as above."""
-        data, biases = as_rows(rows), [as_rows(b) for b in bias]
-        row_bytes = data.size(1)
-        self.need_room(tables.most, row_bytes)
         with self.operation(tables, *COMBINE, also=experts) as stream:
+            data, biases = as_rows(rows), [as_rows(b) for b in bias]
+            row_bytes = data.size(1)
+            self.need_room(tables.most, row_bytes)
             if experts is not None:
                 data = self._reduce(data, experts, DTYPES[rows.dtype], num_sms, stream)
             elif not self.arena.holds(data) and data.numel():

@@ -122,18 +122,22 @@ def test_moe_layer() -> None:
 
 
 def soak(rank: int, size: int, group: dist.ProcessGroup, local: int, count: int) -> int:
-    """Dispatch and combine with routings drawn anew, nothing between them; ones come back as numbers of ranks."""
+    """Dispatch and combine with routings drawn anew, nothing between them; rows come back times their ranks, or, in expert
+    layout, their picks."""
     buffer, g = buffer_of(group, "rdma", local), torch.Generator().manual_seed(7)
     wrong = torch.zeros((), dtype=torch.int64, device="cuda")
-    for _ in range(count):
-        tokens = torch.randint(0, 300, (size,), generator=g)[rank].item()
+    for pair in range(count):
+        of_all = torch.randint(0, 300, (size,), generator=g)
+        tokens, layout = of_all[rank].item(), ("rank", "expert", "rank")[pair % 3]
+        bound = int(of_all.sum()) + 1 if pair % 3 == 2 else 0
         hidden = 8 * int(torch.randint(1, 130, (), generator=g))
-        idx = torch.randint(-1, 4 * size, (int(tokens), 5), generator=torch.Generator().manual_seed(rank)).cuda()
+        idx = torch.randint(-1, 4 * size, (int(tokens), 5), generator=torch.Generator().manual_seed(size * pair + rank)).cuda()
         number = torch.arange(1, int(tokens) + 1, device="cuda", dtype=torch.float32)
         x = number[:, None].expand(-1, hidden).contiguous() + 1000.0 * rank
-        out = dt.dispatch(x, idx, buffer=buffer, num_experts=4 * size)
+        out = dt.dispatch(x, idx, buffer=buffer, num_experts=4 * size, layout=layout, num_worst_tokens=bound)
         z = dt.combine(out.x, out.handle)
-        copies = torch.stack([((idx >= 4 * r) & (idx < 4 * r + 4)).any(1) for r in range(size)]).sum(0)
+        ranks = torch.stack([((idx >= 4 * r) & (idx < 4 * r + 4)).any(1) for r in range(size)]).sum(0)
+        copies = ranks if layout == "rank" else (idx >= 0).sum(1)
         wrong += (z != x * copies[:, None]).sum()
     buffer.check()
     return int(wrong.item())
