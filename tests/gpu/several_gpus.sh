@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# Everything that needs several GPUs of one host, in one command and 8 minutes: one process a GPU, any number of GPUs.
+# Everything that needs several GPUs of one host, in one command and 10 minutes: one process a GPU, any number of GPUs.
 #
 #   tests/gpu/several_gpus.sh [FOLDER]        default runs/several_gpus; needs nvcc, torch, pytest and, for its part, megatron-core
 #
 # Each part has a time limit of its own and a log in FOLDER; what fails or finds no time left loses nothing of the others. After
 # every part all of FOLDER is packed into $PACK (default FOLDER.tar.gz). A summary ends the output.
 #
-#   PARTS="build bench"    only these; all: build doctor bench checks new moe_lm megatron tests
-#   LIMIT=470              seconds for everything
+#   PARTS="build bench"    only these; all: build doctor bench checks new suites moe_lm megatron tests
+#   LIMIT=590              seconds for everything
 #   PEER=path              a folder with DeepEP V1 (deep_ep/ and what it was built to), measured beside
 set -uo pipefail
 cd "$(dirname "$0")/../.." || exit
 out=${1:-runs/several_gpus}
 pack=${PACK:-$out.tar.gz}
-limit=${LIMIT:-470}
-parts=${PARTS:-build doctor bench checks new moe_lm megatron tests}
+limit=${LIMIT:-590}
+parts=${PARTS:-build doctor bench checks new suites moe_lm megatron tests}
 . tests/gpu/parts.sh
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 OMP_NUM_THREADS=4
 # A program that uses NVLink multicast can put GPUs of a shared host out of service.
@@ -40,6 +40,10 @@ part doctor 40 bash -c "nvidia-smi; nvidia-smi topo -m; nvidia-smi nvlink --stat
 part bench 150 python3 -m deepep_train bench --table links --out "$out" --deadline 145 "${peer[@]}"
 part checks 60 python3 tests/test_intranode.py --num-processes "$gpus" --no-tuning --deadline 55
 part new 90 "${tests[@]}" tests/gpu/test_several_gpus.py
+# Of the suites, what has as many ranks as there are GPUs, and nodes of one GPU each.
+part suites 170 "${tests[@]}" tests/gpu/test_rdma.py tests/gpu/test_rdma_calls.py tests/gpu/test_nvlink.py \
+  tests/gpu/test_nvlink_streams.py tests/gpu/test_low_latency_kernels.py tests/gpu/test_low_latency_nodes.py \
+  -k "[$gpus- or [$gpus] or ${gpus}x1"
 for engine in nvlink collective; do
   part "moe_lm-$engine" 60 "${moe_lm[@]}" --engine "$engine" --out "$out/moe_lm-$engine"
   rm -rf "$out/moe_lm-$engine/checkpoints"
