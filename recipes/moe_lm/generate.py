@@ -53,8 +53,9 @@ def main() -> int:
                     flush=True,
                 )
         if given.exchange == "both" and world.rank == 0:
-            same = next((i for i, (a, b) in enumerate(zip(*texts, strict=True)) if a != b), len(texts[0]))
-            print(f"--- the same text for {same} of {len(texts[0])} bytes", flush=True)
+            pairs = enumerate(zip(*(text[-given.bytes :] for text in texts), strict=True))
+            same = next((i for i, (a, b) in pairs if a != b), given.bytes)
+            print(f"--- the same text for {same} of {given.bytes} bytes", flush=True)
         del trainer, layer
         gc.collect()  # a buffer in a reference cycle keeps the group alive, and gloo aborts a process that exits with one
         distributed.destroy_process_group()
