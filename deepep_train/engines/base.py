@@ -199,6 +199,11 @@ def aligned(t: Tensor) -> Tensor:
     return t if t.data_ptr() % 16 == 0 else t.clone()
 
 
+def address_of(t: Tensor | None) -> int:
+    """As kernels are told it; 0: there is none."""
+    return 0 if t is None else t.data_ptr()
+
+
 def need_rows_of(
     payload: Payload, argument: str, own: torch.device | None, dtypes: Collection[torch.dtype], engine: str
 ) -> None:

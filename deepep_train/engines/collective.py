@@ -322,6 +322,10 @@ class CollectiveEngine(Engine):
         if (plan := remembered(tensors, self._token)) is not None:
             return _mine(plan)
         need_rank_layout(tensors)
+        return self._rebuilt(tensors)
+
+    def _rebuilt(self, tensors: tuple[Tensor, ...]) -> CollectivePlan:
+        """What copies of a rank layout's tensors say."""
         if len(tensors) == 6:
             in_rank, prefix_R = tensors[4], checked_prefix(tensors, self.peers.rank, is_slot=False)[:, self.peers.rank]
         else:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from deepep_train import _C, checks, fp8  # type: ignore[attr-defined]
 from deepep_train.engines.arena import Arena
-from deepep_train.engines.base import aligned
+from deepep_train.engines.base import address_of, aligned
 from deepep_train.engines.low_latency_arguments import check_combine, check_dispatch, check_out, check_stats, handle_of
 from deepep_train.engines.low_latency_far import OtherNodes
 from deepep_train.engines.low_latency_space import KernelHandle, Shape, Space, Waiting
@@ -122,9 +122,9 @@ class LowLatency:
         # Rows that need not cross a link while others compute wait where they are quantized: the receiver reads them once.
         p.keep = int(not with_hook or self.one_gpu)
         p.bad_index = self._bad_index.data_ptr()
-        p.recv_x, p.recv_scales, p.src_info = data.data_ptr(), _address(scales), source.data_ptr()
+        p.recv_x, p.recv_scales, p.src_info = data.data_ptr(), address_of(scales), source.data_ptr()
         p.ranges, p.recv_count = ranges.data_ptr(), count.data_ptr()
-        p.cumulative, p.wait_ns = _address(cumulative_stats), _address(wait_stats)
+        p.cumulative, p.wait_ns = address_of(cumulative_stats), address_of(wait_stats)
         space.numbers[slots] += 1
         items = (source, ranges, max_tokens, shape.hidden, num_experts)
         handle = KernelHandle(items, space, buffer, slots, space.numbers[slots], pick_index)
@@ -168,7 +168,7 @@ class LowLatency:
         p = self._params(_C.low_latency.CombineParams(), space, handle.set)
         p.y, p.zero_copy, p.logfmt = x.data_ptr(), int(zero_copy), int(use_logfmt)
         p.out, p.topk_idx, p.topk_weights = out.data_ptr(), topk_idx.data_ptr(), topk_weights.data_ptr()
-        p.pick_index, p.wait_ns, p.num_tokens = handle.pick_index.data_ptr(), _address(wait_stats), num_tokens
+        p.pick_index, p.wait_ns, p.num_tokens = handle.pick_index.data_ptr(), address_of(wait_stats), num_tokens
         hook = self._launch("combine", p, handle, (out, topk_idx, topk_weights, wait_stats, x), with_hook)
         return out, hook
 
@@ -278,7 +278,3 @@ class LowLatency:
         p.mask, p.num_sms = self._mask.data_ptr(), self._num_sms
         p.timeout_ns = int(self._peers.timeout * 1e9)
         return self._spaces.params(p, space, slots)
-
-
-def _address(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()

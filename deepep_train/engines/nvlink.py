@@ -24,6 +24,7 @@ from deepep_train.engines.base import (
     Prepared,
     Received,
     RedispatchRequest,
+    address_of,
     aligned,
     need_rows_of,
 )
@@ -162,7 +163,7 @@ class NvlinkEngine(NvlinkDomain):
                 tables.checked = checked.data_ptr()
             bound = request.num_worst_tokens
             signature = hashed("dispatch", self.peers.number, bound > 0, request.agreement())
-            ticket = self._comm.route(tables, _address(idx), request.alignment, bound, signature, stream)
+            ticket = self._comm.route(tables, address_of(idx), request.alignment, bound, signature, stream)
         except Exception as error:
             if self._is_capturing:  # as `dispatch` does before: no peer waits yet, and no CPU may
                 raise
@@ -194,7 +195,7 @@ class NvlinkEngine(NvlinkDomain):
         d = self._rows(data, scales, tables, num_sms)
         d.signature = numbered(signature, ticket)
         d.send_sources, d.num_local_experts, d.top_k = 1, num_local, top_k
-        d.topk_idx, d.topk_weights, d.pick_row = _address(idx), _address(weights), tables.pick_row
+        d.topk_idx, d.topk_weights, d.pick_row = address_of(idx), address_of(weights), tables.pick_row
         kinds: Kinds = [
             None if scales is None or blocks is not None else (scales.dtype, scales.shape[1]),
             None if idx is None else (torch.int32 if is_expert else torch.int64, top_k),
@@ -268,7 +269,7 @@ class NvlinkEngine(NvlinkDomain):
         kept: tuple[Tensor, ...] = (block,)
         if is_expert:
             lists = self._ints(num_rows + 2 * num_received)
-            tables.rows_of, tables.row_slot = _address(visible[2]), lists.data_ptr()
+            tables.rows_of, tables.row_slot = address_of(visible[2]), lists.data_ptr()
             tables.several = tables.row_slot + 4 * num_rows
             tables.summed = tables.several + 4 * num_received
             kept = block, lists, along.tensor
@@ -289,7 +290,7 @@ class NvlinkEngine(NvlinkDomain):
         self._arrive(landings)
         if along.tensor is not along.visible:
             visible[1:] = parts_of(along.tensor, beside, kinds)
-            tables.rows_of = _address(visible[2])
+            tables.rows_of = address_of(visible[2])
         _, row_scales, picks, row_weights, source = visible
         assert source is not None
         plan = NvlinkPlan(
@@ -343,12 +344,12 @@ class NvlinkEngine(NvlinkDomain):
         p.num_rows, hidden = x.shape
         p.x, p.row_bytes = x.data_ptr(), hidden * x.element_size()
         p.num_received, p.top_k, p.num_sms = tables.num_received, top_k, num_sms
-        p.weights = _address(weights)
+        p.weights = address_of(weights)
         if is_expert:
             p.rows_of, p.row_slot = tables.rows_of, tables.row_slot
             p.several, p.num_several = tables.several, tables.num_several
         else:
-            p.indices = _address(indices)
+            p.indices = address_of(indices)
             if row_scales is not None:
                 p.scales, p.scale_words = row_scales.data_ptr(), row_scales.shape[1]
         self._comm.expand(p, stream)
@@ -565,7 +566,3 @@ def _blocks_of(payload: Payload, is_expert: bool) -> ScaleBlocks | None:
     if payload.scales is None:
         return None
     return payload.blocks or (_COLUMNS if is_expert else None)
-
-
-def _address(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()

@@ -13,13 +13,11 @@ import torch
 from torch import Tensor
 
 from deepep_train import _C  # type: ignore[attr-defined]
-from deepep_train.engines.base import DispatchRequest
+from deepep_train.engines.base import DispatchRequest, address_of
 from deepep_train.engines.rail_domain import DISPATCH
 from deepep_train.engines.rail_rows import padded
 from deepep_train.engines.rail_tables import ExpertTables, Tables, num_words
 from deepep_train.engines.rails import Rails
-
-_FINE, _BAD = 0, 1  # verdicts
 
 
 class Told(NamedTuple):
@@ -150,7 +148,12 @@ class Fresh:
             words = self._ints(num_tokens, row_bytes // 4)
             p = rails.kernels.PackParams()
             p.is_token_in_rank, p.place, p.send_at = told.in_rank.data_ptr(), told.place.data_ptr(), found.send_at.data_ptr()
-            p.topk_idx, p.topk_weights, p.words, p.token = _address(idx), _address(weights), words.data_ptr(), token.data_ptr()
+            p.topk_idx, p.topk_weights, p.words, p.token = (
+                address_of(idx),
+                address_of(weights),
+                words.data_ptr(),
+                token.data_ptr(),
+            )
             p.num_tokens, p.top_k, p.num_ranks, p.num_nodes = num_tokens, top_k, self.num_ranks, nodes
             p.row_words = words.size(1)
             rails.end.pack_words(p, stream)
@@ -178,7 +181,7 @@ class Fresh:
                 weights = torch.empty(n, top_k, dtype=torch.float32, device=rails.device)
         p = rails.kernels.UnpackParams()
         p.words, p.received_upto, p.num_received = came.data_ptr(), found.received_upto.data_ptr(), found.received.data_ptr()
-        p.source, p.topk_idx, p.topk_weights = source.data_ptr(), _address(idx), _address(weights)
+        p.source, p.topk_idx, p.topk_weights = source.data_ptr(), address_of(idx), address_of(weights)
         p.capacity, p.top_k, p.row_words, p.num_ranks = n, top_k, came.size(1) // 4, self.num_ranks
         p.first_expert, p.num_local_experts = rails.peers.rank * num_local, num_local
         rails.end.unpack_words(p, stream)
@@ -246,7 +249,3 @@ def move_weights(rails: Rails, weights: Tensor, experts: ExpertTables, back: boo
     p.pick_row, p.num_picks, p.num_rows, p.back = experts.pick_row.data_ptr(), experts.pick_row.numel(), num_rows, int(back)
     rails.end.move_weights(p, rails.stream())
     return out
-
-
-def _address(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()

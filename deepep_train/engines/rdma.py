@@ -29,7 +29,7 @@ from deepep_train.engines.base import (
 from deepep_train.engines.collective import CollectiveEngine, CollectivePlan
 from deepep_train.engines.hops import Hop, Route, to_device
 from deepep_train.engines.nvlink_failures import layout_error
-from deepep_train.engines.nvlink_tables import remember, remembered
+from deepep_train.engines.nvlink_tables import remember
 from deepep_train.engines.rail_domain import COMBINE, DISPATCH
 from deepep_train.engines.rail_fresh import Found, Fresh, Sizes, Told, Words, move_weights, words_bytes
 from deepep_train.engines.rail_route import Known, RailRoute
@@ -79,7 +79,6 @@ class RdmaEngine(CollectiveEngine):
         self._fresh = Fresh(self.rails, row_words)
         self.device: torch.device = self.rails.device
         self.low_latency = self.rails.low_latency
-        self._token = object()  # of this engine, for what travels with tensors
         self._no_offset = {layout: channels(self.peers.size, layout, self.device) for layout in LAYOUTS}
 
     def check_payload(self, payload: Payload, argument: str = "x") -> None:
@@ -286,14 +285,10 @@ class RdmaEngine(CollectiveEngine):
 
     # Handles that were rebuilt from their tensors -----------------------------------------------------------------------
 
-    def plan_of(self, tensors: tuple[Tensor, ...]) -> CollectivePlan:
-        plan = remembered(tensors, self._token)
-        if plan is None and torch.cuda.is_current_stream_capturing():
+    def _rebuilt(self, tensors: tuple[Tensor, ...]) -> CollectivePlan:
+        if torch.cuda.is_current_stream_capturing():
             raise _copied_in_a_capture()
-        if plan is not None:
-            assert isinstance(plan, CollectivePlan)
-            return plan
-        plan = super().plan_of(tensors)
+        plan = super()._rebuilt(tensors)
         num_rows = tensors[7].size(0)
         if num_rows == plan.num_received:
             return plan

@@ -22,8 +22,8 @@ def most_sms(sm_count: int, sharing: int) -> int:
 
 def default_sms(operation: str, capability: int, sm_count: int, num_ranks: int, sharing: int) -> int:
     """SMs that keep the links of a GPU busy, an even number: what the links carry one way, and a rank's own rows with it (one
-    in `num_ranks` of all), over what an SM moves. Measured, the rate bends before that: dispatch reached 77% of the link with
-    16 SMs and 82% with 48, so more would buy little.
+    in `num_ranks` of all), over what an SM moves. Measured, the rate bends before that: dispatch reached 76% of the link with
+    16 SMs and no more with 24 (docs/measured/links_2_h100.json), so more would buy little.
 
     Ranks that share a GPU take at most half of it between them: kernels that wait for a peer must leave its other kernels
     room. With 8 ranks x 14 of 132 SMs a model's backward stood still (docs/kernels.md, "Open").
