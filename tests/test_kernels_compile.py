@@ -26,7 +26,7 @@ def stacks(file: str) -> dict[str, dict[str, int]]:
     told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found: dict[str, dict[str, int]] = {}
     for part in told.split("\narch = ")[1:]:
-        functions = re.findall(r"Function (\S+):\n.* STACK:(\d+) .*LOCAL:(\d+)", part)
+        functions = re.findall(r"Function (?!__cuda_sm)(\S+):\n.* STACK:(\d+) .*LOCAL:(\d+)", part)  # nvcc's own arithmetic
         if functions:  # else it is the CUDA runtime's own
             found.setdefault(part.split()[0], {}).update((name, int(stack) + int(local)) for name, stack, local in functions)
     return found
