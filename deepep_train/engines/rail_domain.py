@@ -6,6 +6,7 @@ What the operations are stands in rails.py; docs/rdma.md explains the protocol.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from types import SimpleNamespace
@@ -25,6 +26,9 @@ from deepep_train.engines.rail_tables import ExpertTables, Tables
 from deepep_train.errors import ArgumentError, DeepEPError, PeerTimeoutError
 
 _SEGMENT_STEP = 128  # bytes
+# What graphs of buffers that are gone read. Their kernels find that the buffer has failed, but ask their tables how much of the
+# memory that peers have written is NaN then; and nobody says when a graph dies.
+_OUTLIVING: list[list[object]] = []
 
 # What the ranks wait for in a dispatch and a combine, in order: the rail's exchange, and nvlink's operation.
 RAIL = "rail"
@@ -51,6 +55,8 @@ class RailDomain:
         self.node, self.rail = divmod(peers.rank, num_local_ranks)
         self.device = torch.device("cuda", torch.cuda.current_device())
         self._num_sms, self._lock = num_sms, threading.RLock()
+        self._of_graphs: list[object] = []  # tables that captured calls read
+        weakref.finalize(self, _OUTLIVING.append, self._of_graphs).atexit = False
         self._owed: list[str] = []  # of the operation under way: what other ranks still wait for, in order
         self.kernels = nvshmem.start(peers, self.device)
         first = self.node * num_local_ranks
@@ -156,9 +162,10 @@ class RailDomain:
     def _ordered(self) -> AbstractContextManager[int]:
         return self.operation(None)
 
-    def keep(self, used: Any) -> None:
+    def keep(self, used: Sequence[object]) -> None:
         """A CUDA graph is being captured that uses this."""
         self.arena.keep(used)
+        self._of_graphs.extend(used)
 
     def stream(self) -> int:
         return torch._C._cuda_getCurrentRawStream(self.device.index)

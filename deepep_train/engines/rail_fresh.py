@@ -101,22 +101,22 @@ class Fresh:
         Returns: what they come to; and what the CPU has waited for of it, None if it has not.
         """
         rails, num_experts = self._rails, 0 if request is None else request.num_experts
-        found = self._room_for_found(num_experts // self.num_ranks)
-        data = told.row.unsqueeze(0).view(torch.uint8)
-        p = rails.kernels.DigestParams()
-        rows = self._ints(self.num_ranks)
-        p.rows, p.result_words, p.report = rows.data_ptr(), found.block.numel(), rails.report.data_ptr()
-        for name, part in zip(found._fields[1:], found[1:], strict=True):
-            setattr(p, name, part.data_ptr())
-        p.tokens_per_expert = found.block.data_ptr()  # where all begin; torch gives no address for none
-        p.rank, p.num_ranks, p.num_local_ranks, p.row_words = rails.peers.rank, self.num_ranks, rails.local, self._row_words
-        p.room, p.widest, p.num_experts = rails.room(widest), widest, num_experts
-        if request is not None:
-            p.alignment, p.expert_layout = request.alignment, int(request.arrangement == "expert")
         with rails.operation(rails.everyone, *DISPATCH) as stream:
-            addresses = rails.exchange(rails.everyone, [data], data.size(1), signature, 0, stream)
+            found, rows = self._room_for_found(num_experts // self.num_ranks), self._ints(self.num_ranks)
+            data = told.row.unsqueeze(0).view(torch.uint8)
+            p = rails.kernels.DigestParams()
+            p.rows, p.result_words, p.report = rows.data_ptr(), found.block.numel(), rails.report.data_ptr()
+            for name, part in zip(found._fields[1:], found[1:], strict=True):
+                setattr(p, name, part.data_ptr())
+            p.tokens_per_expert = found.block.data_ptr()  # where all begin; torch gives no address for none
+            p.rank, p.num_ranks, p.num_local_ranks, p.row_words = rails.peers.rank, self.num_ranks, rails.local, self._row_words
+            p.room, p.widest, p.num_experts = rails.room(widest), widest, num_experts
+            if request is not None:
+                p.alignment, p.expert_layout = request.alignment, int(request.arrangement == "expert")
+            num_sms = 0 if request is None else request.num_sms
+            addresses = rails.exchange(rails.everyone, [data], data.size(1), signature, num_sms, stream)
             table = rails.arena.temporary((self.num_ranks, data.size(1)), torch.uint8)
-            rails.forward(rails.everyone, [data], addresses, [table], signature, 0, stream)
+            rails.forward(rails.everyone, [data], addresses, [table], signature, num_sms, stream)
             p.table = table.data_ptr()
             rails.end.digest(p, stream)
             waits = request is None or not request.num_worst_tokens
@@ -137,11 +137,11 @@ class Fresh:
         """The tables, and what comes beside the rows: a token's ranks go with it, so that its forwarder knows them."""
         rails, idx, weights = self._rails, request.topk_idx, request.topk_weights
         num_tokens, top_k = told.in_rank.size(0), 0 if idx is None else idx.size(1)
-        idx, weights = (None if t is None else t.detach().contiguous() for t in (idx, weights))
         row_bytes = words_bytes(top_k, weights is not None, self.num_ranks)
-        rails.need_room(sizes.most, row_bytes)
         nodes, local = rails.nodes, rails.local
         with rails.operation(None, *DISPATCH) as stream:
+            rails.need_room(sizes.most, row_bytes)
+            idx, weights = (None if t is None else t.detach().contiguous() for t in (idx, weights))
             slot, number = self._ints(sizes.num_forwarded, local), self._ints(sizes.num_forwarded, local)
             token = self._ints(num_tokens * nodes)
             tables = Tables(token, found.send_at, found.recv_at, slot, told.place, sizes.most, stream)
@@ -158,7 +158,7 @@ class Fresh:
             p.row_words = words.size(1)
             rails.end.pack_words(p, stream)
             data = words.view(torch.uint8)
-            addresses = rails.exchange(tables, [data], row_bytes, signature, 0, stream)
+            addresses = rails.exchange(tables, [data], row_bytes, signature, request.num_sms, stream)
             s = rails.kernels.SlotParams()
             s.addresses, s.recv_at = addresses.data_ptr(), found.recv_at.data_ptr()
             s.theirs, s.begin = found.theirs.data_ptr(), found.begin.data_ptr()
@@ -167,7 +167,7 @@ class Fresh:
             s.node, s.num_nodes, s.num_local_ranks = rails.node, nodes, local
             rails.end.find_slots(s, stream)
             came = rails.arena.temporary((sizes.num_received, row_bytes), torch.uint8)
-            rails.forward(tables, [data], addresses, [came], signature, 0, stream)
+            rails.forward(tables, [data], addresses, [came], signature, request.num_sms, stream)
             return tables, self._unpack(came, found, request, number, stream)
 
     def _unpack(self, came: Tensor, found: Found, request: DispatchRequest, number: Tensor, stream: int) -> Words:
@@ -187,7 +187,7 @@ class Fresh:
         rails.end.unpack_words(p, stream)
         return Words(source, idx, weights, number)
 
-    def arrange(self, idx: Tensor, found: Found, num_rows: int) -> ExpertTables:
+    def arrange(self, idx: Tensor, found: Found, num_rows: int, num_sms: int) -> ExpertTables:
         """The rows of received tokens by expert; `idx`: int64 [N, K], local numbers."""
         rails, (n, top_k), num_local = self._rails, idx.shape, found.expert_base.numel()
         pick_row, chunks = self._ints(n, top_k), self._ints(_C.place_chunks, num_local)
@@ -199,7 +199,7 @@ class Fresh:
         rows_of, row_slot = pick_row.clone(), self._ints(num_rows)
         a = _C.ArrangeParams()
         a.rows_of, a.row_slot, a.num_received = rows_of.data_ptr(), row_slot.data_ptr(), found.received.data_ptr()
-        a.num_rows, a.top_k, a.num_sms = num_rows, top_k, rails.sms(0, "dispatch")
+        a.num_rows, a.top_k, a.num_sms = num_rows, top_k, rails.sms(num_sms, "dispatch")
         rails.comm.arrange_rows(a, rails.stream())
         return ExpertTables(rows_of, row_slot, pick_row, found.received)
 

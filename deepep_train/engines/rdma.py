@@ -107,7 +107,7 @@ class RdmaEngine(CollectiveEngine):
         if request.arrangement == "expert":
             try:
                 assert idx is not None
-                experts = self._fresh.arrange(idx, found, sizes.num_rows)
+                experts = self._fresh.arrange(idx, found, sizes.num_rows, request.num_sms)
                 if weights is not None:
                     weights = move_weights(self.rails, weights, experts, back=False)
             except Exception as error:  # noqa: BLE001 - whatever it is, the peers wait for this rank's rows
@@ -117,7 +117,7 @@ class RdmaEngine(CollectiveEngine):
             (), rails=self.rails, num_tokens=told.in_rank.size(0), received=received, tables=[tables], experts=experts
         )
         if torch.cuda.is_current_stream_capturing():
-            self.rails.keep(route.kept())
+            self.rails.keep([self.rails.everyone, *route.kept()])
         plan = CollectivePlan(
             number=self.peers.calls,
             num_tokens=told.in_rank.size(0),
@@ -242,7 +242,10 @@ class RdmaEngine(CollectiveEngine):
         if weights is None:
             return z, None
         if experts is not None:
-            weights = move_weights(self.rails, weights, experts, back=True)
+            try:
+                weights = move_weights(self.rails, weights, experts, back=True)
+            except Exception as error:  # noqa: BLE001 - as in `dispatch`
+                self.rails.refuse(COMBINE, error)
         return z, route.add_back(weights[: plan.num_received], None, (), call, request.num_sms)
 
     def _take(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -71,6 +72,19 @@ def inputs(rank: int, size: int, seed: int, tokens: int = TOKENS, hidden: int = 
 def capture_and_replay(buffer: dt.Buffer, rank: int, size: int, group: dist.ProcessGroup, layout: str, fresh: bool) -> None:
     """A dispatch, `fresh` with num_worst_tokens or along a handle, and its combine in a CUDA graph, which is replayed with
     other rows and, if fresh, other routings; each time bit for bit what calls outside of graphs give. Destroys the buffer."""
+    graph, z = _replayed(buffer, rank, size, layout, fresh)
+    gc.collect()  # handles; their tables' memory is overwritten
+    others = [torch.full((n,), 1 << 29, dtype=torch.int32, device="cuda") for n in (64, 4096, 1 << 18) for _ in range(64)]
+    dist.barrier(group)  # a rank whose buffer is destroyed may say that it is gone to one that still looks at the last call
+    buffer.destroy()
+    others += [torch.full_like(t, 1 << 29) for t in others]
+    graph.replay()  # of a destroyed buffer: defined, and NaN
+    torch.cuda.synchronize()
+    assert z.isnan().all() and all((t == 1 << 29).all() for t in others)
+
+
+def _replayed(buffer: dt.Buffer, rank: int, size: int, layout: str, fresh: bool) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """The graph, and combine's output in it."""
     x, idx, w = (t.cuda() for t in inputs(rank, size, 9))
     how: dict[str, Any] = {"buffer": buffer, "num_experts": size * LOCAL_EXPERTS, "layout": layout, "alignment": 4}
     first = dt.dispatch(x, idx, w, **how)
@@ -110,11 +124,7 @@ def capture_and_replay(buffer: dt.Buffer, rank: int, size: int, group: dist.Proc
                 assert_same_bits(out.topk_idx[:n], expected.topk_idx)
                 assert (out.topk_idx[n:] == -1).all()
     torch.cuda.synchronize()
-    dist.barrier(group)  # a rank whose buffer is destroyed may say that it is gone to one that still looks at the last call
-    buffer.destroy()
-    graph.replay()  # of a destroyed buffer: defined, and NaN
-    torch.cuda.synchronize()
-    assert z.isnan().all()
+    return graph, z
 
 
 @dataclass(frozen=True)
