@@ -233,7 +233,7 @@ def test_messages_are_short_and_say_what_was_expected_and_what_came() -> None:
 # Without a buffer there is nobody to ask: these raise where they are made.
 
 
-@pytest.mark.parametrize("buffer", [None, "buffer", object()], ids=repr)
+@pytest.mark.parametrize("buffer", [None, "buffer", object()], ids=["None", "string", "object"])
 def test_dispatch_without_a_buffer(buffer: object) -> None:
     with pytest.raises(dt.ArgumentError, match="buffer") as caught:
         dt.dispatch(torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.int64), buffer=buffer, num_experts=1)  # type: ignore[arg-type]
