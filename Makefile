@@ -4,6 +4,8 @@
 # All set up .venv first. ARGS is passed on: make train ARGS="--steps 50 --data ~/texts"
 .PHONY: train train-megatron test test-te lint format environment
 ARGS ?=
+# Files of tests at a time. Ranks of a test wait for one another half of the time; each file more takes up to 8 GB.
+JOBS ?= 2
 NPROC ?= 2
 BIN := .venv/bin
 
@@ -20,7 +22,7 @@ train-megatron: environment
 
 test: WITH := with-nvshmem
 test: environment lint
-	NVSHMEM_DIR="$$(.ci/nvshmem.sh)" $(BIN)/python -m pytest $(ARGS)
+	NVSHMEM_DIR="$$(.ci/nvshmem.sh)" $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 test-te: environment
 	@.ci/test_te.sh $(ARGS)
