@@ -51,12 +51,16 @@ private:
 
 void bind_params(py::module_& m) {
     {
+        using P = Parts;
+        ParamsBinding<P>(m, "Parts") DT_FIELD(at) DT_FIELD(num_parts) DT_FIELD(first) DT_FIELD(count);
+    }
+    {
         using P = DispatchParams;
         ParamsBinding<P>(m, "DispatchParams")
             .array("offsets", &P::offsets)
             .array("sizes", &P::sizes) DT_FIELD(x) DT_FIELD(row_from) DT_FIELD(scales_from) DT_FIELD(scales) DT_FIELD(topk_idx)
                 DT_FIELD(topk_weights) DT_FIELD(send_slot) DT_FIELD(send_row) DT_FIELD(pick_row) DT_FIELD(signature)
-                    DT_FIELD(rail_failed) DT_FIELD(num_tokens_at) DT_FIELD(row_bytes) DT_FIELD(scale_row_stride)
+                    DT_FIELD(rail_failed) DT_FIELD(num_tokens_at) DT_FIELD(parts) DT_FIELD(row_bytes) DT_FIELD(scale_row_stride)
                         DT_FIELD(scale_word_stride) DT_FIELD(num_tokens) DT_FIELD(send_sources) DT_FIELD(scale_words)
                             DT_FIELD(top_k) DT_FIELD(num_local_experts) DT_FIELD(num_sms);
     }
@@ -92,8 +96,8 @@ void bind_params(py::module_& m) {
         ParamsBinding<P>(m, "CombineParams")
             .array("offsets", &P::offsets) DT_FIELD(y) DT_FIELD(out) DT_FIELD(out_weights) DT_FIELD(bias_0) DT_FIELD(bias_1)
                 DT_FIELD(pull_row) DT_FIELD(send_slot) DT_FIELD(pick_row) DT_FIELD(pick_rank) DT_FIELD(signature)
-                    DT_FIELD(num_tokens_at) DT_FIELD(rail_failed) DT_FIELD(row_bytes) DT_FIELD(num_tokens) DT_FIELD(top_k)
-                        DT_FIELD(dtype) DT_FIELD(num_sms);
+                    DT_FIELD(num_tokens_at) DT_FIELD(parts) DT_FIELD(rail_failed) DT_FIELD(row_bytes) DT_FIELD(num_tokens)
+                        DT_FIELD(top_k) DT_FIELD(dtype) DT_FIELD(num_sms);
     }
 }
 

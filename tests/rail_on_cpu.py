@@ -1,13 +1,16 @@
 """The rdma engine's fresh dispatches on CPUs: the engine's own Python, and the text of its own kernels for counts and tables,
-which g++ compiles (fresh_on_cpu.cpp). What moves rows, and what is nvlink's, is done by gloo and torch."""
+which g++ compiles (fresh_on_cpu.cpp). What moves and adds rows, and what is nvlink's, is done by gloo and torch, from the very
+parameters that the kernels would get, and where there are streams, in an order that they allow."""
 
 from __future__ import annotations
 
 import ctypes
 import re
 import subprocess
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,11 +20,13 @@ import torch.distributed as dist
 from rail_twins import arranged, placed_picks
 from torch import Tensor
 
+from deepep_train.engines.arena import Landing
 from deepep_train.engines.base import MAX_EXPERTS
 from deepep_train.engines.nvlink_failures import counts_error
 from deepep_train.engines.peers import Peers
+from deepep_train.engines.rail_domain import DISPATCH, RAIL
 from deepep_train.engines.rail_fresh import Fresh
-from deepep_train.engines.rail_rows import as_elements, as_rows
+from deepep_train.engines.rail_stages import in_order, stages_of
 from deepep_train.engines.rail_tables import ExpertTables, Tables, to_everyone
 from deepep_train.engines.rails import Rails
 from deepep_train.engines.rdma import RdmaEngine
@@ -33,6 +38,7 @@ from deepep_train.routing import rank_layout, round_up
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 TYPES = {"uint64_t": ctypes.c_uint64, "int64_t": ctypes.c_int64, "int": ctypes.c_int}
+CONSTANTS = {"kMaxNodes": 256}
 
 
 def compile_kernels(to: Path) -> str | None:
@@ -48,12 +54,15 @@ def compile_kernels(to: Path) -> str | None:
 
 
 def params() -> dict[str, Any]:
-    """The structs of csrc/rdma/fresh.hpp."""
-    found = re.findall(r"struct (\w+Params) \{(.*?)\n\};", (ROOT / "csrc/rdma/fresh.hpp").read_text(), re.S)
+    """The structs of csrc/rdma/fresh.hpp and params.hpp."""
+    text = "".join((ROOT / "csrc/rdma" / name).read_text() for name in ("fresh.hpp", "params.hpp"))
+    found = re.findall(r"struct (\w+Params) \{(.*?)\n\};", text, re.S)
     made = {}
     for name, body in found:
-        fields = [(field, TYPES[kind]) for kind, field in re.findall(r"^\s+(uint64_t|int64_t|int) (\w+) =", body, re.M)]
-        made[name] = type(name, (ctypes.Structure,), {"_fields_": fields})
+        fields = re.findall(r"^\s+(uint64_t|int64_t|int) (\w+) = (\w+);", body, re.M)
+        struct = type(name, (ctypes.Structure,), {"_fields_": [(field, TYPES[kind]) for kind, field, _ in fields]})
+        values = {field: CONSTANTS.get(value) or int(value) for _, field, value in fields}
+        made[name] = partial(struct, **values)
     return made
 
 
@@ -111,29 +120,118 @@ def arrange_rows(p: Any, _: int) -> None:
         out.copy_(made)
 
 
+class CpuStream:
+    """Launches that wait for their turn; what `wait_event` names must have run before those behind it."""
+
+    def __init__(self, number: int) -> None:
+        self.cuda_stream = number
+        self.queue: deque[Callable[[], None] | Event] = deque()
+
+    def record_event(self) -> Event:
+        event = Event()
+        self.queue.append(event.happen)
+        return event
+
+    def wait_event(self, event: Event) -> None:
+        self.queue.append(event)
+
+    def step(self) -> bool:
+        """Run the next launch, if it may."""
+        while self.queue:
+            head = self.queue[0]
+            if not isinstance(head, Event):
+                self.queue.popleft()()
+                return True
+            if not head.is_over:
+                return False
+            self.queue.popleft()
+        return False
+
+    def wait_stream(self, other: CpuStream) -> None:
+        """This one's launches as early as they may be."""
+        while self.step() or other.step():
+            pass
+        assert not self.queue and not other.queue, "they wait for each other"
+
+
+class Event:
+    def __init__(self) -> None:
+        self.is_over = False
+
+    def happen(self) -> None:
+        self.is_over = True
+
+
 class CpuRails(Rails):
-    def __init__(self, peers: Peers, local: int, library: str, segment_bytes: int) -> None:
+    """The kernels that move and add rows, by gloo and torch; the engine's own Python launches them."""
+
+    def __init__(self, peers: Peers, local: int, library: str, segment_bytes: int, most_stages: int) -> None:
         self.peers, self.local, self.nodes = peers, local, peers.size // local
         self.node, self.rail = divmod(peers.rank, local)
         self.device, self.low_latency = CPU, None
         self.kernels = SimpleNamespace(head_words=5, found_words=8, report_head=3, **params())
         self.end: Any = End(library, segment_bytes)
+        self.end.failed_flag = self.end.send = 0
+        for name in ("rail", "sum"):
+            setattr(self.end, name, self._launched(getattr(self, f"_run_{name}"), "rail" if name == "rail" else None))
         self.report = torch.zeros(3 + 3 * peers.size, dtype=torch.int64)
         # What nobody writes to is what nobody may read.
-        self.arena: Any = SimpleNamespace(temporary=lambda shape, dtype: torch.full(tuple(shape), 77, dtype=dtype))
+        room = lambda shape, dtype: torch.full(tuple(shape), 77, dtype=dtype)  # noqa: E731
+        self._seen: dict[int, int] = {}  # bytes of tensors that others read, by their address
+        self.arena: Any = SimpleNamespace(
+            temporary=room,
+            land=lambda wanted: [Landing(t, t) for t in (room(*one) for one in wanted)],
+            watch=lambda _: None,
+            holds=lambda _: False,
+            offset=self._offset,
+        )
         self.comm: Any = SimpleNamespace(layout=layout, place_picks=place_picks, arrange_rows=arrange_rows)
+        for name in ("dispatch", "combine", "expand", "reduce"):
+            step = name if name in ("dispatch", "combine") else None
+            setattr(self.comm, name, self._launched(getattr(self, f"_run_{name}"), step))
         self.everyone = to_everyone(peers.rank, local, self.nodes, CPU, 0)
-        self.received: Any = None
+        self.stages = stages_of(self.nodes, most_stages)
+        self.dispatch_steps = in_order(*DISPATCH, len(self.stages))
+        self.combine_steps = in_order("combine", RAIL, len(self.stages))
+        self._main, self._network = CpuStream(1), CpuStream(2) if len(self.stages) > 1 else None
+        torch.cuda.current_stream = lambda _=None: self._main
+        self._memory(segment_bytes)
+
+    def _memory(self, segment_bytes: int) -> None:
+        self._send, self._recv = (torch.full((self.nodes, segment_bytes), 77, dtype=torch.uint8) for _ in range(2))
+        self.end.send = self._send.data_ptr()
+
+    def _offset(self, t: Tensor) -> int:
+        self._seen[t.data_ptr()] = t.numel() * t.element_size()
+        return t.data_ptr()
+
+    def _launched(self, kernel: Callable[[Any], None], step: str | None) -> Callable[[Any, int], None]:
+        def launch(p: Any, stream: int) -> None:
+            if step is not None:
+                assert self._owed[0] == step, "what other ranks would wait for"
+            if self._send.size(1) != self.end.segment_bytes:
+                self._memory(self.end.segment_bytes)
+            taken = SimpleNamespace(**{name: getattr(p, name) for name in dir(p) if not name.startswith("_")})
+            if hasattr(taken, "parts"):
+                parts = taken.parts
+                taken.parts = SimpleNamespace(at=parts.at, num_parts=parts.num_parts, first=parts.first, count=parts.count)
+            work = lambda: None if self.end.has_failed() else kernel(taken)  # noqa: E731
+            queue = {s.cuda_stream: s.queue for s in (self._main, self._network) if s is not None}.get(stream)
+            work() if queue is None else queue.append(work)
+
+        return launch
 
     @contextmanager
     def operation(self, tables: Tables | None, *steps: str, also: ExpertTables | None = None) -> Iterator[int]:
+        self._owed = list(steps)
         yield 0
+        assert not self._owed
 
     def stream(self) -> int:
         return 0
 
     def sms(self, asked: int, operation: str) -> int:
-        return 1
+        return 4
 
     def failure(self) -> DeepEPError | None:
         if self.end.cause() != 7:
@@ -145,71 +243,109 @@ class CpuRails(Rails):
         dist.all_gather_object(out, mine, self.peers.group)
         return out
 
-    def exchange(self, tables: Tables, data: Sequence[Tensor], wire_bytes: int, *_: int) -> Tensor:
-        addresses = torch.zeros(len(data), tables.capacity, dtype=torch.int64)
-        if self.end.has_failed():  # on every rank
-            return addresses
-        at = tables.send_at.tolist()
-        sent = [[part[tables.token[at[n] : at[n + 1]].long()] for part in data] for n in range(self.nodes)]
-        everyone = self._everybody(sent)
-        self.received = []
-        at = tables.recv_at.tolist()
-        for n, theirs in enumerate(everyone[self.rail :: self.local]):
-            for i, rows in enumerate(theirs[self.node]):
-                assert rows.size(0) == at[n + 1] - at[n]
-                self.received.append(rows)  # lives while its addresses do
-                addresses[i, at[n] : at[n + 1]] = rows.data_ptr() + torch.arange(rows.size(0)) * rows.size(1)
-        return addresses
+    def _here(self, mine: Any) -> list[Any]:
+        return self._everybody(mine)[self.node * self.local :][: self.local]
 
-    def forward(self, tables: Tables, data: Sequence[Tensor], addresses: Tensor, visible: Sequence[Tensor], *_: int) -> None:
-        if self.end.has_failed():
-            return
-        num_rows = int(tables.recv_at[-1])
-        assert num_rows <= tables.capacity
-        rows = [
-            torch.cat([view(int(a), (1, part.size(1)), torch.uint8) for a in addresses[i, :num_rows]] or [part[:0]])
-            for i, part in enumerate(data)
-        ]
-        for slots, theirs in self._everybody((tables.slot[:num_rows], rows))[self.node * self.local :][: self.local]:
-            here = slots[:, self.rail]
-            for out, come in zip(visible, theirs, strict=True):
-                out[here[here >= 0].long()] = come[here >= 0]
-
-    def dispatch(
-        self,
-        tables: Tables,
-        parts: Sequence[Tensor],
-        num_rows: int,
-        received: Tensor | None,
-        experts: ExpertTables | None,
-        signature: int,
-        num_sms: int = 0,
-    ) -> list[Tensor]:
-        data = [as_rows(part) for part in parts]
-        addresses = self.exchange(tables, data, 0)
-        num_came = num_rows if experts is None else experts.rows_of.size(0)
-        came = [self.arena.temporary((num_came, d.size(1)), torch.uint8) for d in data]
-        self.forward(tables, data, addresses, came)
-        got = []
-        for rows in came:
-            if experts is None:
-                if received is not None:
-                    rows[int(received) :] = 0
-                got.append(rows)
+    def _run_rail(self, p: Any) -> None:
+        nodes, node, wire = self.nodes, self.node, p.row_bytes + p.beside_bytes
+        turns = range(p.first_turn, min(p.end_turn, nodes))
+        send_at, recv_at = (view(at, (nodes + 1,), torch.int32).tolist() for at in (p.send_at, p.recv_at))
+        sent = {}
+        for n in ((node + turn) % nodes for turn in turns if turn):
+            first, count = send_at[n], send_at[n + 1] - send_at[n]
+            rows = self._send.view(-1)[first * wire : (first + count) * wire].view(count, wire)
+            if p.rows:
+                for i, t in enumerate(view(p.token + 4 * first, (count,), torch.int32).tolist()):
+                    rows[i, : p.row_bytes] = view(p.rows + t * p.row_bytes, (p.row_bytes,), torch.uint8)
+                    rows[i, p.row_bytes :] = view(p.beside + t * p.beside_bytes, (p.beside_bytes,), torch.uint8)
+            sent[n] = rows.clone()
+        everyone = self._everybody(sent)[self.rail :: self.local]
+        for n in range(nodes):
+            if (node - n) % nodes not in turns:
+                assert node not in everyone[n], "nobody waits for these now"
                 continue
-            out = torch.zeros(num_rows, rows.size(1), dtype=torch.uint8)
-            is_row = experts.row_slot >= 0
-            out[is_row] = rows[experts.row_slot[is_row].long()]
-            got.append(out)
-        return [as_elements(rows, part) for rows, part in zip(got, parts, strict=True)]
+            count = recv_at[n + 1] - recv_at[n]
+            came = self._recv[n, : count * wire].view(count, wire)
+            if n != node:
+                came.copy_(everyone[n][node])
+            for what, beside in ((p.addresses, 0), (p.beside_addresses, p.row_bytes)):
+                if not what:
+                    continue
+                out = view(what + 8 * recv_at[n], (count,), torch.int64)
+                out.copy_(came.data_ptr() + beside + wire * torch.arange(count))
+                if n == node:
+                    tokens = view(p.token + 4 * send_at[n], (count,), torch.int32).long()
+                    out.copy_(p.beside + tokens * p.beside_bytes if beside else p.rows + tokens * p.row_bytes)
+
+    def _taken(self, p: Any) -> list[int]:
+        """csrc/nvlink/meeting.cuh's `Rows`."""
+        all_rows = min(p.num_tokens, int(view(p.num_tokens_at, (1,), torch.int32)))
+        if not p.parts.at:
+            return list(range(all_rows))
+        at, end = view(p.parts.at, (p.parts.num_parts + 1,), torch.int32).tolist(), p.parts.first + p.parts.count
+        first = at[p.parts.first]
+        last = at[end] if end <= p.parts.num_parts else all_rows + at[end - p.parts.num_parts]
+        return [i % all_rows for i in range(first, last)]
+
+    def _run_dispatch(self, p: Any) -> None:
+        slot, parts = view(p.send_row, (p.num_tokens, self.local), torch.int32), []
+        for which, (addresses, width) in enumerate(((p.row_from, p.row_bytes), (p.scales_from, 4 * p.scale_words))):
+            if addresses:
+                where = view(addresses, (p.num_tokens,), torch.int64)
+                parts.append((which, width, {f: view(int(where[f]), (width,), torch.uint8) for f in self._taken(p)}))
+        for slots, theirs in self._here((slot, parts)):
+            for which, width, rows in theirs:
+                for f, row in rows.items():
+                    if (there := int(slots[f, self.rail])) >= 0:
+                        view(p.offsets[which] + there * width, (width,), torch.uint8).copy_(row)
+
+    def _run_expand(self, p: Any) -> None:
+        x = view(p.x, (p.num_rows, p.row_bytes), torch.uint8)
+        received = int(view(p.num_received, (1,), torch.int32))
+        if not p.rows_of:
+            x[received:] = 0
+            return
+        x[view(p.row_slot, (p.num_rows,), torch.int32) < 0] = 0
+        source = view(p.source, (received, p.row_bytes), torch.uint8)
+        for n, rows in enumerate(view(p.rows_of, (received, p.top_k), torch.int32).tolist()):
+            x[[row for row in rows if row >= 0]] = source[n]
+
+    def _run_reduce(self, p: Any) -> None:
+        for n, rows in enumerate(view(p.rows_of, (int(view(p.num_tokens, (1,), torch.int32)), p.top_k), torch.int32).tolist()):
+            add_up([p.y + row * p.row_bytes for row in rows if row >= 0], p.partials + n * p.row_bytes, p)
+
+    def _run_combine(self, p: Any) -> None:
+        everyone = self._here(view(p.y, (self._seen[p.offsets[0]],), torch.uint8))
+        slot = view(p.pull_row, (p.num_tokens, self.local), torch.int32)
+        for f in self._taken(p):
+            rows = [y.data_ptr() + int(row) * p.row_bytes for y, row in zip(everyone, slot[f], strict=True) if row >= 0]
+            add_up(rows, p.out + f * p.row_bytes, p)
+
+    def _run_sum(self, p: Any) -> None:
+        own = self.end.send + int(view(p.recv_at, (self.nodes + 1,), torch.int32)[self.node]) * p.row_bytes
+        for t, places in enumerate(view(p.place, (p.num_tokens, self.nodes), torch.int32).tolist()):
+            rows = [bias + t * p.row_bytes for bias in (p.bias_0, p.bias_1) if bias]
+            for n, i in enumerate(places):
+                if i >= 0:
+                    rows.append((own if n == self.node else self._recv[n].data_ptr()) + i * p.row_bytes)
+            add_up(rows, p.out + t * p.row_bytes, p)
 
 
-def engine_on_cpu(group: dist.ProcessGroup, local: int, library: str, segment_bytes: int) -> RdmaEngine:
+def add_up(rows: Sequence[int], out: int, p: Any) -> None:
+    """In this order, in float32, rounded once."""
+    dtype = (torch.bfloat16, torch.float16, torch.float32)[p.dtype]
+    total = torch.zeros(p.row_bytes // dtype.itemsize)
+    for row in rows:
+        total += view(row, (p.row_bytes // dtype.itemsize,), dtype)
+    view(out, total.shape, dtype).copy_(total)
+
+
+def engine_on_cpu(group: dist.ProcessGroup, local: int, library: str, segment_bytes: int, most_stages: int = 1) -> RdmaEngine:
     torch.cuda.is_current_stream_capturing = lambda: False  # there may be no driver to ask
     engine = RdmaEngine.__new__(RdmaEngine)
     peers = engine.peers = Peers(group, 20)
     engine.rank, engine.num_local_ranks, engine.num_nodes, engine.forwards = peers.rank, local, peers.size // local, True
-    engine.rails = rails = CpuRails(peers, local, library, segment_bytes)
+    engine.rails = rails = CpuRails(peers, local, library, segment_bytes, most_stages)
     engine.device, engine.low_latency, engine._token = CPU, None, object()
     row_words = round_up(5 + peers.size + engine.num_nodes + MAX_EXPERTS, 4)
     engine._fresh = Fresh(rails, row_words)

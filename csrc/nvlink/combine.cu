@@ -15,6 +15,7 @@ struct Local {
     static constexpr int kRounds = 1;
     const ReduceParams& p;
 
+    DT_DEVICE int64_t row(int64_t i) const { return i; }
     DT_DEVICE int64_t token(int64_t row) const { return p.tokens == 0 ? row : reinterpret_cast<const int32_t*>(p.tokens)[row]; }
     DT_DEVICE int32_t look(int64_t row, int i) const {
         return i < p.top_k ? reinterpret_cast<const int32_t*>(p.rows_of)[token(row) * p.top_k + i] : -1;
@@ -32,7 +33,9 @@ struct Pull {
     const Domain& d;
     const CombineParams& p;
     const int64_t* offsets;  // [num_ranks][kOffsets]
+    const Rows taken;
 
+    DT_DEVICE int64_t row(int64_t i) const { return taken(i); }
     DT_DEVICE int32_t look(int64_t t, int rank) const {
         if (rank >= d.num_ranks) return -1;
         if (rank == d.rank || offsets[rank * kOffsets + kAllSummed] == 0)
@@ -88,9 +91,11 @@ __global__ void __launch_bounds__(GatherShape::kWarps * 32, 1)
     __shared__ int64_t offsets[kMaxRanks * kOffsets];
     const uint32_t epoch = d.control(d.rank)->epoch + 1;
     const bool go = begin_operation(d, kCombine, p.signature, p.offsets, epoch, offsets, p.rail_failed);
-    const Pull pull{d, p, offsets};
-    if (go && p.out_weights != 0) sum_weights(pull);
-    if (go) gather_rows<T>(pull, tokens_of(p), p.row_bytes, shared);
+    if (go) {
+        const Pull pull{d, p, offsets, Rows(p)};
+        if (p.out_weights != 0) sum_weights(pull);
+        gather_rows<T>(pull, pull.taken.count, p.row_bytes, shared);
+    }
     Outputs outputs;
     outputs.address[0] = reinterpret_cast<char*>(p.out);
     outputs.bytes[0] = tokens_of(p) * p.row_bytes;

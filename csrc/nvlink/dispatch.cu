@@ -18,7 +18,9 @@ struct Send {
     const Domain& d;
     const DispatchParams& p;
     const int64_t* offsets;  // [num_ranks][kOffsets]
+    const Rows taken;
 
+    DT_DEVICE int64_t row(int64_t i) const { return taken(i); }
     DT_DEVICE int32_t look(int64_t t, int rank) const {
         return rank < d.num_ranks ? reinterpret_cast<const int32_t*>(p.send_row)[t * d.num_ranks + rank] : -1;
     }
@@ -85,7 +87,10 @@ __global__ void __launch_bounds__(ScatterShape::kMaxWarps * 32, 1)
     __shared__ int64_t offsets[kMaxRanks * kOffsets];
     const uint32_t epoch = d.control(d.rank)->epoch + 1;
     const bool go = begin_operation(d, kDispatch, p.signature, p.offsets, epoch, offsets, p.rail_failed);
-    if (go) scatter_rows(Send<kTail>{d, p, offsets}, tokens_of(p), p.row_bytes, shape, shared);
+    if (go) {
+        const Send<kTail> send{d, p, offsets, Rows(p)};
+        scatter_rows(send, send.taken.count, p.row_bytes, shape, shared);
+    }
     Outputs outputs;
     for (int i = 0; i < kOffsets; ++i) {
         outputs.address[i] = d.peers[d.rank] + p.offsets[i];

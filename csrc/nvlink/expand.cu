@@ -61,6 +61,7 @@ struct Copy {
     static constexpr bool kHasTail = false;
     const ExpandParams& p;
 
+    DT_DEVICE int64_t row(int64_t i) const { return i; }
     DT_DEVICE int64_t token(int64_t row) const {
         return p.several == 0 ? row : reinterpret_cast<const int32_t*>(p.several)[row];
     }

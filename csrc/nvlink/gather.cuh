@@ -60,6 +60,7 @@ struct PieceCursor {
 };
 
 // `Work` says what to add:
+//   int64_t row(int64_t i)                     which row is made as the i-th
 //   kRounds                                    at most 32 * kRounds rows a sum
 //   int32_t look(int64_t row, int i)           a word that says where the i-th of them is; -1: nowhere
 //   const char* from(int i, int32_t word)      and its address
@@ -100,7 +101,8 @@ DT_DEVICE void gather_rows(const Work& work, int64_t num_rows, int64_t row_bytes
     int counts = 0;                     // lane i: rows of unit number i (mod 32)
     const auto look = [&](int32_t (&words)[kRounds]) {
 #pragma unroll
-        for (int r = 0; r < kRounds; ++r) words[r] = looked.row < num_rows ? work.look(looked.row, r * 32 + lane) : -1;
+        for (int r = 0; r < kRounds; ++r)
+            words[r] = looked.row < num_rows ? work.look(work.row(looked.row), r * 32 + lane) : -1;
         looked.advance(pieces_per_row);
     };
 #pragma unroll
@@ -144,7 +146,7 @@ DT_DEVICE void gather_rows(const Work& work, int64_t num_rows, int64_t row_bytes
     };
 #endif
     for (PieceCursor unit = begin; unit.row < num_rows; unit.advance(pieces_per_row)) {
-        const int64_t row = unit.row, start = start_of(unit);
+        const int64_t row = work.row(unit.row), start = start_of(unit);
         const int bytes = size_of(unit);
         float sum[kVectors][V::kSize] = {};
         for (int which = 0; which < 2; ++which)

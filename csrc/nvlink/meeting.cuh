@@ -14,6 +14,26 @@ DT_DEVICE int tokens_of(const Params& p) {
     return there < p.num_tokens ? there : p.num_tokens;
 }
 
+// The rows that an operation takes, in their order.
+struct Rows {
+    int first = 0;
+    int count;
+    int all;
+
+    template <typename Params>
+    DT_DEVICE explicit Rows(const Params& p) : count(tokens_of(p)), all(count) {
+        if (p.parts.at == 0) return;
+        const auto* at = reinterpret_cast<const int32_t*>(p.parts.at);
+        const int end = p.parts.first + p.parts.count;
+        first = at[p.parts.first];
+        count = (end <= p.parts.num_parts ? at[end] : all + at[end - p.parts.num_parts]) - first;
+    }
+    DT_DEVICE int64_t operator()(int64_t i) const {
+        i += first;
+        return i < all ? i : i - all;
+    }
+};
+
 DT_DEVICE bool has_failed(const Control* mine) { return *reinterpret_cast<const volatile uint32_t*>(&mine->failed) != 0; }
 
 DT_DEVICE void tell_ready(const Domain& d, int peer, uint64_t signature, const int64_t (&own)[kOffsets], uint32_t epoch,

@@ -72,6 +72,15 @@ struct PlaceParams {
 };
 constexpr int kChunks = 128;
 
+// Which of the rows an operation takes: of `num_parts` that stand one after another, `count` from `first` on, the first behind
+// the last.
+struct Parts {
+    uint64_t at = 0;  // int32 [num_parts + 1]: where each begins; 0: all rows
+    int num_parts = 0;
+    int first = 0;
+    int count = 0;
+};
+
 // What a failed operation leaves as NaN.
 struct Outputs {
     char* address[5] = {};
@@ -97,6 +106,7 @@ struct DispatchParams {
     uint64_t signature = 0;
     uint64_t rail_failed = 0;    // uint32: if not 0, this rank refuses; 0: no such flag
     uint64_t num_tokens_at = 0;  // int32 [1]: how many of the num_tokens there are; 0: all
+    Parts parts;                 // of those
     int64_t row_bytes = 0;
     int64_t scale_row_stride = 0;  // in words
     int64_t scale_word_stride = 0;
@@ -190,6 +200,7 @@ struct CombineParams {
     uint64_t signature = 0;
     uint64_t rail_failed = 0;    // as above
     uint64_t num_tokens_at = 0;  // as above
+    Parts parts;                 // as above
     int64_t row_bytes = 0;
     int num_tokens = 0;
     int top_k = 0;

@@ -35,6 +35,7 @@ struct ScatterShape {
 };
 
 // `Work` says what to move:
+//   int64_t row(int64_t i)                which row comes as the i-th
 //   kRounds                               at most 32 * kRounds places a row
 //   int32_t look(int64_t row, int place)  a word that says where; -1: nowhere
 //   char* to(int place, int32_t word)     and its address
@@ -68,7 +69,7 @@ DT_DEVICE void scatter_rows(const Work& work, int64_t num_rows, int64_t row_byte
     const auto load = [&](int s) {
         unit_in[s] = next;
         if (next >= units) return;
-        const int64_t row = next / shape.pieces_per_row;
+        const int64_t row = work.row(next / shape.pieces_per_row);
 #pragma unroll
         for (int r = 0; r < Work::kRounds; ++r) words[s][r] = work.look(row, r * 32 + lane);
         if (lane == 0) {
@@ -110,7 +111,7 @@ DT_DEVICE void scatter_rows(const Work& work, int64_t num_rows, int64_t row_byte
                         bulk_store(work.tail_to(r * 32 + lane, words[s][r]), stage + shape.piece_bytes, work.tail_bytes());
             }
             bulk_commit();
-            if (start == 0) work.beside(unit / shape.pieces_per_row, words[s]);
+            if (start == 0) work.beside(work.row(unit / shape.pieces_per_row), words[s]);
         }
         if (done) break;
     }
@@ -119,18 +120,19 @@ DT_DEVICE void scatter_rows(const Work& work, int64_t num_rows, int64_t row_byte
 #else
     // Before sm_90 there is no bulk copy engine: a warp reads a row in 16-byte pieces and stores each at every place.
     const int64_t stride = static_cast<int64_t>(gridDim.x) * (blockDim.x / 32);
-    for (int64_t row = blockIdx.x + static_cast<int64_t>(warp) * gridDim.x; row < num_rows; row += stride) {
+    for (int64_t i = blockIdx.x + static_cast<int64_t>(warp) * gridDim.x; i < num_rows; i += stride) {
+        const int64_t row = work.row(i);
         int32_t words[Work::kRounds];
         for (int r = 0; r < Work::kRounds; ++r) {
             words[r] = work.look(row, r * 32 + lane);
             for (unsigned left = __ballot_sync(0xffffffffu, words[r] != -1); left != 0; left &= left - 1) {
                 const int l = __ffs(left) - 1;
                 char* to = work.to(r * 32 + l, __shfl_sync(0xffffffffu, words[r], l));
-                for (int64_t i = lane * 16; i < row_bytes; i += 512) store_row(to + i, load_row(work.from(row) + i));
+                for (int64_t at = lane * 16; at < row_bytes; at += 512) store_row(to + at, load_row(work.from(row) + at));
                 if constexpr (Work::kHasTail) {
                     char* tail = work.tail_to(r * 32 + l, __shfl_sync(0xffffffffu, words[r], l));
-                    for (int64_t i = lane * 16; i < work.tail_bytes(); i += 512)
-                        store_row(tail + i, load_row(work.tail_from(row) + i));
+                    for (int64_t at = lane * 16; at < work.tail_bytes(); at += 512)
+                        store_row(tail + at, load_row(work.tail_from(row) + at));
                 }
             }
         }

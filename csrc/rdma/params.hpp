@@ -10,7 +10,7 @@ namespace deepep_train::rdma {
 
 constexpr int kMaxNodes = 256;
 
-// One exchange along the rail.
+// One exchange along the rail, or some turns of one.
 struct RailParams {
     uint64_t rows = 0;       // the rows, [any, row_bytes], if they are to be packed; 0: they are in `send` already
     uint64_t token = 0;      // int32 [S]: which of them each row sent is, by node and then ascending; this node's included
@@ -23,6 +23,10 @@ struct RailParams {
     int64_t beside_bytes = 0;
     uint64_t signature = 0;  // of what the rail's ranks must agree on: 24 bits, not all of them set
     int rows_per_put = 1;
+    // Turns that the exchange has: in turn t rows go to the t-th node behind this one and come from the t-th before it; in turn
+    // 0, of this node's own, nothing crosses. What other turns' are is neither put, nor waited for.
+    int first_turn = 0;
+    int end_turn = kMaxNodes;
     int num_sms = 1;
 };
 

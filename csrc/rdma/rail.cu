@@ -105,12 +105,19 @@ __device__ void pack(const End& end, const RailParams& p, int64_t first, int cou
     }
 }
 
+// Whether what comes from node n does so in this exchange's turns.
+DT_DEVICE bool comes_now(const End& end, const RailParams& p, int n) {
+    const int turn = (end.node - n + end.num_nodes) % end.num_nodes;
+    return turn >= p.first_turn && turn < p.end_turn;
+}
+
 __device__ void write_addresses(const End& end, const RailParams& p) {
     auto* out = reinterpret_cast<uint64_t*>(p.addresses);
     auto* out_beside = reinterpret_cast<uint64_t*>(p.beside_addresses);
     const auto* recv_at = reinterpret_cast<const int32_t*>(p.recv_at);
     const int32_t own = reinterpret_cast<const int32_t*>(p.send_at)[end.node];
-    for (int n = 0; n < end.num_nodes; ++n)
+    for (int n = 0; n < end.num_nodes; ++n) {
+        if (!comes_now(end, p, n)) continue;
         for (int f = recv_at[n] + blockIdx.x * kThreads + threadIdx.x; f < recv_at[n + 1]; f += gridDim.x * kThreads) {
             const int64_t i = f - recv_at[n];
             const int64_t t = n == end.node ? reinterpret_cast<const int32_t*>(p.token)[own + i] : 0;
@@ -118,6 +125,7 @@ __device__ void write_addresses(const End& end, const RailParams& p) {
             out[f] = n == end.node ? p.rows + t * p.row_bytes : came;
             if (out_beside != nullptr) out_beside[f] = n == end.node ? p.beside + t * p.beside_bytes : came + p.row_bytes;
         }
+    }
 }
 
 // By one thread: until node n's rank is in this exchange as well, or cannot be.
@@ -132,9 +140,10 @@ DT_DEVICE bool node_has_failed(const End& end) { return *static_cast<const volat
 // By one thread of the last block: what this exchange has put, rows and signals.
 DT_DEVICE void count_bytes(const End& end, const RailParams& p, const int32_t* send_at) {
     uint64_t bytes = *end.put_bytes;
-    for (int n = 0; n < end.num_nodes; ++n) {
-        if (n == end.node) continue;
-        const int rows = send_at[n + 1] - send_at[n], puts = (rows + p.rows_per_put - 1) / p.rows_per_put;
+    for (int turn = 1; turn < end.num_nodes; ++turn) {
+        const int n = (end.node + turn) % end.num_nodes;
+        const bool now = turn >= p.first_turn && turn < p.end_turn;
+        const int rows = now ? send_at[n + 1] - send_at[n] : 0, puts = (rows + p.rows_per_put - 1) / p.rows_per_put;
         bytes += rows * wire_bytes(p) + static_cast<int64_t>(sizeof(uint64_t)) * (puts + 1);
     }
     *end.put_bytes = bytes;
@@ -162,7 +171,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int64_t row_bytes = wire_bytes(p);
     const int senders = gridDim.x * kWarps, me = threadIdx.x / 32 * gridDim.x + blockIdx.x;
     bool fine = whole;
-    for (int turn = 1, before = 0; turn < end.num_nodes && fine; ++turn) {
+    const int end_turn = min(p.end_turn, end.num_nodes);
+    for (int turn = max(p.first_turn, 1), before = 0; turn < end_turn && fine; ++turn) {
         const int n = (end.node + turn) % end.num_nodes;
         const int puts = (send_at[n + 1] - send_at[n] + p.rows_per_put - 1) / p.rows_per_put;
         int put = (me - before % senders + senders) % senders;
@@ -198,7 +208,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const auto* recv_at = reinterpret_cast<const int32_t*>(p.recv_at);
     __shared__ uint64_t wanted[kMaxNodes];
     for (int n = threadIdx.x; n < end.num_nodes; n += kThreads)
-        wanted[n] = n == end.node ? 0 : end.seen[n] + (recv_at[n + 1] - recv_at[n]);
+        wanted[n] = n == end.node ? 0 : end.seen[n] + (comes_now(end, p, n) ? recv_at[n + 1] - recv_at[n] : 0);
     if (threadIdx.x == 0) go = !has_failed(end);
     __syncthreads();
     if (go && threadIdx.x < 32) {
@@ -224,7 +234,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         // Rows that have not come are NaN, so that nobody takes what lay there before for them.
         for (int n = 0; n < end.num_nodes; ++n) {
             const int64_t bytes = (recv_at[n + 1] - recv_at[n]) * row_bytes;
-            for (int64_t at = threadIdx.x * 16; n != end.node && at < bytes; at += kThreads * 16)
+            for (int64_t at = threadIdx.x * 16; n != end.node && comes_now(end, p, n) && at < bytes; at += kThreads * 16)
                 *reinterpret_cast<uint4*>(end.recv + n * end.segment_bytes + at) = uint4{~0u, ~0u, ~0u, ~0u};
         }
     }

@@ -15,6 +15,7 @@ struct Nodes {
     const End& end;
     const SumParams& p;
 
+    DT_DEVICE int64_t row(int64_t i) const { return i; }
     DT_DEVICE int32_t look(int64_t t, int node) const {
         return node < end.num_nodes ? reinterpret_cast<const int32_t*>(p.place)[t * end.num_nodes + node] : -1;
     }

@@ -21,7 +21,8 @@ from deepep_train.engines.low_latency import MAX_RANKS, LowLatency, weakly
 from deepep_train.engines.low_latency_far import OtherNodes
 from deepep_train.engines.node_memory import map_memory
 from deepep_train.engines.nvlink_failures import AWAITED, counts_error, cuda_failed, device_error, rail_error, who_ended
-from deepep_train.engines.peers import Peers, raise_if_broken
+from deepep_train.engines.peers import Peers, raise_if_broken, raise_if_different
+from deepep_train.engines.rail_stages import VARIABLE, asked, in_order, stages_of
 from deepep_train.engines.rail_tables import ExpertTables, Tables
 from deepep_train.errors import ArgumentError, DeepEPError, PeerTimeoutError
 
@@ -30,9 +31,9 @@ _SEGMENT_STEP = 128  # bytes
 # memory that peers have written is NaN then; and nobody says when a graph dies.
 _OUTLIVING: list[list[object]] = []
 
-# What the ranks wait for in a dispatch and a combine, in order: the rail's exchange, and nvlink's operation.
+# What the ranks wait for in an exchange that is not in stages, in order: the rail's part, and nvlink's operation.
 RAIL = "rail"
-DISPATCH, COMBINE = (RAIL, "dispatch"), ("combine", RAIL)
+DISPATCH = (RAIL, "dispatch")
 
 
 class RailDomain:
@@ -50,6 +51,7 @@ class RailDomain:
     def __init__(
         self, peers: Peers, num_local_ranks: int, arena_bytes: int, rail_bytes: int, num_qps: int, num_sms: Any
     ) -> None:
+        rail_stages = asked()
         self.peers, self.local = peers, num_local_ranks
         self.nodes = peers.size // num_local_ranks
         self.node, self.rail = divmod(peers.rank, num_local_ranks)
@@ -64,13 +66,20 @@ class RailDomain:
         self.comm, self.arena, self._processes = memory.comm, memory.arena, memory.processes
         self._max_sms, self._default_sms = memory.max_sms, memory.default_sms
         segment = max(1, rail_bytes // 2 // self.nodes // _SEGMENT_STEP) * _SEGMENT_STEP
+        # What they wait for where rows move.
+        self.stages = stages_of(self.nodes, rail_stages)
+        self.dispatch_steps = in_order(*DISPATCH, len(self.stages))
+        self.combine_steps = in_order("combine", RAIL, len(self.stages))
+        self._network = torch.cuda.Stream(self.device) if len(self.stages) > 1 else None
         error = ""
         try:
             how = (self.device.index, peers.rank, peers.size, num_local_ranks, segment, num_qps, float(peers.timeout))
             self.end = nvshmem.before_deadline(peers, lambda: self.kernels.Endpoint(*how, self.comm.failed_flag))
         except RuntimeError as caught:
             error = str(caught)
-        raise_if_broken([{"error": text} for text in peers.gather_objects(error, "Buffer")])
+        everyone = peers.gather_objects({"error": error, "stages": rail_stages}, "Buffer")
+        raise_if_broken(everyone)
+        raise_if_different("Buffer", [{VARIABLE: other["stages"]} for other in everyone])
         # What the kernels leave when a dispatch's counts do not allow it: csrc/rdma/fresh.hpp's `report`.
         self.report = torch.zeros(self.kernels.report_head + 3 * peers.size, dtype=torch.int64, pin_memory=True)
         one_gpu = len(set(memory.gpus[first : first + num_local_ranks])) == 1

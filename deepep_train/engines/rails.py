@@ -6,7 +6,7 @@ second's. Rows are bytes here: whatever a dispatch moves, payload, scales or wha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,13 +16,15 @@ from torch import Tensor
 from deepep_train import _C  # type: ignore[attr-defined]
 from deepep_train.engines.arena import Landing
 from deepep_train.engines.peers import Peers
-from deepep_train.engines.rail_domain import COMBINE, DISPATCH, RailDomain
+from deepep_train.engines.rail_domain import RailDomain
 from deepep_train.engines.rail_rows import as_elements, as_rows
+from deepep_train.engines.rail_stages import Turns
 from deepep_train.engines.rail_tables import ExpertTables, Tables, leaving, node_counts, slots, to_everyone
 from deepep_train.engines.two_level import Forwarding
 from deepep_train.routing import tokens_per_node
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # that are summed
+Step = Callable[[Turns, int], None]  # on this stream
 _PUT_BYTES = 32 << 10  # of one put, about: a quarter of it made FP8 dispatch 26% slower
 _SIGNATURES = (1 << 24) - 1  # on the rail, the last one apart: rail.cu's kSignatureBits and kRefuses
 
@@ -71,20 +73,35 @@ class Rails(RailDomain):
             experts: how they are arranged; None: by (source rank, token).
             signature: of what all ranks must agree on, which the kernels compare.
         """
-        with self.operation(tables, *DISPATCH, also=experts) as stream:
+        with self.operation(tables, *self.dispatch_steps, also=experts) as stream:
             data = [as_rows(part) for part in parts]
             wire_bytes = sum(d.size(1) for d in data)
             self.need_room(tables.most, wire_bytes)
-            addresses = self.exchange(tables, data, wire_bytes, signature, num_sms, stream)
+            addresses = self._addresses(tables, data)
+            landings: list[Landing] = []
+            visible: list[Tensor] = []
+            network_sms, node_sms = self._shares(self.sms(num_sms, "dispatch"))
+
+            def cross(turns: Turns, on: int) -> None:
+                self._cross(tables, data, addresses, wire_bytes, signature, network_sms, on, turns)
+
+            def make_room() -> list[Tensor]:
+                if experts is not None:
+                    return [self.arena.temporary((experts.rows_of.size(0), d.size(1)), torch.uint8) for d in data]
+                landed = self.arena.land([((num_rows, d.size(1)), torch.uint8) for d in data])
+                landings.extend(one for one in landed if one)
+                return [one.visible for one in landings]
+
+            def forward(turns: Turns, on: int) -> None:
+                visible[:] = visible or make_room()  # while the network is at work
+                self.forward(tables, data, addresses, visible, signature, node_sms, on, turns)
+
+            self._overlap(cross, forward, stream, network_is_first=True)
             if experts is None:
-                landings = self.arena.land([((num_rows, d.size(1)), torch.uint8) for d in data])
-                self.forward(tables, data, addresses, [one.visible for one in landings if one], signature, num_sms, stream)
-                got = [self._arrive(one, received, num_sms, stream) for one in landings if one]
+                got = [self._arrive(one, received, num_sms, stream) for one in landings]
                 self.arena.watch(landings)
             else:
-                came = [self.arena.temporary((experts.rows_of.size(0), d.size(1)), torch.uint8) for d in data]
-                self.forward(tables, data, addresses, came, signature, num_sms, stream)
-                got = [self._expand(rows, experts, num_sms, stream) for rows in came]
+                got = [self._expand(rows, experts, num_sms, stream) for rows in visible]
             return [as_elements(rows, part) for rows, part in zip(got, parts, strict=True)]
 
     def combine(
@@ -99,7 +116,7 @@ class Rails(RailDomain):
     ) -> Tensor:
         """[num_rows, n] -> [num_tokens, n]: with `experts` a token's rows here by ascending row, then each node's by ascending
         rank, then the biases and the nodes' sums by ascending node; each in float32, rounded once. `signature` as above."""
-        with self.operation(tables, *COMBINE, also=experts) as stream:
+        with self.operation(tables, *self.combine_steps, also=experts) as stream:
             data, biases = as_rows(rows), [as_rows(b) for b in bias]
             row_bytes = data.size(1)
             self.need_room(tables.most, row_bytes)
@@ -113,17 +130,25 @@ class Rails(RailDomain):
             c.pull_row = c.send_slot = tables.slot.data_ptr()
             c.offsets = [self.arena.offset(data), 0, 0, 0, 0]
             c.signature, c.rail_failed, c.dtype = signature, self.end.failed_flag, DTYPES[rows.dtype]
-            c.num_sms = self.sms(num_sms, "combine")
-            self.comm.combine(c, stream)
-            self._owed.pop(0)
-            self.exchange(tables, (), row_bytes, signature, num_sms, stream)
+            all_sms = self.sms(num_sms, "combine")
+            network_sms, c.num_sms = self._shares(all_sms)
+
+            def add_up(turns: Turns, on: int) -> None:
+                c.parts = self._parts(tables, turns, turns.destinations(self.node, self.nodes))
+                self.comm.combine(c, on)
+                self._owed.pop(0)
+
+            def cross(turns: Turns, on: int) -> None:
+                self._cross(tables, (), None, row_bytes, signature, network_sms, on, turns)
+
+            self._overlap(add_up, cross, stream, network_is_first=False)
             out = torch.empty(num_tokens, row_bytes, dtype=torch.uint8, device=self.device)
             s = self.kernels.SumParams()
             s.out, s.row_bytes, s.num_tokens, s.dtype = out.data_ptr(), row_bytes, num_tokens, DTYPES[rows.dtype]
             s.bias_0 = biases[0].data_ptr() if biases else 0
             s.bias_1 = biases[1].data_ptr() if len(biases) > 1 else 0
             s.place, s.recv_at = tables.place.data_ptr(), tables.recv_at.data_ptr()
-            s.num_sms = c.num_sms
+            s.num_sms = all_sms
             self.end.sum(s, stream)
             return as_elements(out, rows)
 
@@ -132,25 +157,44 @@ class Rails(RailDomain):
     def exchange(
         self, tables: Tables, data: Sequence[Tensor], wire_bytes: int, signature: int, num_sms: int, stream: int
     ) -> Tensor:
-        """Along the rail: a dispatch's rows, of `wire_bytes` together, or, without `data`, what a combine has left in `send`.
+        """A dispatch's rows along the rail, of `wire_bytes` together.
 
         Returns: where they lie once they have come, this node's in `data`: int64 [len(data), `tables.capacity`].
         """
+        addresses = self._addresses(tables, data)
+        self._cross(tables, data, addresses, wire_bytes, signature, self.sms(num_sms, "dispatch"), stream)
+        return addresses
+
+    def _addresses(self, tables: Tables, data: Sequence[Tensor]) -> Tensor:
+        return torch.empty(len(data), tables.capacity, dtype=torch.int64, device=self.device)
+
+    def _cross(
+        self,
+        tables: Tables,
+        data: Sequence[Tensor],
+        addresses: Tensor | None,
+        wire_bytes: int,
+        signature: int,
+        num_sms: int,
+        stream: int,
+        turns: Turns | None = None,
+    ) -> None:
+        """As `exchange`, in these turns; or, without `data`, what a combine has left in `send`."""
         p = self.kernels.RailParams()
-        addresses = torch.empty(len(data), tables.capacity, dtype=torch.int64, device=self.device)
         there, back = tables.send_at.data_ptr(), tables.recv_at.data_ptr()
         p.send_at, p.recv_at = (there, back) if data else (back, there)
         p.row_bytes = wire_bytes
-        if data:
+        if addresses is not None:
             p.rows, p.row_bytes, p.token = data[0].data_ptr(), data[0].size(1), tables.token.data_ptr()
             p.addresses = addresses[0].data_ptr()
-        if len(data) > 1:
+        if addresses is not None and len(data) > 1:
             p.beside, p.beside_bytes, p.beside_addresses = data[1].data_ptr(), data[1].size(1), addresses[1].data_ptr()
         p.rows_per_put = max(1, _PUT_BYTES // wire_bytes)
-        p.signature, p.num_sms = signature % _SIGNATURES, self.sms(num_sms, "dispatch" if data else "combine")
+        p.signature, p.num_sms = signature % _SIGNATURES, num_sms
+        if turns is not None:
+            p.first_turn, p.end_turn = turns
         self.end.rail(p, stream)
         self._owed.pop(0)
-        return addresses
 
     def forward(
         self,
@@ -161,9 +205,13 @@ class Rails(RailDomain):
         signature: int,
         num_sms: int,
         stream: int,
+        turns: Turns | None = None,
     ) -> None:
-        """Rows from their `addresses` to the ranks of this node, here to `visible`, one for each of `data`."""
+        """Rows from their `addresses` to the ranks of this node, here to `visible`, one for each of `data`; those that came in
+        these turns."""
         d = _C.DispatchParams()
+        if turns is not None:
+            d.parts = self._parts(tables, turns, turns.sources(self.node, self.nodes))
         rows, *beside = data
         offsets, sizes = [0] * 5, [0] * 5
         for i, there in enumerate(visible):
@@ -178,6 +226,42 @@ class Rails(RailDomain):
         d.signature, d.rail_failed, d.num_sms = signature, self.end.failed_flag, self.sms(num_sms, "dispatch")
         self.comm.dispatch(d, stream)
         self._owed.pop(0)
+
+    def _parts(self, tables: Tables, turns: Turns, first: int) -> Any:
+        """Of the rows that this rank forwards, those of `turns`, from the node `first` on."""
+        parts = _C.Parts()
+        if self._network is not None:
+            parts.at, parts.num_parts = tables.recv_at.data_ptr(), self.nodes
+            parts.first, parts.count = first, turns.end - turns.first
+        return parts
+
+    def _shares(self, num_sms: int) -> tuple[int, int]:
+        """SMs for the network and for the node: both, where they take turns; else few need to feed a card."""
+        if self._network is None:
+            return num_sms, num_sms
+        few = max(1, num_sms // 4)
+        return few, max(1, num_sms - few)
+
+    def _overlap(self, first: Step, second: Step, stream: int, network_is_first: bool) -> None:
+        """Both hops of every stage, each hop on a stream of its own, `second` behind `first`; `stream` then waits for all."""
+        if self._network is None:
+            first(self.stages[0], stream)
+            second(self.stages[0], stream)
+            return
+        node, network = torch.cuda.current_stream(self.device), self._network
+        ahead, behind = (network, node) if network_is_first else (node, network)
+        network.wait_stream(node)
+        try:
+            done: list[torch.cuda.Event] = []
+            for stage in range(len(self.stages) + 1):
+                if stage < len(self.stages):
+                    first(self.stages[stage], ahead.cuda_stream)
+                    done.append(ahead.record_event())
+                if stage > 0:
+                    behind.wait_event(done[stage - 1])
+                    second(self.stages[stage - 1], behind.cuda_stream)
+        finally:
+            node.wait_stream(network)
 
     def _arrive(self, landing: Landing, received: Tensor | None, num_sms: int, stream: int) -> Tensor:
         """What lies where peers put it, once the rows that did not come are zero."""

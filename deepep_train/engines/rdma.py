@@ -30,7 +30,6 @@ from deepep_train.engines.collective import CollectiveEngine, CollectivePlan
 from deepep_train.engines.hops import Hop, Route, to_device
 from deepep_train.engines.nvlink_failures import layout_error
 from deepep_train.engines.nvlink_tables import remember
-from deepep_train.engines.rail_domain import COMBINE, DISPATCH
 from deepep_train.engines.rail_fresh import Found, Fresh, Sizes, Told, Words, move_weights, words_bytes
 from deepep_train.engines.rail_route import Known, RailRoute
 from deepep_train.engines.rail_rows import padded
@@ -111,7 +110,7 @@ class RdmaEngine(CollectiveEngine):
                 if weights is not None:
                     weights = move_weights(self.rails, weights, experts, back=False)
             except Exception as error:  # noqa: BLE001 - whatever it is, the peers wait for this rank's rows
-                self.rails.refuse(DISPATCH, error)
+                self.rails.refuse(self.rails.dispatch_steps, error)
         received = found.received if request.num_worst_tokens else None
         route = RailRoute(
             (), rails=self.rails, num_tokens=told.in_rank.size(0), received=received, tables=[tables], experts=experts
@@ -229,12 +228,12 @@ class RdmaEngine(CollectiveEngine):
 
     def redispatch(self, prepared: Prepared[RedispatchRequest]) -> Payload:
         self.check()
-        request, plan, _ = self._take("dispatch with a handle", DISPATCH, prepared)
+        request, plan, _ = self._take("dispatch with a handle", self.rails.dispatch_steps, prepared)
         return self._move(request, plan)
 
     def combine(self, prepared: Prepared[CombineRequest]) -> tuple[Tensor, Tensor | None]:
         self.check()
-        request, plan, route = self._take("combine", COMBINE, prepared)
+        request, plan, route = self._take("combine", self.rails.combine_steps, prepared)
         call = self._signature("combine", request, plan.number)
         weights, experts = request.weights, route.experts
         rows = request.rows[: plan.num_received] if experts is None else request.rows
@@ -245,7 +244,7 @@ class RdmaEngine(CollectiveEngine):
             try:
                 weights = move_weights(self.rails, weights, experts, back=True)
             except Exception as error:  # noqa: BLE001 - as in `dispatch`
-                self.rails.refuse(COMBINE, error)
+                self.rails.refuse(self.rails.combine_steps, error)
         return z, route.add_back(weights[: plan.num_received], None, (), call, request.num_sms)
 
     def _take(

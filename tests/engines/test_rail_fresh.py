@@ -13,7 +13,7 @@ from harness import assert_same_bits, run_ranks
 from reference import Given, Picture
 
 import deepep_train as dt
-from deepep_train.engines.base import DispatchRequest, Payload, Prepared
+from deepep_train.engines.base import CombineRequest, DispatchRequest, Payload, Prepared, Received
 from deepep_train.engines.collective import CollectiveEngine
 from deepep_train.engines.rail_tables import Counts, slots
 from deepep_train.routing import RankLayout
@@ -49,12 +49,27 @@ def request_of(case: Exchange, given: Given, bound: int = 0, **other: Any) -> Di
     return DispatchRequest(**how | other)
 
 
+def combine_of(got: Received, case: Exchange) -> CombineRequest:
+    """Of rows that differ from each other in all their bits."""
+    g = torch.Generator().manual_seed(5)
+    rows = torch.randn(got.payload.data.size(0), case.hidden, generator=g).to(case.dtype)
+    return CombineRequest(rows, got.plan)
+
+
 def exchange(
-    rank: int, size: int, group: dist.ProcessGroup, library: str, local: int, cases: list[Exchange], given: Any, worst: Any
+    rank: int,
+    size: int,
+    group: dist.ProcessGroup,
+    library: str,
+    local: int,
+    cases: list[Exchange],
+    given: Any,
+    worst: Any,
+    most_stages: int,
 ) -> list[Any]:
     from rail_on_cpu import engine_on_cpu
 
-    engine = engine_on_cpu(group, local, library, 64 << 10)
+    engine = engine_on_cpu(group, local, library, 64 << 10, most_stages)
     collective = CollectiveEngine(group, 20, local, True, 9)
     found = []
     for case, all_given, bound in zip(cases, given, worst, strict=True):
@@ -72,15 +87,19 @@ def exchange(
             assert a.shape[1:] == b.shape[1:]
             assert (a[cut:] == {7: 0}.get(i, -1)).all(), "room that is not used"
         assert got.plan.num_rows == theirs.plan.num_rows
+        sums = [e.combine(Prepared(lambda g=g, c=case: combine_of(g, c)))[0] for e, g in ((engine, got), (collective, theirs))]
+        assert_same_bits(*sums)
         found.append((got.payload.data, got.topk_idx, got.topk_weights, got.plan.tokens_per_expert.tolist(), again))
     return found
 
 
 @MESHES
 @pytest.mark.parametrize("layout", ["rank", "expert"])
-@pytest.mark.parametrize("spare", [None, 0, 9])
-def test_every_row_and_what_is_beside_it(mesh: tuple[int, int], layout: str, spare: int | None, library: str) -> None:
-    """Bit for bit the picture's, and the handle's tensors those of the collective engine."""
+@pytest.mark.parametrize(("spare", "most_stages"), [(None, 1), (0, 9), (9, 2)])
+def test_every_row_and_what_is_beside_it(
+    mesh: tuple[int, int], layout: str, spare: int | None, most_stages: int, library: str
+) -> None:
+    """Bit for bit the picture's, and the handle's tensors and the combine's sums those of the collective engine."""
     size, local = mesh
     cases = [
         Exchange(TOKENS[:size], hidden, top_k, 3, style, dtype, layout, alignment, seed=seed)
@@ -93,7 +112,7 @@ def test_every_row_and_what_is_beside_it(mesh: tuple[int, int], layout: str, spa
     for case, picture in zip(cases, pictures, strict=True):
         needed = [len(picture.arrive(r, layout, case.alignment).rows) for r in range(size)]
         worst.append([0 if spare is None else max(1, n + spare) for n in needed])
-    got = run_ranks(size, exchange, library, local, cases, [p.given for p in pictures], worst, timeout=150)
+    got = run_ranks(size, exchange, library, local, cases, [p.given for p in pictures], worst, most_stages, timeout=150)
     for rank, results in enumerate(got):
         for case, picture, bound, (x, idx, weights, counts, again) in zip(cases, pictures, worst, results, strict=True):
             expected = picture.arrive(rank, layout, case.alignment, bound[rank])
