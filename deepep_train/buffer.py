@@ -126,7 +126,8 @@ class Buffer(CheckedCalls, LowLatencyCalls):
             raise DeepEPError(f"Buffer: {what}") from error
         raise_if_different("Buffer", [other["agreed"] for other in everyone])
 
-        local = num_local_ranks or engines.num_local_ranks([other["host"] for other in everyone])
+        hosts = [other["host"] for other in everyone]
+        local = num_local_ranks or engines.num_local_ranks(hosts)
         self.num_nodes = self.group_size // local
         if engine == "auto":
             choice = self._agree_on_engine(choice, everyone, timeout, local, two_level)
@@ -136,6 +137,8 @@ class Buffer(CheckedCalls, LowLatencyCalls):
                 choice = engines.Choice("low_latency", choice.reasons)
         how = (group, timeout, local, two_level, num_nvl_bytes, num_rdma_bytes, Buffer._chosen_sms, everyone[0]["made"])
         try:
+            if choice.name == "rdma" and (why := engines.mesh_obstacle(hosts, local)):
+                raise ArgumentError(f"Buffer: {why}", "num_local_ranks")
             self._engine = engines.create(choice.name, *how, low_latency_mode)
         except DeepEPError as obstacle:
             if engine != "auto" or not (choice.name == "rdma" or isinstance(obstacle, engines.NoPeerAccess)):

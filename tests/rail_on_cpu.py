@@ -21,7 +21,6 @@ from rail_twins import arranged, placed_picks
 from torch import Tensor
 
 from deepep_train.engines.arena import Landing
-from deepep_train.engines.base import MAX_EXPERTS
 from deepep_train.engines.nvlink_failures import counts_error
 from deepep_train.engines.peers import Peers
 from deepep_train.engines.rail_domain import DISPATCH, RAIL
@@ -33,7 +32,7 @@ from deepep_train.engines.rdma import RdmaEngine
 from deepep_train.engines.v1_handle import channels
 from deepep_train.errors import DeepEPError
 from deepep_train.handle import LAYOUTS
-from deepep_train.routing import rank_layout, round_up
+from deepep_train.routing import rank_layout
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -347,7 +346,6 @@ def engine_on_cpu(group: dist.ProcessGroup, local: int, library: str, segment_by
     engine.rank, engine.num_local_ranks, engine.num_nodes, engine.forwards = peers.rank, local, peers.size // local, True
     engine.rails = rails = CpuRails(peers, local, library, segment_bytes, most_stages)
     engine.device, engine.low_latency, engine._token = CPU, None, object()
-    row_words = round_up(5 + peers.size + engine.num_nodes + MAX_EXPERTS, 4)
-    engine._fresh = Fresh(rails, row_words)
+    engine._fresh = Fresh(rails)
     engine._no_offset = {layout: channels(peers.size, layout, torch.device("cpu")) for layout in LAYOUTS}
     return engine

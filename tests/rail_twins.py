@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deepep_train.engines.rail_tables import Counts, node_counts, num_words
+from deepep_train.engines.rail_rows import num_words
+from deepep_train.engines.rail_tables import Counts, node_counts
 
 _BITS = 32  # of a word
 

@@ -10,6 +10,7 @@ from harness import run_ranks
 
 from deepep_train import Buffer, DeepEPError, buffer, engines
 from deepep_train.cli import doctor
+from deepep_train.errors import ArgumentError
 
 
 @pytest.fixture
@@ -98,7 +99,8 @@ def test_rdma_needs_nodes_whose_gpus_may_put(monkeypatch: pytest.MonkeyPatch) ->
     assert engines.obstacle_across(everyone, 3, 2, None) == "2 from 2"
     assert engines.obstacle_across(everyone, 0, 2, True) == "2 from 0"
     assert "two_level=False" in engines.obstacle_across(everyone, 0, 2, False)
-    assert "not nodes of equally many" in engines.obstacle_across(everyone, 0, 4, None)
+    assert "rank 0 on host 'node0' and rank 2 on host 'node1'" in engines.obstacle_across(everyone, 0, 4, None)
+    assert "of one node" in engines.obstacle_across([here(0)] * 4, 0, 4, None)
     everyone[2]["no puts"] = "no card"
     assert engines.obstacle_across(everyone, 0, 2, None) == "rank 2: no card"
 
@@ -135,3 +137,45 @@ def test_auto_between_hosts(across: str, fails: bool, name: str, reason: str) ->
     for engine, reasons in run_ranks(2, between_hosts, across, fails):
         assert engine == name
         assert reason in reasons
+
+
+@pytest.mark.parametrize(
+    ("hosts", "local", "told"),
+    [
+        ("aaab", 2, "rank 2 on host 'a' and rank 3 on host 'b'"),
+        ("aaab", 4, "rank 0 on host 'a' and rank 3 on host 'b'"),
+        ("abab", 2, "rank 0 on host 'a' and rank 1 on host 'b'"),
+        ("abb", 1, ""),
+        ("aabb", 2, ""),
+        ("aaaa", 2, ""),  # nodes that one host plays
+        ("abba", 1, ""),
+    ],
+)
+def test_a_node_is_of_one_host(hosts: str, local: int, told: str) -> None:
+    found = engines.mesh_obstacle(list(hosts), local)
+    assert told in found and bool(told) == bool(found)
+    if hosts == "aaab":
+        assert "3 x 'a', 1 x 'b'" in found
+        assert engines.num_local_ranks(list(hosts)) == 4
+
+
+def on_hosts(rank: int, size: int, group: Any, hosts: str, engine: str, local: int) -> tuple[str, str]:
+    """The engine taken, or the error; and why."""
+    with pytest.MonkeyPatch.context() as patch:
+        create = engines.create
+        patch.setattr(engines, "choose", lambda name: engines.Choice("rdma" if name == "rdma" else "nvlink", []))
+        patch.setattr(engines, "whereabouts", lambda: here(0) | {"host": hosts[rank]})
+        patch.setattr(engines, "obstacle", lambda node, first=0: "several hosts" if len(node) == size else "")
+        patch.setattr(engines, "create", lambda name, *how: create("collective", *how))
+        try:
+            found = Buffer(group, engine=engine, num_local_ranks=local, timeout=20)
+        except ArgumentError as error:
+            return "refused", str(error)
+    return found.engine, "; ".join(found.engine_reasons)
+
+
+@pytest.mark.parametrize(("engine", "taken"), [("rdma", "refused"), ("auto", "collective")])
+def test_a_node_of_two_hosts_is_refused_on_every_rank(engine: str, taken: str) -> None:
+    for found, why in run_ranks(2, on_hosts, "ab", engine, 2):
+        assert found == taken
+        assert "rank 0 on host 'a' and rank 1 on host 'b' would be of one node" in why

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from needs import need_built, need_cuobjdump, need_nvcc
+from test_kernels_compile import over_nvshmem
 
 
 class Body:
@@ -29,7 +30,7 @@ class Body:
             to = [i + 1] if i + 1 < len(lines) else []
             if self.is_sure[i] and (name.startswith(("EXIT", "RET")) or (name == "BRA" and len(operands) == 1)):
                 to = []
-            if name.startswith(("BRA", "CALL", "WARPSYNC.COLLECTIVE")):
+            if name.startswith(("BRA", "CALL.REL", "WARPSYNC.COLLECTIVE")):  # CALL.ABS: of another function
                 to.append(at[int(operands[-1], 16)])
             self._next.append(to)
 
@@ -55,24 +56,24 @@ class Body:
 
 
 @cache
-def bodies() -> dict[str, Body]:
-    """By function."""
-    built = need_built("_C")
+def bodies(extension: str) -> dict[str, Body]:
+    """Of this library's functions, by name."""
+    built = need_built(extension)
     command = [need_cuobjdump(), "--dump-sass", "-arch", "sm_90", built]
     sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function : |\Z)", sass, re.S)
     assert found, f"{built} holds no code for sm_90; TORCH_CUDA_ARCH_LIST may have left it out"
-    return {name: Body(sass) for name, sass in found}
+    return {name: Body(sass) for name, sass in found if "deepep_train" in name}
 
 
-def whole(kernel: str) -> list[Body]:
-    found = [body for name, body in bodies().items() if kernel in name]
+def whole(kernel: str, extension: str = "_C") -> list[Body]:
+    found = [body for name, body in bodies(extension).items() if kernel in name]
     assert found, f"no {kernel}"
     return found
 
 
-def of_kernel(kernel: str) -> list[list[str]]:
-    return [body.code for body in whole(kernel)]
+def of_kernel(kernel: str, extension: str = "_C") -> list[list[str]]:
+    return [body.code for body in whole(kernel, extension)]
 
 
 def has(body: list[str], pattern: str) -> bool:
@@ -85,8 +86,18 @@ def test_rows_go_through_the_bulk_copy_engine(kernel: str) -> None:
 
 
 def test_nothing_is_read_through_the_non_coherent_path() -> None:
-    for name, body in bodies().items():
+    for name, body in bodies("_C").items():
         assert not has(body.code, r"LDG?\S*\.CONSTANT"), name
+
+
+def test_nothing_but_nvshmems_addresses_is_read_so_between_nodes() -> None:
+    """It reads where a peer's memory begins, words of 64 bits that never change."""
+    for name, body in bodies("_rdma").items():
+        so_read = [one for one in body.code if re.match(r"LDG?\S*\.CONSTANT", one)]
+        if over_nvshmem(name):
+            assert all(one.startswith("LDG.E.64.CONSTANT") for one in so_read), name
+        else:
+            assert not so_read, name
 
 
 LOW_LATENCY = [f"{operation}_{phase}_kernel" for operation in ("dispatch", "combine") for phase in ("send", "receive")]
@@ -200,6 +211,75 @@ def test_bulk_stores_are_written_before_they_are_announced(kernel: str) -> None:
         assert not ends & body.reached(bulk, without=final), "some threads do not wait"
         assert not ends & body.reached(final, without=body.proxy_fences()), "some threads pass the fence by"
         assert not set(bulk) & body.reached(final, without=[])
+
+
+# Between nodes (csrc/rdma) ---------------------------------------------------------------------------------------------------
+
+JOIN = r"ATOMG\.E\.ADD\.STRONG\.GPU"
+POLL = r"LDG\.E\.64\.STRONG\.SYS"  # of *ready* and *arrived*; NVSHMEM's headers have such loads, too
+# What NVSHMEM's headers make of a put and of a signal to memory that can be reached; beside it is a call, for what cannot.
+PUT, SIGNAL = r"LDG\.E\.128 |ATOM\.E\.ADD\.64\.STRONG\.SYS", r"ST\.E\.64\.STRONG\.SYS"
+
+
+def is_acquired(body: list[str], poll: int) -> bool:
+    """What L1 holds is invalid behind it."""
+    return body[poll + 1].startswith("CCTL.IVALL")
+
+
+def test_what_the_rail_says_is_polled_by_an_acquire() -> None:
+    (refuse,), (rail,) = whole("refuse_kernel", "_rdma"), whole("rail_kernel", "_rdma")
+    assert refuse.find(POLL)
+    assert all(is_acquired(refuse.code, i) for i in refuse.find(POLL)), "*ready* is polled without order"
+    (join,) = rail.find(JOIN)
+    before, behind = ([i for i in rail.find(POLL) if (i > join) == is_behind] for is_behind in (False, True))
+    assert behind, "the last block waits for nothing"
+    assert all(is_acquired(rail.code, i) for i in behind), "rows may be read before they came"
+    assert any(is_acquired(rail.code, i) for i in before), "rows may be put before their place is free"
+
+
+@pytest.mark.parametrize(("kernel", "packed"), [("rail_kernel", r"STG\.E\.128"), ("put_combine_kernel", r"STG\.E\.NA\.128")])
+def test_rows_are_put_behind_a_fence_of_the_whole_system(kernel: str, packed: str) -> None:
+    """The card, and other lanes, read what a lane has packed."""
+    (body,) = whole(kernel, "_rdma")
+    (join, *_), puts = body.find(JOIN), set(body.find(PUT))
+    stored = [i for i in body.find(packed) if i < join]  # the rail's behind it are NaN for rows that have not come
+    assert puts & body.reached(stored, without=[]), "this test does not follow the kernel"
+    assert not puts & body.reached(stored, without=body.find(FENCE)), "some lanes pass the fence by"
+
+
+@pytest.mark.parametrize("kernel", ["rail_kernel", "put_dispatch_kernel", "put_combine_kernel"])
+def test_blocks_join_by_a_release_and_an_acquire_between_nodes(kernel: str) -> None:
+    (body,) = of_kernel(kernel, "_rdma")
+    joins = [i for i, one in enumerate(body) if re.match(JOIN, one)]
+    assert joins
+    for join in joins:
+        assert has(body[join - 6 : join], r"MEMBAR\.ALL\.GPU"), "a block joins without what it has done"
+        assert is_acquired(body, join), "the last block may miss what the others have done"
+
+
+@pytest.mark.parametrize("kernel", ["put_dispatch_kernel", "put_combine_kernel", "answer_kernel"])
+def test_flags_for_other_nodes_follow_a_fence_of_the_whole_system(kernel: str) -> None:
+    """Behind all that they announce: the join of the blocks, or the launch before."""
+    (body,) = whole(kernel, "_rdma")
+    starts = body.find(JOIN) or [0]
+    flags = {i for i in body.find(SIGNAL) if i > starts[0]}
+    assert flags & body.reached(starts, without=[]), "this test does not follow the kernel"
+    assert not flags & body.reached(starts, without=body.find(FENCE)), "a flag may overtake what it announces"
+
+
+@pytest.mark.parametrize("kernel", ["rail_kernel", "refuse_kernel", "digest_kernel"])
+def test_the_cpu_is_told_last_that_the_rail_has_failed(kernel: str) -> None:
+    """`failed` of the page (csrc/rdma/params.hpp)."""
+    for body in of_kernel(kernel, "_rdma"):
+        failed = stores(body, r"\+0x8")
+        assert failed
+        assert all(is_released(body, i) for i in failed), "the CPU may find `failed` without what has"
+
+
+def test_bits_of_rows_that_came_are_read_from_memory() -> None:
+    """While L1 may still hold what lay there before."""
+    (body,) = of_kernel("find_slots_kernel", "_rdma")
+    assert has(body, r"LDG?\.E\.STRONG\.SYS")
 
 
 def test_that_test_tells_the_two_waits_apart(tmp_path: Path) -> None:

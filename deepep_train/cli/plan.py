@@ -9,6 +9,8 @@ from typing import Any
 
 from deepep_train.cli import plan_model as model
 
+_MOST_METADATA = 0.02  # of the rows' bytes on the network; more is pointed out
+
 
 def add_parser(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser("plan", help=__doc__, description=__doc__)
@@ -63,26 +65,44 @@ def as_text(work: model.Work, hardware: model.Hardware) -> str:
         f"a token reaches {nodes:.2f} nodes and {ranks:.2f} GPUs; rows reach {hardware.nvlink_rate / 1e9:.0f} GB/s over NVLink "
         f"and {hardware.nic_rate / 1e9:.0f} over a network card",
         "",
-        f"{'a GPU, one way':18s} {'ms':>8s} {'bound by':>9s} {'RDMA MB':>9s} {'NVLink MB':>10s} {'RDMA rows':>10s} {'SMs':>4s}",
+        f"{'a GPU, one way':18s} {'ms':>7s} {'RDMA ms':>8s} {'NVLink ms':>10s} {'RDMA MB':>9s} {'metadata':>9s}"
+        f" {'NVLink MB':>10s} {'RDMA rows':>10s} {'SMs':>4s}",
     ]
-    for operation, dtype in (("dispatch", work.dispatch_dtype), ("combine", "bf16")):
-        p = model.predict(work, hardware, operation)
+    predicted = {operation: model.predict(work, hardware, operation) for operation in ("dispatch", "combine")}
+    for (operation, p), dtype in zip(predicted.items(), (work.dispatch_dtype, "bf16"), strict=True):
         lines.append(
-            f"{operation + ' ' + dtype:18s} {1e3 * p.seconds:8.2f} {p.bound:>9s} {p.rdma_bytes / 1e6:9.1f} "
-            f"{p.nvlink_bytes / 1e6:10.1f} {p.rdma_rows:10.0f} {p.sms:4d}"
+            f"{operation + ' ' + dtype:18s} {1e3 * p.seconds:7.2f} {1e3 * p.rdma_seconds:8.2f} {1e3 * p.nvlink_seconds:10.2f}"
+            f" {p.rdma_bytes / 1e6:9.1f} {100 * p.metadata_share:8.1f}% {p.nvlink_bytes / 1e6:10.1f} {p.rdma_rows:10.0f}"
+            f" {p.sms:4d}"
         )
+    lines += [_warning(work, operation, p) for operation, p in predicted.items() if p.metadata_share > _MOST_METADATA]
     b = model.buffers(work)
     kept = f"received rows in bf16, for each dispatch whose backward is to come: {b.received / 2**20:.0f} MiB a GPU"
     lines += ["", f"{kept}; Buffer holds {b.arena / 2**20:.0f} MiB for them unless num_nvl_bytes asks for more"]
     if work.nodes > 1:
+        lines.append(
+            "The rdma engine uses the network, then NVLink: ms has both times. Overlapped, the longer alone would count."
+        )
         slots = "staging for the network, a slot for every (node, token)"
         lines.append(f"{slots}: num_rdma_bytes={b.staging}, {b.staging / 2**20:.0f} MiB a GPU")
         lines.append("The rdma engine has not run on a network card (docs/rdma.md): these are rates that DeepEP V1 reached.")
     return "\n".join(lines)
 
 
+def _warning(work: model.Work, operation: str, p: model.Prediction) -> str:
+    counts = model.row_of_counts(work, operation)
+    return (
+        f"warning: {operation}'s metadata are {100 * p.metadata_share:.1f}% of its rows' bytes on the network, above "
+        f"{100 * _MOST_METADATA:.0f}%: {model.meta_bytes(work, operation)} bytes with each row"
+        f'{f", {counts} of counts to each node" if counts else ""} (docs/rdma.md, "Missing")'
+    )
+
+
 def validation_text(compared: list[model.Compared]) -> str:
-    lines = [f"{'':14s} {'published GB/s':>15s} {'predicted GB/s':>15s} {'error of the time':>18s}"]
+    lines = [
+        "DeepEP V1's pipeline, in which network and NVLink work at once (this library's rdma engine uses one, then the other):",
+        f"{'':14s} {'published GB/s':>15s} {'predicted GB/s':>15s} {'error of the time':>18s}",
+    ]
     for row in compared:
         name = f"EP{row.ranks} {row.operation}"
         lines.append(f"{name:14s} {row.published:15.0f} {row.predicted:15.1f} {100 * row.error:17.1f}%")

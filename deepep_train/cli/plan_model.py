@@ -1,7 +1,8 @@
 """What dispatch and combine take on a cluster: arithmetic on expected copies and link rates, no GPU needed.
 
 The model, with its sources and its errors against published tables, is described in docs/plan.md. Units are bytes and
-seconds; everything is per GPU and one way, and by symmetry a GPU receives what it sends.
+seconds; everything is per GPU and one way, and by symmetry a GPU receives what it sends. What the rdma engine sends beside
+rows is asked of the functions that it uses itself (engines/rail_rows.py).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from dataclasses import asdict, dataclass
 from math import ceil
 
 from deepep_train.engines import DEFAULT_ARENA_BYTES
+from deepep_train.engines.rail_rows import counts_bytes, padded, words_bytes
 from deepep_train.engines.sms import BYTES_PER_SM, MOST_SMS
 from deepep_train.routing import round_up
 
@@ -124,17 +126,23 @@ def units_reached(work: Work, units: int) -> float:
 
 
 def row_bytes(work: Work, operation: str) -> int:
-    """Of one row: its elements, and with FP8 its scales."""
+    """Of one row as it travels: its elements, and with FP8 its scales."""
     if operation == "combine" or work.dispatch_dtype == "bf16":
-        return 2 * work.hidden
-    return work.hidden + 4 * ceil(work.hidden / FP8_BLOCK)
+        return padded(2 * work.hidden)
+    return padded(work.hidden) + padded(4 * ceil(work.hidden / FP8_BLOCK))
 
 
 def meta_bytes(work: Work, operation: str) -> int:
-    """What travels with a row over the network: a token's number, the mask of its ranks on the node, indices and weights;
-    back, its weights. In multiples of 16, as copies want them."""
-    with_dispatch = 4 + ceil(work.gpus_per_node / 8) + 8 * work.num_topk
-    return round_up(with_dispatch if operation == "dispatch" else 4 * work.num_topk, 16)
+    """What travels with a row, over either link, where there is most of it: in a fresh dispatch of tokens with router weights,
+    and in a combine that brings back their gradients. Nothing does in a cached dispatch and in other combines."""
+    if work.nodes == 1:  # nvlink: the token's number, indices of int64 and weights (engines/nvlink.py)
+        return 4 + 12 * work.num_topk if operation == "dispatch" else 4 * work.num_topk
+    return words_bytes(work.num_topk, True, work.ranks) if operation == "dispatch" else padded(4 * work.num_topk)
+
+
+def row_of_counts(work: Work, operation: str) -> int:
+    """Bytes that each rank tells every other before a fresh dispatch between nodes, by the way of the rows."""
+    return counts_bytes(work.ranks, work.nodes) if operation == "dispatch" and work.nodes > 1 else 0
 
 
 @dataclass(frozen=True)
@@ -143,40 +151,68 @@ class Prediction:
 
     Attributes:
         rdma_rows, nvlink_rows: rows that leave the GPU over each link; one for every node, and for every GPU of a node.
-        rdma_bytes, nvlink_bytes: with metadata, without packet headers.
-        seconds, bound: the time, and the link that decides it ("local" where nothing crosses).
-        sms: SMs that move the bytes in that time.
+        rdma_bytes, nvlink_bytes: with metadata and counts, without packet headers.
+        metadata_share: of the network, metadata's and counts' bytes over the rows' own; 0 where no row crosses it.
+        rdma_seconds, nvlink_seconds: that each link is busy.
+        seconds: the time of the operation.
+        bound: the link that is busy longer ("local" where nothing crosses).
+        sms: SMs that keep either link busy in its own time.
     """
 
     rdma_rows: float
     nvlink_rows: float
     rdma_bytes: float
     nvlink_bytes: float
+    metadata_share: float
+    rdma_seconds: float
+    nvlink_seconds: float
     seconds: float
     bound: str
     sms: int
 
 
-def predict(work: Work, hardware: Hardware, operation: str) -> Prediction:
-    """`operation` "dispatch" or "combine", which is the same way back: a node's rows are summed by the forwarder."""
+def predict(work: Work, hardware: Hardware, operation: str, overlapped: bool = False) -> Prediction:
+    """`operation` "dispatch" or "combine", which is the same way back: a node's rows are summed by the forwarder.
+
+    Args:
+        overlapped: both links work at once, as DeepEP V1's; this library's rdma engine uses one, then the other.
+    """
     nodes_reached = units_reached(work, work.nodes)
     ranks_reached = units_reached(work, work.ranks)
     rdma_rows = work.num_tokens * nodes_reached * (work.nodes - 1) / work.nodes
     # A row is forwarded by the GPU on the sender's rail, which is one of the node's: what is for itself crosses no link.
     nvlink_rows = work.num_tokens * ranks_reached * (work.gpus_per_node - 1) / work.gpus_per_node
-    row, meta = row_bytes(work, operation), meta_bytes(work, operation)
-    rdma_bytes, nvlink_bytes = rdma_rows * (row + meta), nvlink_rows * (row + meta)
+    row, meta, counts = row_bytes(work, operation), meta_bytes(work, operation), row_of_counts(work, operation)
+    # A GPU puts its own counts to its rail, and gives what comes, and its own, to its node.
+    rdma_bytes = rdma_rows * (row + meta) + (work.nodes - 1) * counts
+    nvlink_bytes = nvlink_rows * (row + meta) + work.nodes * (work.gpus_per_node - 1) * counts
     packets = rdma_rows * ceil((row + meta) / PACKET_BYTES)
-    times = {
-        "rdma": (rdma_bytes + packets * PACKET_HEADER) / hardware.nic_rate + rdma_rows * MESSAGE_SECONDS,
-        "nvlink": nvlink_bytes / hardware.nvlink_rate,
-    }
-    bound = max(times, key=lambda link: times[link])
-    seconds = CALL_SECONDS + times[bound]
-    # SMs copy rows to where the card reads them, and store rows over NVLink or sum them from there, the GPU's own included.
-    moved = (rdma_rows + work.num_tokens * ranks_reached) * row
-    sms = min(MOST_SMS, round_up(max(1, ceil(moved / BYTES_PER_SM[operation] / seconds)), 2))
-    return Prediction(rdma_rows, nvlink_rows, rdma_bytes, nvlink_bytes, seconds, bound if times[bound] else "local", sms)
+    rdma = (rdma_bytes + packets * PACKET_HEADER) / hardware.nic_rate + rdma_rows * MESSAGE_SECONDS
+    nvlink = nvlink_bytes / hardware.nvlink_rate
+    return Prediction(
+        rdma_rows,
+        nvlink_rows,
+        rdma_bytes,
+        nvlink_bytes,
+        metadata_share=rdma_bytes / (rdma_rows * row) - 1 if rdma_rows else 0.0,
+        rdma_seconds=rdma,
+        nvlink_seconds=nvlink,
+        seconds=CALL_SECONDS + (max(rdma, nvlink) if overlapped else rdma + nvlink),
+        bound="local" if rdma == nvlink == 0 else "rdma" if rdma > nvlink else "nvlink",
+        sms=_sms(work, hardware, operation, rdma, nvlink),
+    )
+
+
+def _sms(work: Work, hardware: Hardware, operation: str, rdma: float, nvlink: float) -> int:
+    """That move in each link's seconds what it waits for: rows packed for the card, and rows stored over NVLink or summed from
+    there, the GPU's own included. A combine leaves its sums where the card reads them."""
+    row = row_bytes(work, operation)
+    packed = work.num_tokens * units_reached(work, work.nodes) * (work.nodes - 1) / work.nodes * row
+    stored = work.num_tokens * units_reached(work, work.ranks) * row
+    rates = [stored / nvlink if nvlink else hardware.nvlink_rate]  # GPUs without peers copy as fast as the others store
+    if operation == "dispatch" and rdma:
+        rates.append(packed / rdma)
+    return min(MOST_SMS, round_up(ceil(max(rates) / BYTES_PER_SM[operation]), 2))
 
 
 @dataclass(frozen=True)
@@ -199,7 +235,7 @@ def buffers(work: Work) -> Buffers:
     received = int(work.num_tokens * units_reached(work, work.ranks)) * 2 * work.hidden
     if work.nodes == 1:
         return Buffers(0, received)
-    row = max(round_up(row_bytes(work, operation), 16) for operation in ("dispatch", "combine"))
+    row = max(row_bytes(work, operation) for operation in ("dispatch", "combine"))
     # A segment for every node, in multiples of 128 bytes, of what leaves and of what comes.
     return Buffers(2 * work.nodes * round_up(work.num_tokens * row, 128), received)
 
@@ -233,7 +269,8 @@ class Compared:
 
 
 def validate() -> list[Compared]:
-    """The model on the H800 table, in V1's GB/s."""
+    """The model on the H800 table, in V1's GB/s, and with V1's pipeline, in which both links work at once: what it would say
+    of this library's kernels is `predict`'s default, and slower."""
     hardware = Hardware(nvlink_rate=NVLINK_RATES["h800"] * NVLINK_SHARE)
     rows = []
     for p in V1_ON_H800:
@@ -242,7 +279,7 @@ def validate() -> list[Compared]:
         copies = units_reached(work, work.nodes if nodes > 1 else work.ranks)
         for operation, published in (("dispatch", p.dispatch), ("combine", p.combine)):
             counted = work.num_tokens * copies * row_bytes(work, operation)
-            predicted = counted / predict(work, hardware, operation).seconds / 1e9
+            predicted = counted / predict(work, hardware, operation, overlapped=True).seconds / 1e9
             rows.append(Compared(p.ranks, operation, published, predicted, published / predicted - 1))
     return rows
 

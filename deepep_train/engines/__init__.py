@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import socket
 from collections.abc import Callable
@@ -43,6 +44,27 @@ def num_local_ranks(hosts: list[str]) -> int:
     blocks = [hosts[i : i + per_node] for i in range(0, size, per_node)]
     even = size % per_node == 0 and all(len(set(b)) == 1 for b in blocks) and len({b[0] for b in blocks}) == len(blocks)
     return per_node if even else size
+
+
+def mesh_obstacle(hosts: list[str], local_ranks: int) -> str:
+    """Why ranks on these hosts cannot be nodes of `local_ranks` consecutive ranks whose memory reaches each other; "" if they
+    can. Several nodes may be of one host."""
+    for rank, host in enumerate(hosts):
+        first = rank // local_ranks * local_ranks
+        if host != hosts[first]:
+            who = f"rank {first} on host {hosts[first]!r} and rank {rank} on host {host!r}"
+            return (
+                f"with {local_ranks} ranks a node, {who} would be of one node; a node is consecutive ranks of one host, as "
+                f"many on each. Hosts in order of ranks: {_runs(hosts)}. Start equally many ranks a host, host by host; or, if "
+                "these are one machine's containers, set DEEPEP_TRAIN_HOST to the same in all"
+            )
+    return ""
+
+
+def _runs(hosts: list[str]) -> str:
+    """As 2 x 'a', 1 x 'b'; at most some of them."""
+    runs = [f"{len(list(same))} x {host!r}" for host, same in itertools.groupby(hosts)]
+    return ", ".join(runs[:8] + ["..."] * (len(runs) > 8))
 
 
 class Surveyed(NamedTuple):
@@ -162,8 +184,10 @@ def obstacle(everyone: list[dict[str, str]], first: int = 0) -> str:
 
 def obstacle_across(everyone: list[dict[str, str]], rank: int, local_ranks: int, two_level: bool | None) -> str:
     """The same of `rank` and rdma, which auto takes between hosts only where GPUs can put over the network themselves."""
+    if why := mesh_obstacle([other["host"] for other in everyone], local_ranks):
+        return why
     if len(everyone) // local_ranks < 2:
-        return "the ranks are not nodes of equally many, consecutive ranks"
+        return "the ranks are of one node"
     if two_level is False:
         return "two_level=False asks for rows that nobody forwards"
     for other, there in enumerate(everyone):

@@ -15,8 +15,8 @@ from torch import Tensor
 from deepep_train import _C  # type: ignore[attr-defined]
 from deepep_train.engines.base import DispatchRequest, address_of
 from deepep_train.engines.rail_domain import DISPATCH
-from deepep_train.engines.rail_rows import padded
-from deepep_train.engines.rail_tables import ExpertTables, Tables, num_words
+from deepep_train.engines.rail_rows import counts_bytes, words_bytes
+from deepep_train.engines.rail_tables import ExpertTables, Tables
 from deepep_train.engines.rails import Rails
 
 
@@ -71,10 +71,11 @@ class Words(NamedTuple):
 class Fresh:
     """The steps, in their order, of one rank's fresh dispatches."""
 
-    def __init__(self, rails: Rails, row_words: int) -> None:
-        self._rails, self._row_words = rails, row_words
+    def __init__(self, rails: Rails) -> None:
+        self._rails = rails
         self._head, self._found_words = rails.kernels.head_words, rails.kernels.found_words
         self.num_ranks = rails.peers.size
+        self._row_words = counts_bytes(self.num_ranks, rails.nodes) // 4
 
     def tell(self, request: DispatchRequest | None, wrong: Tensor | None, signature: int) -> Told:
         """This rank's row, `wrong` int32 [1]; without a request word that there is none."""
@@ -231,11 +232,6 @@ class Fresh:
         """And whether any rank has num_worst_tokens, on which the buffer has then failed if the verdict is not 0."""
         verdict, bounded, *_ = self._parts(seen, num_local_experts).found.tolist()
         return verdict, bool(bounded)
-
-
-def words_bytes(top_k: int, has_weights: bool, num_ranks: int) -> int:
-    """Of one token's words, as they travel."""
-    return padded(4 * (1 + top_k * (1 + has_weights) + num_words(num_ranks)))
 
 
 def move_weights(rails: Rails, weights: Tensor, experts: ExpertTables, back: bool) -> Tensor:

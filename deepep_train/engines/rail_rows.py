@@ -1,4 +1,5 @@
-"""Rows of any dtype as what the rail's kernels move: bytes, in whole 16-byte pieces."""
+"""Rows of any dtype as what the rail's kernels move, bytes in whole 16-byte pieces, and how wide the engine's own rows are. No
+kernel is needed here: `plan` counts bytes by the same functions."""
 
 from __future__ import annotations
 
@@ -6,12 +7,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deepep_train.engines.base import MAX_EXPERTS
+
 _STEP = 16  # bytes
+_BITS = 32  # of a word
+_HEAD = 5  # csrc/rdma/fresh.hpp's kHead
 
 
 def padded(row_bytes: int) -> int:
     """As rows travel."""
     return -(-row_bytes // _STEP) * _STEP
+
+
+def num_words(num_ranks: int) -> int:
+    """That have a bit for each rank."""
+    return -(-num_ranks // _BITS)
+
+
+def words_bytes(top_k: int, has_weights: bool, num_ranks: int) -> int:
+    """Of the words that a fresh dispatch sends beside each row: the token's number, indices, weights, a bit for each rank."""
+    return padded(4 * (1 + top_k * (1 + has_weights) + num_words(num_ranks)))
+
+
+def counts_bytes(num_ranks: int, num_nodes: int) -> int:
+    """Of the row of counts that each rank has for all before a fresh dispatch: one width, whatever the ranks' arguments."""
+    return padded(4 * (_HEAD + num_ranks + num_nodes + MAX_EXPERTS))
 
 
 def as_rows(t: Tensor) -> Tensor:

@@ -13,8 +13,6 @@ from torch import Tensor
 from deepep_train.engines.hops import to_device
 from deepep_train.routing import counted_down
 
-_BITS = 32  # of a word
-
 
 @dataclass(frozen=True)
 class Counts:
@@ -134,8 +132,3 @@ def slots(counts: Counts, recv_at: Tensor, masks: Tensor) -> Tensor:
     within = upto[:-1] - upto[recv_at[:-1].long()][source]
     theirs, begin = both[:, source]
     return torch.where(masks & (within < theirs), within + begin, -1).to(torch.int32)
-
-
-def num_words(num_ranks: int) -> int:
-    """That have a bit for each rank."""
-    return -(-num_ranks // _BITS)

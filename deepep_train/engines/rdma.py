@@ -30,18 +30,17 @@ from deepep_train.engines.collective import CollectiveEngine, CollectivePlan
 from deepep_train.engines.hops import Hop, Route, to_device
 from deepep_train.engines.nvlink_failures import layout_error
 from deepep_train.engines.nvlink_tables import remember
-from deepep_train.engines.rail_fresh import Found, Fresh, Sizes, Told, Words, move_weights, words_bytes
+from deepep_train.engines.rail_fresh import Found, Fresh, Sizes, Told, Words, move_weights
 from deepep_train.engines.rail_route import Known, RailRoute
-from deepep_train.engines.rail_rows import padded
+from deepep_train.engines.rail_rows import counts_bytes, padded, words_bytes
 from deepep_train.engines.rails import DTYPES, Rails
 from deepep_train.engines.signature import hashed, numbered
 from deepep_train.engines.two_level import Forwarding, two_level
 from deepep_train.engines.v1_handle import channels
 from deepep_train.errors import ArgumentError, DeepEPError
 from deepep_train.handle import LAYOUTS
-from deepep_train.routing import RankLayout, count_picks, round_up, tokens_per_node
+from deepep_train.routing import RankLayout, count_picks, tokens_per_node
 
-_HEAD = 5  # csrc/rdma/fresh.hpp's kHead
 _MOST_SCALES = 8192  # bytes a row, which with a piece of the row must fit several times into a block's shared memory
 CachedT = TypeVar("CachedT", RedispatchRequest, CombineRequest)
 
@@ -72,10 +71,9 @@ class RdmaEngine(CollectiveEngine):
         num_sms: Callable[[], int],
     ) -> None:
         super().__init__(group, timeout, num_local_ranks, True, number)
-        row_words = round_up(_HEAD + self.peers.size + self.num_nodes + MAX_EXPERTS, 4)  # of a row of counts
-        rail_bytes = max(rail_bytes, 2 * self.num_nodes * 8 * row_words)
+        rail_bytes = max(rail_bytes, 4 * self.num_nodes * counts_bytes(self.peers.size, self.num_nodes))
         self.rails = Rails(self.peers, num_local_ranks, arena_bytes, rail_bytes, num_qps, num_sms)
-        self._fresh = Fresh(self.rails, row_words)
+        self._fresh = Fresh(self.rails)
         self.device: torch.device = self.rails.device
         self.low_latency = self.rails.low_latency
         self._no_offset = {layout: channels(self.peers.size, layout, self.device) for layout in LAYOUTS}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from math import comb
+from math import ceil, comb
 
 import pytest
 import torch
@@ -61,13 +61,34 @@ def test_bytes_by_hand() -> None:
     hardware = m.Hardware(nvlink_rate=1e9, nic_rate=1e6)
     dispatch, combine = (m.predict(work, hardware, operation) for operation in ("dispatch", "combine"))
     assert (dispatch.rdma_rows, dispatch.nvlink_rows) == (10, 20)
-    per_row = 256 + 8 + 48  # two scales; 4 + 1 + 4 * 8 bytes of metadata, rounded up
-    assert dispatch.rdma_bytes == 10 * per_row
-    assert dispatch.nvlink_bytes == 20 * per_row
+    # Two scales, rounded up to 16; number, 4 indices, 4 weights and a word with bits of all ranks, too.
+    per_row = 256 + 16 + 48
+    counts = 4 * (5 + 4 + 2 + 4096 + 1)  # head, ranks, nodes, experts; rounded up
+    assert dispatch.rdma_bytes == 10 * per_row + counts
+    assert dispatch.nvlink_bytes == 20 * per_row + 2 * counts
+    assert dispatch.metadata_share == pytest.approx((10 * 48 + counts) / (10 * 272))
     assert combine.rdma_bytes == 10 * (512 + 16)
     assert dispatch.bound == "rdma"
-    assert dispatch.seconds == pytest.approx(m.CALL_SECONDS + 10 * (per_row + m.PACKET_HEADER) / 1e6 + 10 * m.MESSAGE_SECONDS)
-    assert m.predict(work, m.Hardware(1e6, 1e9), "dispatch").seconds == pytest.approx(m.CALL_SECONDS + 20 * per_row / 1e6)
+    rdma, nvlink = (dispatch.rdma_bytes + 10 * m.PACKET_HEADER) / 1e6 + 10 * m.MESSAGE_SECONDS, dispatch.nvlink_bytes / 1e9
+    assert (dispatch.rdma_seconds, dispatch.nvlink_seconds) == pytest.approx((rdma, nvlink))
+    assert dispatch.seconds == pytest.approx(m.CALL_SECONDS + rdma + nvlink)
+
+
+def test_one_link_after_the_other_unless_overlapped() -> None:
+    """The rdma engine's hops follow each other, both ways; V1's work at once."""
+    for operation in ("dispatch", "combine"):
+        p, both = (m.predict(V3, m.Hardware(), operation, overlapped) for overlapped in (False, True))
+        assert p.seconds == pytest.approx(m.CALL_SECONDS + p.rdma_seconds + p.nvlink_seconds)
+        assert both.seconds == pytest.approx(m.CALL_SECONDS + max(p.rdma_seconds, p.nvlink_seconds))
+        assert both.seconds < p.seconds
+
+
+def test_sms_are_those_that_keep_a_link_busy() -> None:
+    """Whatever the other link takes: SMs are needed while theirs is at work."""
+    for work in (m.Work(1), m.Work(2), V3, m.Work(4, 1)):  # links as fast as default_sms has them need 10 and 12
+        assert [m.predict(work, m.Hardware(), operation).sms for operation in ("dispatch", "combine")] == [8, 10]
+    assert m.predict(V3, m.Hardware(nic_rate=1e9), "dispatch").sms == 8
+    assert m.predict(m.Work(4, 1), m.Hardware(nvlink_rate=1e9, nic_rate=800e9), "dispatch").sms > 8  # that pack
 
 
 def test_one_node_and_one_gpu_need_no_network() -> None:
@@ -86,9 +107,32 @@ def test_staging_is_what_the_rdma_engine_needs(dtype: str) -> None:
     assert 1001 * 14336 <= segment < 1001 * 14336 + 128
 
 
-def test_metadata_stay_within_two_percent() -> None:
-    for operation in ("dispatch", "combine"):
-        assert m.meta_bytes(V3, operation) <= 0.02 * m.row_bytes(V3, operation)
+@pytest.mark.parametrize("ranks", [16, 128, 2048])
+def test_metadata_are_those_that_the_engine_sends(ranks: int) -> None:
+    """A bit for each rank of the group, not of a node."""
+    work = m.Work(ranks // 8, num_experts=max(256, ranks))
+    assert m.meta_bytes(work, "dispatch") == m.round_up(4 * (1 + 8 + 8 + ceil(ranks / 32)), 16)
+    assert m.meta_bytes(work, "combine") == 4 * 8
+
+
+@pytest.mark.parametrize(("dtype", "most"), [("fp8", 256), ("bf16", 512)])
+def test_where_metadata_exceed_two_percent(dtype: str, most: int) -> None:
+    """As docs/rdma.md says."""
+    for ranks in (16, 32, 64, 128, 256, 512, 1024, 2048):
+        work = m.Work(ranks // 8, num_experts=max(256, ranks), dispatch_dtype=dtype)
+        shares = {operation: m.predict(work, m.Hardware(), operation).metadata_share for operation in ("dispatch", "combine")}
+        assert (shares["dispatch"] <= 0.02) == (ranks <= most)
+        assert shares["combine"] <= 0.02
+
+
+def test_the_command_warns_of_metadata(capsys: pytest.CaptureFixture[str]) -> None:
+    told = []
+    for nodes in ("32", "64"):
+        assert main(["plan", "--nodes", nodes, "--num-experts", "512"]) == 0
+        told.append([line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")])
+    assert told[0] == []
+    (warning,) = told[1]
+    assert "dispatch's metadata are 2.5%" in warning and "144 bytes with each row, 18720 of counts" in warning
 
 
 def test_thousands_of_gpus() -> None:
@@ -144,15 +188,22 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     text, report = run(*args), json.loads(run(*args, "--json"))
     assert report["dispatch"]["bound"] == "rdma"
     for operation in ("dispatch", "combine"):
-        assert f"{1e3 * report[operation]['seconds']:.2f}" in text
+        p = report[operation]
+        assert p["seconds"] == pytest.approx(m.CALL_SECONDS + p["rdma_seconds"] + p["nvlink_seconds"])
+        for name in ("seconds", "rdma_seconds", "nvlink_seconds"):
+            assert f" {1e3 * p[name]:.2f} " in text
+        assert f" {100 * p['metadata_share']:.1f}% " in text
     for name in ("staging", "received"):
         assert report["buffers"][name] > 0
         assert f"{report['buffers'][name] / 2**20:.0f} MiB a GPU" in text
     assert f"{report['buffers']['arena'] / 2**20:.0f} MiB for them" in text
     assert f"num_rdma_bytes={report['buffers']['staging']}" in text
     slower = json.loads(run(*args, "--json", "--rdma-gbs", "20"))
-    assert slower["dispatch"]["seconds"] > 2 * report["dispatch"]["seconds"]
-    names = [line.split()[0] for line in run("--validate").splitlines()[1:]]
+    assert slower["dispatch"]["rdma_seconds"] > 2 * report["dispatch"]["rdma_seconds"]
+    assert slower["dispatch"]["nvlink_seconds"] == report["dispatch"]["nvlink_seconds"]
+    compared, _, *rows = run("--validate").splitlines()
+    assert "DeepEP V1's pipeline" in compared
+    names = [line.split()[0] for line in rows]
     assert names == [f"EP{n}" for n in (8, 8, 16, 16, 32, 32, 64, 64)]
     assert len(json.loads(run("--validate", "--json"))) == 8
 
