@@ -10,7 +10,7 @@ from torch import Tensor
 
 from deepep_train import checks, low_latency
 from deepep_train.engines.base import Engine, Payload
-from deepep_train.errors import ArgumentError, DeepEPError
+from deepep_train.errors import DeepEPError
 from deepep_train.events import EventOverlap
 from deepep_train.routing import round_up
 from deepep_train.streams import CommStream
@@ -81,19 +81,19 @@ class LowLatencyCalls:
             ArgumentError: before a first call of a shape on every rank, later on this rank alone.
             DeepEPError: a third result, or slots whose last hook was not called.
         """
-        kernels = self._kernels(async_finish, return_recv_hook)
-        inputs = [x, topk_idx, cumulative_local_expert_recv_stats]
-        shape = (x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts)
-        kind = (use_fp8, round_scale, use_ue8m0)
-        stats = cumulative_local_expert_recv_stats
+        self.check()
+        stats = (cumulative_local_expert_recv_stats, dispatch_wait_recv_cost_stats)
+        inputs = [x, topk_idx, *stats]
+        given = (x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts, *stats)
+        how = (use_fp8, round_scale, use_ue8m0, async_finish, return_recv_hook)
+        kernels = self._engine.low_latency
         if kernels is None:
             (recv, count, handle), event = self._comm.run(
-                lambda: low_latency.dispatch(self._engine, self, *shape, stats, *kind), inputs, None, async_finish
+                lambda: low_latency.dispatch(self._engine, self, *given, *how), inputs, None, async_finish
             )
             return recv, count, handle, event, low_latency.NO_HOOK if return_recv_hook else None
-        wait = dispatch_wait_recv_cost_stats
         (recv, count, handle, hook), event = self._comm.run(
-            lambda: kernels.dispatch(self, *shape, stats, wait, *kind, return_recv_hook), [*inputs, wait], None, async_finish
+            lambda: kernels.dispatch(self, *given, *how), inputs, None, async_finish
         )
         return recv, count, handle, event, hook
 
@@ -126,23 +126,15 @@ class LowLatencyCalls:
         Returns:
             combined_x bfloat16 [T, H], event, hook.
         """
-        kernels = self._kernels(async_finish, return_recv_hook)
-        given = (x, topk_idx, topk_weights, handle)
-        if kernels is None:
-            z, event = self._comm.run(
-                lambda: low_latency.combine(self._engine, self, *given, use_logfmt, zero_copy, out),
-                [*given[:3], out],
-                None,
-                async_finish,
-            )
-            return z, event, low_latency.NO_HOOK if return_recv_hook else None
+        self.check()
         wait = combine_wait_recv_cost_stats
-        (z, hook), event = self._comm.run(
-            lambda: kernels.combine(self, *given, use_logfmt, zero_copy, out, wait, return_recv_hook),
-            [*given[:3], out, wait],
-            None,
-            async_finish,
-        )
+        inputs = [x, topk_idx, topk_weights, out, wait]
+        given = (x, topk_idx, topk_weights, handle, use_logfmt, zero_copy, out, wait, async_finish, return_recv_hook)
+        kernels = self._engine.low_latency
+        if kernels is None:
+            z, event = self._comm.run(lambda: low_latency.combine(self._engine, self, *given), inputs, None, async_finish)
+            return z, event, low_latency.NO_HOOK if return_recv_hook else None
+        (z, hook), event = self._comm.run(lambda: kernels.combine(self, *given), inputs, None, async_finish)
         return z, event, hook
 
     def refuse_low_latency_dispatch(self, error: Exception) -> NoReturn:
@@ -187,13 +179,6 @@ class LowLatencyCalls:
         self.check()
         if self._engine.low_latency is None:
             raise DeepEPError(f"the {self.engine} engine cannot leave ranks out: its collectives need every rank of the group")
-        return self._engine.low_latency
-
-    def _kernels(self, async_finish: bool, return_recv_hook: bool) -> Any:
-        """The engine's part for these calls, if it has one."""
-        self.check()
-        if async_finish and return_recv_hook:
-            raise ArgumentError("return_recv_hook=True cannot be had with async_finish=True", "return_recv_hook")
         return self._engine.low_latency
 
     # Of the rest of `Buffer`.

@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
 from deepep_train import _C  # type: ignore[attr-defined]
+from deepep_train.engines.low_latency_arguments import Shape
 from deepep_train.engines.low_latency_blocks import Block
-from deepep_train.errors import DeepEPError
+from deepep_train.errors import ArgumentError, DeepEPError
 
 _SETS = 2  # of slots, hence of results that may be alive
-
-
-class Shape(NamedTuple):
-    """What the ranks of one `Space` agree on."""
-
-    max_tokens: int
-    hidden: int
-    num_experts: int
-    top_k: int
 
 
 class _Life:
@@ -48,6 +40,15 @@ class KernelHandle(tuple):
         self.space, self.buffer, self.set, self.number, self.pick_index = space, buffer, slots, number, pick_index
         self.life = _Life()
         return self
+
+
+def handle_of(buffer: Any, handle: Any) -> KernelHandle:
+    """The handle, if it may still be combined through."""
+    if not isinstance(handle, KernelHandle) or handle.buffer is not buffer:
+        raise ArgumentError("handle must be what this buffer's low_latency_dispatch returned", "handle")
+    if handle.space.numbers[handle.set] != handle.number:
+        raise ArgumentError("handle is of a result whose slots a later low_latency_dispatch has taken", "handle")
+    return handle
 
 
 class Waiting:

@@ -106,13 +106,14 @@ BUFFER = object()
 
 def dispatch(engine: LowLatency, with_hook: bool = False, x: Tensor = X, idx: Tensor = IDX, **how: Any) -> Any:
     given = {"max_tokens": 4, "num_experts": 5, "use_fp8": True, "round_scale": False, "use_ue8m0": False} | how
+    given = {"async_finish": False} | given
     stats = {"cumulative_stats": None, "wait_stats": None}
     return engine.dispatch(BUFFER, x, idx, **{**stats, **given}, with_hook=with_hook)
 
 
 def combine(engine: LowLatency, handle: Any, y: Tensor | None = None, with_hook: bool = False, **how: Any) -> Any:
     y = torch.zeros(5, 4, 512, dtype=torch.bfloat16) if y is None else y
-    given = {"use_logfmt": False, "zero_copy": False, "out": None, "wait_stats": None} | how
+    given = {"use_logfmt": False, "zero_copy": False, "out": None, "wait_stats": None, "async_finish": False} | how
     return engine.combine(BUFFER, y, IDX, WEIGHTS, handle, **given, with_hook=with_hook)
 
 
@@ -211,6 +212,8 @@ def test_two_results_may_be_alive(engine: LowLatency) -> None:
         (lambda e: dispatch(e, idx=torch.zeros(3, 17, dtype=torch.int64)), "top-k up to 16, got 17"),
         (lambda e: dispatch(e, num_experts=1025), "num_experts up to 1024, got 1025"),
         (lambda e: dispatch(e, use_ue8m0=True), "use_ue8m0=True needs"),
+        (lambda e: dispatch(e, use_fp8=1), "use_fp8 must be True or False, got 1"),
+        (lambda e: dispatch(e, with_hook=True, async_finish=True), "return_recv_hook=True cannot be had"),
         (lambda e: dispatch(e, wait_stats=torch.zeros(1)), "dispatch_wait_recv_cost_stats must be a int64"),
         (lambda e: combine(e, (1, 2, 3)), "handle must be"),
         (lambda e: combine(e, dispatch(e)[2], zero_copy=True), "get_next_low_latency_combine_buffer"),
