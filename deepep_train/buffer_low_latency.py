@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from deepep_train import checks, low_latency
+from deepep_train.engines import low_latency_sizes
 from deepep_train.engines.base import Engine, Payload
 from deepep_train.errors import DeepEPError
 from deepep_train.events import EventOverlap
-from deepep_train.routing import round_up
 from deepep_train.streams import CommStream
 
 PayloadArgument = Tensor | tuple[Tensor, Tensor] | Payload
@@ -35,14 +35,20 @@ class LowLatencyCalls:
     def get_low_latency_rdma_size_hint(
         num_max_dispatch_tokens_per_rank: int, hidden: int, num_ranks: int, num_experts: int
     ) -> int:
-        """Bytes of symmetric memory that the low-latency calls want: two buffers of a bf16 row and a header for every slot
-        of (expert, token) to send and of (local expert, source rank, token) to receive."""
+        """The `num_rdma_bytes` of a `Buffer(low_latency_mode=True)` that make its arena hold one shape of low-latency calls
+        besides all else: its space, and a buffer for each of two results that are combined with `zero_copy`.
+
+        Enough for any top-k, within a node and across; there the space lies in NVSHMEM's memory, and what is left over is for
+        other calls.
+
+        Raises:
+            ArgumentError: a number below 1, or experts that the ranks do not divide.
+        """
         checks.integer(num_max_dispatch_tokens_per_rank, "num_max_dispatch_tokens_per_rank", 1)
         checks.integer(hidden, "hidden", 1)
         checks.integer(num_ranks, "num_ranks", 1)
         checks.experts(num_experts, num_ranks)
-        slots = 2 * num_experts * num_max_dispatch_tokens_per_rank
-        return 2 * slots * round_up(2 * hidden + 16, 128)
+        return low_latency_sizes.arena_bytes(num_max_dispatch_tokens_per_rank, hidden, num_ranks, num_experts)
 
     def low_latency_dispatch(
         self,

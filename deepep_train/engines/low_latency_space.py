@@ -10,9 +10,8 @@ from torch import Tensor
 from deepep_train import _C  # type: ignore[attr-defined]
 from deepep_train.engines.low_latency_arguments import Shape
 from deepep_train.engines.low_latency_blocks import Block
+from deepep_train.engines.low_latency_sizes import SETS
 from deepep_train.errors import ArgumentError, DeepEPError
-
-_SETS = 2  # of slots, hence of results that may be alive
 
 
 class _Life:
@@ -75,17 +74,17 @@ class Space:
     def __init__(self, shape: Shape, memory: Tensor, addresses: Tensor, block: Block | None) -> None:
         self.shape, self.memory, self.addresses, self.block = shape, memory, addresses, block
         self.was_captured = self._is_closed = False
-        self.combine_buffers: list[Tensor | None] = [None] * _SETS
-        self.shown: list[Tensor | None] = [None] * _SETS
-        self.numbers = [0] * _SETS  # of the slots' newest dispatch; none comes back, so no old handle fits a new one
+        self.combine_buffers: list[Tensor | None] = [None] * SETS
+        self.shown: list[Tensor | None] = [None] * SETS
+        self.numbers = [0] * SETS  # of the slots' newest dispatch; none comes back, so no old handle fits a new one
         self.forget()
 
     def forget(self) -> None:
         """No call has been made, as far as this process knows."""
         self.numbers = [number + 1 for number in self.numbers]
-        self.waiting: list[Waiting | None] = [None] * _SETS
-        self._lives: list[weakref.ref[_Life] | None] = [None] * _SETS
-        self.are_over = [True] * _SETS  # whether the newest result of the slots has been combined
+        self.waiting: list[Waiting | None] = [None] * SETS
+        self._lives: list[weakref.ref[_Life] | None] = [None] * SETS
+        self.are_over = [True] * SETS  # whether the newest result of the slots has been combined
         self._next = 0
 
     def close(self) -> None:
@@ -104,7 +103,7 @@ class Space:
         slots, life = self._next, self._lives[self._next]
         if life is not None and life() is not None and not self.are_over[slots]:
             raise DeepEPError(
-                f"low_latency_dispatch: {_SETS} results are alive, and there are slots for no more; combine the oldest, or "
+                f"low_latency_dispatch: {SETS} results are alive, and there are slots for no more; combine the oldest, or "
                 "drop its handle, before the next dispatch"
             )
         self.check_hook(slots)
@@ -116,4 +115,4 @@ class Space:
 
     def follow(self, slots: int, handle: KernelHandle) -> None:
         self._lives[slots], self.are_over[slots] = weakref.ref(handle.life), False
-        self._next = (slots + 1) % _SETS
+        self._next = (slots + 1) % SETS

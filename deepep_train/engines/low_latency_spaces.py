@@ -12,9 +12,11 @@ from torch import Tensor
 
 from deepep_train import _C  # type: ignore[attr-defined]
 from deepep_train.engines.arena import Arena, ArenaFull
+from deepep_train.engines.low_latency_arguments import Shape
 from deepep_train.engines.low_latency_blocks import choose, give_back, offered
 from deepep_train.engines.low_latency_far import OtherNodes
-from deepep_train.engines.low_latency_space import Shape, Space
+from deepep_train.engines.low_latency_sizes import arena_bytes
+from deepep_train.engines.low_latency_space import Space
 from deepep_train.engines.peers import Peers, raise_if_different
 from deepep_train.errors import ArgumentError, DeepEPError
 
@@ -81,7 +83,7 @@ class Spaces:
                     block = block or self._far.take(everyone[0]["name"], num_bytes)
                     memory, where = self._far.open(block)
                 else:
-                    memory = self._take((num_bytes,), torch.uint8)
+                    memory = self._take((num_bytes,), torch.uint8, shape)
                     offset = self._arena.offset(memory)
                 memory[: _C.low_latency.control_bytes()].zero_()
                 torch.cuda.current_stream(self._device).synchronize()
@@ -100,7 +102,7 @@ class Spaces:
         kept, shape, size = space.combine_buffers[slots], space.shape, self._peers.size
         if kept is None:
             rows = (shape.num_experts // size, size * shape.max_tokens, shape.hidden)
-            kept = space.combine_buffers[slots] = self._take(rows, torch.bfloat16)
+            kept = space.combine_buffers[slots] = self._take(rows, torch.bfloat16, shape)
         return kept
 
     def clean(self, max_tokens: int, hidden: int, num_experts: int) -> None:
@@ -132,13 +134,17 @@ class Spaces:
                     give_back(block, behind)
         self._spaces.clear()
 
-    def _take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def _take(self, size: tuple[int, ...], dtype: torch.dtype, shape: Shape) -> Tensor:
+        """A tensor for the calls of `shape`, out of the arena."""
         try:
-            return self._arena.empty(shape, dtype)
+            return self._arena.empty(size, dtype)
         except ArenaFull as full:
+            have = self._arena.num_bytes
+            need = have + arena_bytes(shape.max_tokens, shape.hidden, self._peers.size, shape.num_experts)
             raise DeepEPError(
-                f"the arena of rank {self._peers.rank} has no room for {full.num_bytes} bytes of the low-latency calls; pass "
-                "num_rdma_bytes=Buffer.get_low_latency_rdma_size_hint(…) to Buffer"
+                f"the arena of rank {self._peers.rank} is full: {full.num_bytes} bytes of the low-latency calls of {shape} do "
+                f"not fit beside what lives in its {have}; pass num_nvl_bytes={need} or more to Buffer, or keep fewer tensors "
+                "alive"
             ) from None
 
     def _agree(self, mine: dict[str, Any], error: Exception | None) -> list[dict[str, Any]]:
