@@ -4,8 +4,9 @@ build with kernels, no GPU."""
 from __future__ import annotations
 
 import importlib.util
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from torch import Tensor
 if importlib.util.find_spec("deepep_train._C") is None:
     pytest.skip("the package was built without nvcc, so it has no kernels", allow_module_level=True)
 
-from deepep_train import ArgumentError, DeepEPError
+from deepep_train import ArgumentError, DeepEPError, PeerTimeoutError
 from deepep_train.engines import low_latency, low_latency_blocks
 from deepep_train.engines.low_latency import LowLatency
 from deepep_train.engines.low_latency_far import OtherNodes
@@ -63,6 +64,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Kernels:
     for name, value in {"current_stream": lambda *_: Stream(), "is_current_stream_capturing": lambda: False}.items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
     monkeypatch.setattr(low_latency_blocks, "_given_back", [])
     return fake
 
@@ -275,10 +277,10 @@ class Nvshmem:
         self.put.append(("pulled" if is_combine else "taken", p.put_bytes))
 
 
-def across(nvshmem: Nvshmem) -> LowLatency:
+def across(nvshmem: Nvshmem, peers: Peers | None = None) -> LowLatency:
     device, arena = torch.device("cpu"), Memory()
     far = OtherNodes(nvshmem, nvshmem, 0, 1, 1, device)
-    return LowLatency(Peers(None, 5.0), arena, [0], 4, True, _ordered, device, far)  # type: ignore[arg-type]
+    return LowLatency(peers or Peers(None, 5.0), arena, [0], 4, True, _ordered, device, far)  # type: ignore[arg-type]
 
 
 def test_what_is_put_is_counted_by_the_kernels_in_one_place(kernels: Kernels) -> None:
@@ -337,3 +339,49 @@ def test_memory_that_is_in_use_or_in_a_graph_stays(kernels: Kernels, monkeypatch
     fourth = across(nvshmem)
     dispatch(fourth)
     assert len(nvshmem.taken) == 3  # the second's may be replayed
+
+
+class BrokenPeers(Peers):
+    """Of which one does not come: then there is no next round."""
+
+    def gather_objects(self, mine: Any, operation: str) -> list[Any]:
+        self.check()
+        return [mine]
+
+
+def test_memory_that_a_rank_does_not_come_for_is_not_waited_for_for_ever(kernels: Kernels) -> None:
+    nvshmem, may_return = Nvshmem(), threading.Event()
+    allocate = nvshmem.allocate
+    nvshmem.allocate = lambda num_bytes: (may_return.wait(20), allocate(num_bytes))[1]  # type: ignore[method-assign]
+    engine = across(nvshmem, BrokenPeers(None, 0.1))
+    try:
+        with pytest.raises(PeerTimeoutError, match=r"collective call within 0\.1 s"):
+            dispatch(engine)
+        assert not engine._spaces
+    finally:
+        may_return.set()
+
+
+class OddPeers(Peers):
+    """In the second round of a first call another rank has an error, if `is_odd`."""
+
+    def __init__(self) -> None:
+        super().__init__(None, 5.0)
+        self.is_odd = True
+
+    def gather_objects(self, mine: Any, operation: str) -> list[Any]:
+        return [mine | {"error": "no memory"} if self.is_odd and "offset" in mine else mine]
+
+
+def test_memory_of_a_space_that_was_not_made_is_used_again(kernels: Kernels) -> None:
+    nvshmem, peers = Nvshmem(), OddPeers()
+    engine = across(nvshmem, peers)
+    for _ in range(3):  # new memory, and then memory that is used again
+        with pytest.raises(DeepEPError, match="no memory"):
+            dispatch(engine)
+        assert len(nvshmem.taken) == 1
+    peers.is_odd = False
+    combine(engine, dispatch(engine)[2])
+    assert len(nvshmem.taken) == 1
+    dispatch(across(nvshmem))  # while the first is in use
+    assert len(nvshmem.taken) == 2
