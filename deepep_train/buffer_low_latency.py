@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from deepep_train import checks, low_latency
 from deepep_train.engines import low_latency_sizes
 from deepep_train.engines.base import Engine, Payload
+from deepep_train.engines.low_latency_arguments import Shape, check_limits
 from deepep_train.errors import DeepEPError
 from deepep_train.events import EventOverlap
 from deepep_train.streams import CommStream
@@ -142,6 +143,16 @@ class LowLatencyCalls:
             return z, event, low_latency.NO_HOOK if return_recv_hook else None
         (z, hook), event = self._comm.run(lambda: kernels.combine(self, *given), inputs, None, async_finish)
         return z, event, hook
+
+    def check_low_latency_limits(self, shape: Shape, names: Sequence[str]) -> None:
+        """Raise `ArgumentError` if this buffer has low-latency kernels, and they do not serve calls of this shape: so that what
+        will make such calls can say so before the first.
+
+        Args:
+            names: what the caller calls the numbers in `shape`.
+        """
+        if self._engine.low_latency is not None:
+            check_limits(shape, names)
 
     def refuse_low_latency_dispatch(self, error: Exception) -> NoReturn:
         """As `Buffer.refuse_dispatch` where low-latency calls go over the normal dispatch. Kernels of the peers wait for this
