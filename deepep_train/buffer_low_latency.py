@@ -24,8 +24,13 @@ class LowLatencyCalls:
 
     L local experts, R ranks, M most tokens of a rank, H hidden. On the nvlink, low_latency and rdma engines these calls have
     kernels of their own, described in docs/low_latency.md; the first call of a shape (M, H, experts, top-k) is then a
-    collective one. On the collective engine they go over its dispatch, all data has arrived when
-    the call returns, hooks do nothing, and wait statistics stay as they are.
+    collective one. On the collective engine every call is, goes over its dispatch, and has everything when it returns: hooks
+    do nothing, and wait statistics stay as they are.
+
+    CUDA graphs: what these methods raise of results and hooks, the CPU finds out when it makes, or captures, a call. It does
+    not see replays: each of their dispatches overwrites what its set of slots holds, and a result from outside the graph that
+    was there is then combined wrongly, without an error. Combine, or give up, every result of the shape before a replay, call
+    captured hooks in the capture, and capture and replay alike on every rank: docs/low_latency.md, "CUDA graphs".
     """
 
     _engine: Engine
@@ -67,7 +72,8 @@ class LowLatencyCalls:
     ) -> tuple[PayloadArgument, Tensor, tuple, EventOverlap, Callable[[], None] | None]:
         """Send every pick of an expert into that expert's rows.
 
-        At most two results may be alive: a result lives until it has been combined, or its handle is dropped.
+        At most two results may be alive: a result lives until it has been combined, or its handle is dropped. Replays of CUDA
+        graphs end results, too, which nobody checks: see `LowLatencyCalls`.
 
         Args:
             x: bfloat16 [T, H], T at most M; H a multiple of 128 with `use_fp8` and on the kernels, of 512 with `use_ue8m0`.
@@ -85,8 +91,11 @@ class LowLatencyCalls:
             hook (None unless asked for).
 
         Raises:
-            ArgumentError: before a first call of a shape on every rank, later on this rank alone.
-            DeepEPError: a third result, or slots whose last hook was not called.
+            ArgumentError: before a first call of a shape on every rank, later on this rank alone; on the collective engine
+                always on every rank, also for indices out of range.
+            DeepEPError: a third result, or slots whose last hook was not called (both on the kernels, and not in replays); a
+                first call of a shape in a capture; no room for a shape's memory.
+            PeerTimeoutError: a rank did not come to a first call of a shape.
         """
         self.check()
         stats = (cumulative_local_expert_recv_stats, dispatch_wait_recv_cost_stats)
@@ -132,6 +141,11 @@ class LowLatencyCalls:
 
         Returns:
             combined_x bfloat16 [T, H], event, hook.
+
+        Raises:
+            ArgumentError: on this rank alone; on the collective engine on every rank, if its group has a CPU backend. On the
+                kernels also if a later dispatch has taken the result's slots, unless a replay of a CUDA graph did.
+            DeepEPError: the dispatch's, or the last combine's, hook was not called.
         """
         self.check()
         wait = combine_wait_recv_cost_stats
@@ -172,24 +186,41 @@ class LowLatencyCalls:
         return self.empty((*source.shape, hidden), torch.bfloat16, source.device)
 
     def clean_low_latency_buffer(self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int) -> None:
-        """Start anew with calls of this shape, on all ranks together: what brings a rank back that has missed some. Results
-        that are alive are lost. Never needed else, though V1 wants it after normal calls."""
+        """Start anew with calls of this shape, on all ranks together: what brings a rank back that has missed some, once it is
+        unmasked. Results that are alive are lost: their handles and hooks raise.
+
+        A collective call of ranks that have all called the shape before; nothing happens on one that has not, or in a capture.
+        Never needed else, though V1 wants it after normal calls.
+        """
         self.check()
         if self._engine.low_latency is not None:
             self._engine.low_latency.clean(num_max_dispatch_tokens_per_rank, hidden, num_experts)
 
     def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
-        """Leave a rank out of low-latency calls, or take it in again; needs an engine with low-latency kernels."""
+        """Leave a rank out of low-latency calls, or take it in again; needs an engine with low-latency kernels.
+
+        This rank's own view, of all shapes: from the next call on, in the order of this buffer's calls, the rank is neither
+        waited for nor sent to, and its rows count as zero. The other rank masks this one before the same call, or waits its
+        timeout for it, once. Unmasked, its rows count from the next dispatch on if it has made all calls meanwhile and has
+        unmasked this rank before the same one; in combines of dispatches before they do not. If it has missed calls it is given
+        up again after a timeout, unless `clean_low_latency_buffer` follows. docs/low_latency.md, "Ranks that stop".
+
+        Args:
+            rank_to_mask: another rank of the group.
+
+        Raises:
+            ArgumentError: this rank, none of the group, or a mask that is no bool; on this rank alone.
+        """
         self._with_masks().update_mask(rank_to_mask, mask)
 
     def low_latency_query_mask_buffer(self, mask_status: Tensor) -> None:
-        """Write 1 for every masked rank into int32 [R], those that did not come in time among them; needs an engine with
-        low-latency kernels."""
+        """Write 1 for every rank that this one masks into int32 [R], 0 for the others, as of all calls before; those that did
+        not come in time are masked. Needs an engine with low-latency kernels."""
         self._with_masks().query_mask(mask_status)
 
     def low_latency_clean_mask_buffer(self) -> None:
-        """Unmask all ranks; needs an engine with low-latency kernels. Ranks that have missed calls need
-        `clean_low_latency_buffer`, too."""
+        """Unmask all ranks, see `low_latency_update_mask_buffer`; needs an engine with low-latency kernels. Ranks that have
+        missed calls need `clean_low_latency_buffer`, too."""
         self._with_masks().clean_mask()
 
     def _with_masks(self) -> Any:

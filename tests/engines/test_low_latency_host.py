@@ -41,14 +41,17 @@ class Memory:
 
 
 class Kernels:
-    """Remembers what would have been launched."""
+    """Remembers what would have been launched, and which peers were to be forgotten, in which shapes."""
 
     def __init__(self) -> None:
         self.launched: list[tuple[str, int]] = []
+        self.forgotten: list[tuple[int, int]] = []
 
     def __getattr__(self, name: str) -> Any:
-        def launch(p: Any, *_: int) -> None:
+        def launch(p: Any, *how: int) -> None:
             self.launched.append((name, p.set))
+            if name == "forget":
+                self.forgotten.append((how[0], p.max_tokens))
 
         phases = ("dispatch_send", "dispatch_receive", "combine_send", "combine_receive", "forget")
         return launch if name in phases else getattr(low_latency_c, name)
@@ -247,6 +250,102 @@ def test_starting_anew_forgets(engine: LowLatency) -> None:
             combine(engine, handle)
     with pytest.raises(DeepEPError, match="may be called once"):
         kept[1][3]()
+
+
+def test_a_capture_counts_as_a_call_and_its_set_may_be_taken_outside(
+    engine: LowLatency, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What docs/low_latency.md says of CUDA graphs, as far as the CPU knows."""
+    with pytest.MonkeyPatch.context() as capturing:
+        capturing.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        with pytest.raises(DeepEPError, match="first low_latency_dispatch of a shape cannot be captured"):
+            dispatch(engine)
+    before = dispatch(engine)[2]
+    combine(engine, before)
+    with pytest.MonkeyPatch.context() as capturing:
+        capturing.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        capturing.setattr(Memory, "keep", lambda *_: None, raising=False)
+        captured = dispatch(engine)[2]
+        combine(engine, captured)
+    assert captured.set != before.set and captured.space.was_captured
+    one, two = dispatch(engine)[2], dispatch(engine)[2]
+    assert (one.set, two.set) == (before.set, captured.set)  # so a replay would end `two`, unseen
+    with pytest.raises(DeepEPError, match="2 results are alive"):
+        dispatch(engine)
+    with pytest.raises(ArgumentError, match="has taken"):
+        combine(engine, captured)
+    combine(engine, two)
+
+
+# Masks ----------------------------------------------------------------------------------------------------------------------
+
+
+class ThreePeers(Peers):
+    """This is rank 1; the others say what it says."""
+
+    def __init__(self) -> None:
+        super().__init__(None, 5.0)
+        self.rank, self.size = 1, 3
+
+    def gather_objects(self, mine: Any, operation: str) -> list[Any]:
+        return [mine] * self.size
+
+
+@pytest.fixture
+def of_three(kernels: Kernels) -> LowLatency:
+    arena: Any = Memory()
+    return LowLatency(ThreePeers(), arena, [0] * 3, 4, True, _ordered, torch.device("cpu"))
+
+
+def masked(engine: LowLatency) -> list[int]:
+    status = torch.full((3,), 7, dtype=torch.int32)
+    engine.query_mask(status)
+    return status.tolist()
+
+
+def test_a_rank_that_is_unmasked_owes_no_answer_in_any_shape(of_three: LowLatency, kernels: Kernels) -> None:
+    for most in (4, 5):
+        dispatch(of_three, max_tokens=most, num_experts=6)
+    of_three.update_mask(0, True)
+    assert masked(of_three) == [1, 0, 0] and kernels.forgotten == []
+    of_three.update_mask(2, True)
+    of_three.update_mask(0, False)
+    assert masked(of_three) == [0, 0, 1] and kernels.forgotten == [(0, 4), (0, 5)]
+    of_three.update_mask(0, True)
+    of_three.clean_mask()
+    assert masked(of_three) == [0, 0, 0]
+    assert kernels.forgotten[2:] == [(0, 4), (0, 5), (2, 4), (2, 5)]
+
+
+def test_ranks_given_up_by_the_kernels_are_told_of(of_three: LowLatency, kernels: Kernels) -> None:
+    of_three._mask[2] = 1  # as kernels do
+    assert masked(of_three) == [0, 0, 1]
+    handle = dispatch(of_three, num_experts=6)[2]
+    of_three.update_mask(2, False)
+    combine(of_three, handle, torch.zeros(2, 12, 512, dtype=torch.bfloat16))  # what is alive stays so
+    of_three.clean(4, 512, 6)
+    assert masked(of_three) == [0, 0, 0]
+    with pytest.raises(ArgumentError, match="has taken"):  # and is lost when all start anew
+        combine(of_three, handle, torch.zeros(2, 12, 512, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    "rank, mask, named",
+    [
+        (1, True, "rank_to_mask must be another rank"),
+        (3, True, "rank_to_mask must be below the group's 3 ranks"),
+        (-1, True, "rank_to_mask"),
+        (True, True, "rank_to_mask"),
+        (0, 1, "mask must be True or False"),
+    ],
+)
+def test_refused_masks(of_three: LowLatency, rank: int, mask: bool, named: str) -> None:
+    with pytest.raises(ArgumentError, match=named):
+        of_three.update_mask(rank, mask)
+    assert masked(of_three) == [0, 0, 0]
+    for status in (torch.zeros(2, dtype=torch.int32), torch.zeros(3), None):
+        with pytest.raises(ArgumentError, match="mask_status must be a int32 tensor of shape"):
+            of_three.query_mask(status)  # type: ignore[arg-type]
 
 
 # With ranks on other nodes --------------------------------------------------------------------------------------------------
