@@ -178,11 +178,16 @@ class LowLatencyCalls:
 
     def get_next_low_latency_combine_buffer(self, handle: tuple) -> Tensor:
         """A bfloat16 tensor [L, R*M, H] to fill, when the dispatch has been received, and pass to
-        `low_latency_combine(zero_copy=True)`. The dispatch after the next gets the same one."""
+        `low_latency_combine(zero_copy=True)`. The dispatch after the next gets the same one.
+
+        Raises:
+            ArgumentError: the handle is none of this buffer's, or a later dispatch has taken its slots.
+            DeepEPError: the arena has no room for it, with the `num_nvl_bytes` that has.
+        """
         self.check()
         if self._engine.low_latency is not None:
             return self._engine.low_latency.combine_buffer(self, handle)
-        source, _, _, hidden, _ = handle
+        source, _, _, hidden, _ = low_latency.handle_of(self, handle)
         return self.empty((*source.shape, hidden), torch.bfloat16, source.device)
 
     def clean_low_latency_buffer(self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int) -> None:

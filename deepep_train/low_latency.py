@@ -38,6 +38,13 @@ class LowLatencyHandle(tuple):
         return self
 
 
+def handle_of(buffer: Any, handle: Any) -> LowLatencyHandle:
+    """The handle, if it is one of this buffer's."""
+    if not isinstance(handle, LowLatencyHandle) or handle.buffer is not buffer:
+        raise ArgumentError("handle must be what this buffer's low_latency_dispatch returned", "handle")
+    return handle
+
+
 @dataclass
 class _DispatchOfPicks(DispatchRequest):
     """The ranks must agree on what a low-latency dispatch was asked for, which its picks alone do not say."""
@@ -123,8 +130,7 @@ def combine(
     """See `Buffer.low_latency_combine`: sums weight * row over k in ascending order, in float32, rounded once."""
 
     def make() -> CombineRequest:
-        if not isinstance(handle, LowLatencyHandle) or handle.buffer is not buffer:
-            raise ArgumentError("handle must be what this buffer's low_latency_dispatch returned", "handle")
+        handle_of(buffer, handle)
         where = (handle.shape, handle.plan.num_tokens // handle.shape.top_k, buffer.group_size, handle[0].device)
         how = (use_logfmt, zero_copy, out, wait_stats, async_finish, with_hook)
         check_combine(x, topk_idx, topk_weights, *where, True, *how)

@@ -105,6 +105,8 @@ def _misuse(rank: int, size: int, group: dist.ProcessGroup) -> list[str]:
         with pytest.raises(ArgumentError) as caught:
             call()
         said.append(str(caught.value))
+    with pytest.raises(ArgumentError, match="handle must be what"):
+        buffer.get_next_low_latency_combine_buffer((1, 2, 3))
     with pytest.raises(DeepEPError, match="leave ranks out"):
         buffer.low_latency_update_mask_buffer(1, True)
     buffer.low_latency_dispatch(x, idx, 4, EXPERTS)  # still works
