@@ -41,7 +41,8 @@ class Buffer(CheckedCalls, LowLatencyCalls):
             sum within each node (docs/architecture.md, "Across nodes"), on the collective engine. None: with at least two
             nodes of at least two ranks. True needs at least two nodes.
         low_latency_mode: with engine "auto", take what has kernels for the low-latency calls: nvlink within a node, and rdma
-            across nodes where every rank has NVSHMEM. What these calls keep gets `num_rdma_bytes` more.
+            across nodes where every rank has NVSHMEM. `num_rdma_bytes` are then for what these calls keep, on top of the
+            rest: `get_low_latency_rdma_size_hint` says how many one shape needs.
 
     The other arguments are DeepEP V1's and tune hardware that the chosen engine may not use. V1 wants
     `explicitly_destroy=True` before `destroy()`; here `destroy()` always works and is never needed to exit cleanly.

@@ -8,13 +8,15 @@ weighted where it came from. That moves as many rows as V1's low-latency kernels
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from deepep_train import checks, fp8
+from deepep_train import fp8
 from deepep_train.engines.base import CombineRequest, DispatchRequest, Engine, Payload, Prepared
+from deepep_train.engines.low_latency_arguments import Shape, check_combine, check_dispatch, shape_of
 from deepep_train.errors import ArgumentError
 from deepep_train.handle import Plan
 
@@ -28,11 +30,30 @@ class LowLatencyHandle(tuple):
     plan: Plan
     buffer: Any
     counts: list[int]
+    shape: Shape
 
-    def __new__(cls, items: tuple, plan: Plan, buffer: Any, counts: list[int]) -> LowLatencyHandle:
+    def __new__(cls, items: tuple, plan: Plan, buffer: Any, counts: list[int], shape: Shape) -> LowLatencyHandle:
         self = super().__new__(cls, items)
-        self.plan, self.buffer, self.counts = plan, buffer, counts
+        self.plan, self.buffer, self.counts, self.shape = plan, buffer, counts, shape
         return self
+
+
+def handle_of(buffer: Any, handle: Any) -> LowLatencyHandle:
+    """The handle, if it is one of this buffer's."""
+    if not isinstance(handle, LowLatencyHandle) or handle.buffer is not buffer:
+        raise ArgumentError("handle must be what this buffer's low_latency_dispatch returned", "handle")
+    return handle
+
+
+@dataclass
+class _DispatchOfPicks(DispatchRequest):
+    """The ranks must agree on what a low-latency dispatch was asked for, which its picks alone do not say."""
+
+    names = ("num_max_dispatch_tokens_per_rank", "choices per token", *DispatchRequest.names)
+    shape: Shape = field(kw_only=True)
+
+    def agreement(self) -> tuple[object, ...]:
+        return self.shape.max_tokens, self.shape.top_k, *super().agreement()
 
 
 def dispatch(
@@ -43,41 +64,39 @@ def dispatch(
     max_tokens: int,
     num_experts: int,
     cumulative_stats: Tensor | None,
+    wait_stats: Tensor | None,
     use_fp8: bool,
     round_scale: bool,
     use_ue8m0: bool,
+    async_finish: bool,
+    with_hook: bool,
 ) -> tuple[Any, Tensor, LowLatencyHandle]:
     """See `Buffer.low_latency_dispatch`; gives (recv_x, recv_count, handle)."""
     num_ranks = buffer.group_size
 
     def make() -> DispatchRequest:
-        checks.integer(max_tokens, "num_max_dispatch_tokens_per_rank", 1)
-        checks.experts(num_experts, num_ranks)
-        checks.tensor(x, "x", [None, None], (torch.bfloat16,), None)
-        if x.size(0) > max_tokens:
-            raise ArgumentError(f"x has {x.size(0)} tokens, above num_max_dispatch_tokens_per_rank={max_tokens}", "x")
-        if use_ue8m0 and not (use_fp8 and round_scale):
-            raise ArgumentError("use_ue8m0=True needs use_fp8=True and round_scale=True", "use_ue8m0")
-        per_scale = 0 if not use_fp8 else 4 * fp8.BLOCK if use_ue8m0 else fp8.BLOCK
-        if per_scale and x.size(1) % per_scale:
-            raise ArgumentError(f"x must have a hidden size that is a multiple of {per_scale}, got {x.size(1)}", "x")
-        checks.topk_idx(topk_idx, x.size(0), num_experts, x.device)
-        if cumulative_stats is not None:
-            shape = [num_experts // num_ranks]
-            checks.tensor(cumulative_stats, "cumulative_local_expert_recv_stats", shape, (torch.int32,), x.device)
+        shape = shape_of(x, topk_idx, max_tokens, num_experts, num_ranks, None, check_range=True)
+        stats = (cumulative_stats, wait_stats)
+        check_dispatch(x, shape, num_ranks, use_fp8, round_scale, use_ue8m0, *stats, async_finish, with_hook)
         payload = Payload(x)
         if use_fp8:
             data, scales = fp8.quantize_blocks(x, power_of_two=round_scale)
             payload = Payload(data, fp8.pack_ue8m0(scales) if use_ue8m0 else scales)
         # Token t's k-th pick is dispatched as token t * K + k.
-        top_k = topk_idx.size(1)
+        top_k = shape.top_k
         payload = Payload(*(None if t is None else t.repeat_interleave(top_k, 0) for t in payload[:2]))  # type: ignore[arg-type]
         picks = torch.where(_first_picks(topk_idx) == torch.arange(top_k, device=x.device), topk_idx, -1).reshape(-1, 1)
         token = torch.arange(x.size(0), device=x.device).repeat_interleave(top_k).unsqueeze(1)
         # The token's number travels in the place of its weight: exact in float32 up to 2**24 tokens.
-        return DispatchRequest(payload, engine.layout(picks, num_experts), picks, token.float(), num_experts, "expert")
+        recipe = f"round_scale={round_scale}" if use_fp8 else ""
+        given = (payload, engine.layout(picks, num_experts), picks, token.float(), num_experts, "expert")
+        return _DispatchOfPicks(*given, recipe=recipe, shape=shape)
 
-    got = engine.dispatch(Prepared(make))
+    prepared = Prepared(make)
+    got = engine.dispatch(prepared)
+    asked = prepared.require()
+    assert isinstance(asked, _DispatchOfPicks)
+    shape = asked.shape
     plan, counts = got.plan, got.plan.tokens_per_expert.tolist()
     slots = num_ranks * max_tokens
     recv = [None if t is None else _spread(t, counts, slots) for t in got.payload[:2]]
@@ -86,8 +105,8 @@ def dispatch(
     recv_count = torch.tensor(counts, dtype=torch.int32, device=source.device)
     if cumulative_stats is not None:
         cumulative_stats += recv_count
-    items = (source, _ranges(engine, got, counts, num_ranks), max_tokens, got.payload.data.size(1), num_experts)
-    handle = LowLatencyHandle(items, plan, buffer, counts)
+    items = (source, _ranges(engine, got, counts, num_ranks), max_tokens, shape.hidden, num_experts)
+    handle = LowLatencyHandle(items, plan, buffer, counts, shape)
     if recv[1] is None:
         return recv[0], recv_count, handle
     # V1 gives scales with their last two dimensions column-major.
@@ -104,21 +123,17 @@ def combine(
     use_logfmt: bool,
     zero_copy: bool,
     out: Tensor | None,
+    wait_stats: Tensor | None,
+    async_finish: bool,
+    with_hook: bool,
 ) -> Tensor:
     """See `Buffer.low_latency_combine`: sums weight * row over k in ascending order, in float32, rounded once."""
 
     def make() -> CombineRequest:
-        if not isinstance(handle, LowLatencyHandle) or handle.buffer is not buffer:
-            raise ArgumentError("handle must be what this buffer's low_latency_dispatch returned", "handle")
-        checks.wire_format(use_logfmt, zero_copy)
-        max_tokens, hidden, num_experts = handle[2:]
-        shape = [num_experts // buffer.group_size, buffer.group_size * max_tokens, hidden]
-        checks.tensor(x, "x", shape, (torch.bfloat16,), None)
-        num_tokens = handle.plan.num_tokens // topk_idx.size(1)
-        checks.topk_idx(topk_idx, num_tokens, num_experts, x.device)
-        checks.tensor(topk_weights, "topk_weights", topk_idx.shape, (torch.float32,), x.device)
-        if out is not None:
-            checks.tensor(out, "out", [num_tokens, hidden], (torch.bfloat16,), x.device)
+        handle_of(buffer, handle)
+        where = (handle.shape, handle.plan.num_tokens // handle.shape.top_k, buffer.group_size, handle[0].device)
+        how = (use_logfmt, zero_copy, out, wait_stats, async_finish, with_hook)
+        check_combine(x, topk_idx, topk_weights, *where, True, *how)
         return CombineRequest(torch.cat([x[e, :n] for e, n in enumerate(handle.counts)]), handle.plan)
 
     rows = engine.combine(Prepared(make))[0].view(*topk_idx.shape, handle[3])

@@ -105,6 +105,8 @@ def _misuse(rank: int, size: int, group: dist.ProcessGroup) -> list[str]:
         with pytest.raises(ArgumentError) as caught:
             call()
         said.append(str(caught.value))
+    with pytest.raises(ArgumentError, match="handle must be what"):
+        buffer.get_next_low_latency_combine_buffer((1, 2, 3))
     with pytest.raises(DeepEPError, match="leave ranks out"):
         buffer.low_latency_update_mask_buffer(1, True)
     buffer.low_latency_dispatch(x, idx, 4, EXPERTS)  # still works
@@ -116,6 +118,73 @@ def test_misuse_raises_on_every_rank() -> None:
     assert first == second
     assert "zero_copy=True" in first[0]
     assert "rank 1" in first[1] and "num_max_dispatch_tokens_per_rank=3" in first[1]
+
+
+WRONG_DISPATCH: dict[str, Any] = {
+    "topk_idx": torch.zeros(4, 2, dtype=torch.int32),
+    "topk_idx, its rank": torch.zeros(4, dtype=torch.int64),
+    "topk_idx, its tokens": torch.zeros(3, 2, dtype=torch.int64),
+    "topk_idx, its range": torch.full((4, 2), EXPERTS),
+    "topk_idx, none": None,
+    "x": torch.zeros(4, 0, dtype=torch.bfloat16),
+    "num_max_dispatch_tokens_per_rank": 3.0,
+    "num_experts": EXPERTS + 1,
+    "use_fp8": 1,
+    "round_scale": None,
+    "use_ue8m0": True,
+    "cumulative_local_expert_recv_stats": torch.zeros(EXPERTS, dtype=torch.int32),
+    "dispatch_wait_recv_cost_stats": torch.zeros(2),
+    "return_recv_hook": 2,
+    "async_finish": "soon",
+}
+WRONG_COMBINE: dict[str, Any] = {
+    "topk_idx": torch.zeros(4, 2, dtype=torch.int32),
+    "topk_idx, its rank": torch.zeros(8, dtype=torch.int64),
+    "topk_idx, no choices": torch.zeros(4, 0, dtype=torch.int64),
+    "topk_idx, of another dispatch": torch.zeros(8, 1, dtype=torch.int64),
+    "topk_idx, its range": torch.full((4, 2), EXPERTS),
+    "topk_weights": torch.zeros(4, 2, dtype=torch.float64),
+    "use_logfmt": 1,
+    "zero_copy": None,
+    "out": torch.zeros(4, HIDDEN + 1, dtype=torch.bfloat16),
+    "combine_wait_recv_cost_stats": torch.zeros(2),
+    "return_recv_hook": 2,
+    "async_finish": "soon",
+}
+DIFFERENT: dict[str, Any] = {"num_max_dispatch_tokens_per_rank": 5, "topk_idx": torch.zeros(4, 3, dtype=torch.int64)}
+DIFFERENT["round_scale"] = True
+
+
+def _wrong_on_one(rank: int, size: int, group: dist.ProcessGroup) -> list[tuple[str, str, tuple[int, ...]]]:
+    buffer, seen = Buffer(group, timeout=20), []
+    x, idx, w = torch.zeros(4, HIDDEN, dtype=torch.bfloat16), torch.zeros(4, 2, dtype=torch.int64), torch.ones(4, 2)
+    good = {"x": x, "topk_idx": idx, "num_max_dispatch_tokens_per_rank": 4, "num_experts": EXPERTS}
+    handle = buffer.low_latency_dispatch(**good)[2]
+    y = torch.zeros(EXPERTS // size, 4 * size, HIDDEN, dtype=torch.bfloat16)
+    back = {"x": y, "topk_idx": idx, "topk_weights": w, "handle": handle}
+    for call, right, table in (
+        (buffer.low_latency_dispatch, good, WRONG_DISPATCH | {f"{k}, differs": v for k, v in DIFFERENT.items()}),
+        (buffer.low_latency_combine, back, WRONG_COMBINE),
+    ):
+        for name, value in table.items():
+            changed = {name.partition(",")[0]: value} if rank else {}
+            with pytest.raises(ArgumentError) as caught:
+                call(**right | changed)
+            seen.append((name, str(caught.value), caught.value.ranks))
+    buffer.low_latency_combine(**back)  # still works
+    return seen
+
+
+def test_whatever_is_wrong_on_one_rank_is_named_on_all() -> None:
+    first, second = run_ranks(2, _wrong_on_one)
+    assert first == second
+    assert len(first) == len(WRONG_DISPATCH) + len(WRONG_COMBINE) + len(DIFFERENT)
+    for name, text, ranks in first:
+        if name.endswith("differs"):
+            assert "the ranks disagree on" in text
+            continue
+        argument = name.partition(",")[0]
+        assert ranks == (1,) and f"rank 1: {argument}" in text, (name, text)
 
 
 def test_size_hint_holds_what_travels() -> None:

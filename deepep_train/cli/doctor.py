@@ -10,6 +10,9 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ import torch.distributed as dist
 from deepep_train import engines
 from deepep_train.cli import doctor_network, live
 from deepep_train.cli.launch import run_ranks
+from deepep_train.errors import DeepEPError
 from deepep_train.version import __version__
 
 OPTIONAL_PACKAGES = ("megatron-core", "transformer-engine", "nvidia-nvshmem-cu13", "nvidia-nvshmem-cu12", "triton")
@@ -41,17 +45,47 @@ def run(args: argparse.Namespace) -> int:
     """Exit status 0 if at least one engine can be used."""
     report = examine()
     usable = [e["name"] for e in report["engines"] if e["usable"]]
-    if args.json:
-        print(json.dumps(report, indent=2))
-    elif args.brief and usable:
+    if args.brief and usable and not args.json:
         print(
             f"{report['host']}: {len(report['gpus'])} GPUs, engines {', '.join(usable)}; auto takes {report['auto']['engine']}"
         )
-    else:
-        print(as_text(report))
+    elif not args.json:
+        print(as_text(report), flush=True)
+    failure = None
     if args.live:
-        run_ranks(args.ranks or max(1, len(report["gpus"])), live.measure, deadline=_LIVE_SECONDS)
+        try:
+            report["live"] = _live(args.ranks or max(1, len(report["gpus"])))
+        except DeepEPError as error:
+            report["live"], failure = {"failure": str(error)}, error
+    if args.json:
+        print(json.dumps(report, indent=2))
+    elif args.live:
+        print("".join(f"{line}\n" for line in live.as_lines(report["live"])), end="")
+    if failure is not None:
+        raise failure
     return 0 if usable else 1
+
+
+def _live(num_ranks: int) -> dict[str, Any]:
+    """What rank 0 has found; nothing in torchrun's other processes."""
+    with tempfile.TemporaryDirectory() as folder, _stdout_to_stderr():
+        out = Path(folder) / "live.json"
+        run_ranks(num_ranks, live.measure, out, deadline=_LIVE_SECONDS)
+        return json.loads(out.read_text()) if out.exists() else {}
+
+
+@contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """Of this process and those that it starts: what libraries print (NCCL_DEBUG) must not stand beside the JSON."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def examine() -> dict[str, Any]:

@@ -218,9 +218,9 @@ def create(
 ) -> Engine:
     """Build the engine that `choose` named; `two_level`, the bytes and the mode as in `Buffer`; `num_sms` gives the SMs that a
     call may occupy, `number` is the buffer's."""
-    # What low-latency calls keep comes on top.
-    arena_bytes = max(num_nvl_bytes, DEFAULT_ARENA_BYTES)
-    arena_bytes += num_rdma_bytes if name == "low_latency" or low_latency_mode else 0
+    # What low-latency calls keep comes on top; then none of it is the rail's.
+    kept_bytes = num_rdma_bytes if name == "low_latency" or low_latency_mode else 0
+    arena_bytes = max(num_nvl_bytes, DEFAULT_ARENA_BYTES) + kept_bytes
     if name in ("nvlink", "low_latency"):
         from deepep_train.engines.nvlink import NvlinkEngine
 
@@ -235,7 +235,7 @@ def create(
             raise ArgumentError(f"engine='rdma' needs at least 2 nodes, these are {local_ranks} ranks of one", "engine")
         if two_level is False:
             raise ArgumentError("two_level=False needs another engine: rdma always forwards", "two_level")
-        rail_bytes = max(num_rdma_bytes, DEFAULT_RAIL_BYTES)
+        rail_bytes = max(num_rdma_bytes - kept_bytes, DEFAULT_RAIL_BYTES)
         return RdmaEngine(group, timeout, local_ranks, number, arena_bytes, rail_bytes, NUM_QUEUE_PAIRS, num_sms)
     assert name == "collective", name
     if two_level and num_nodes < 2:

@@ -14,16 +14,12 @@ import torch
 from torch import Tensor
 
 from deepep_train import _C  # type: ignore[attr-defined]
+from deepep_train.engines.arena_sizes import SEGMENT, STAGING_SHARE
 from deepep_train.errors import DeepEPError
-
-# What part of the arena is set aside for staging: one operation's rows where the rest is full, and combine's temporaries.
-STAGING_SHARE = 4
-
 
 T = TypeVar("T")
 Wanted = Sequence[tuple[Sequence[int], torch.dtype] | None]
 _ASK_AGAIN = 64  # requests that are answered from memory until torch is asked again
-_SEGMENT = 20 << 20  # bytes that torch asks the heap for, whatever smaller tensor above 1 MiB it is for
 _LARGE = 1 << 20  # bytes: tensors whose death makes room worth asking for
 
 
@@ -125,6 +121,10 @@ class Arena:
         self._staged = 0
         self.num_staged = 0  # tensors that had to be copied
 
+    @property
+    def num_bytes(self) -> int:
+        return self._comm.bytes
+
     def holds(self, t: Tensor) -> bool:
         return self._base <= t.data_ptr() < self._end
 
@@ -143,7 +143,7 @@ class Arena:
     def too_small_for(self, rank: int, num_bytes: int) -> DeepEPError:
         """What the caller of `empty` is told."""
         have = self._comm.bytes
-        need = have + 2 * max(num_bytes, _SEGMENT)  # a quarter of which is staging again
+        need = have + 2 * max(num_bytes, SEGMENT)  # a quarter of which is staging again
         return DeepEPError(
             f"the arena of rank {rank} is full: a tensor of {num_bytes} bytes does not fit beside what lives in its {have}; "
             f"pass num_nvl_bytes={need} or more to Buffer, or keep fewer tensors alive"

@@ -64,7 +64,15 @@ class DispatchRequest(Request):
     `checks_layout` is to count itself; `arrangement` and the rest as in `Plan`; `num_sms`: SMs to occupy, 0 for the buffer's
     setting; `recipe`: how the payload was quantized, in words that must agree."""
 
-    names = ("recipe", *_PAYLOAD, "num_experts", "top_k", "topk_weights given", "layout", "alignment")
+    names: ClassVar[tuple[str, ...]] = (
+        "recipe",
+        *_PAYLOAD,
+        "num_experts",
+        "top_k",
+        "topk_weights given",
+        "layout",
+        "alignment",
+    )
     payload: Payload
     layout: RankLayout | None
     topk_idx: Tensor | None

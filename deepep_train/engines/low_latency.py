@@ -17,9 +17,9 @@ from torch import Tensor
 from deepep_train import _C, checks, fp8  # type: ignore[attr-defined]
 from deepep_train.engines.arena import Arena
 from deepep_train.engines.base import address_of, aligned
-from deepep_train.engines.low_latency_arguments import check_combine, check_dispatch, check_out, check_stats, handle_of
+from deepep_train.engines.low_latency_arguments import Shape, check_combine, check_dispatch, check_limits, shape_of
 from deepep_train.engines.low_latency_far import OtherNodes
-from deepep_train.engines.low_latency_space import KernelHandle, Shape, Space, Waiting
+from deepep_train.engines.low_latency_space import KernelHandle, Space, Waiting, handle_of
 from deepep_train.engines.low_latency_spaces import Spaces
 from deepep_train.engines.peers import Peers
 from deepep_train.errors import ArgumentError, DeepEPError
@@ -86,17 +86,17 @@ class LowLatency:
         use_fp8: bool,
         round_scale: bool,
         use_ue8m0: bool,
+        async_finish: bool,
         with_hook: bool,
     ) -> tuple[Any, Tensor, KernelHandle, Callable[[], None] | None]:
         """See `Buffer.low_latency_dispatch`; gives (recv_x, recv_count, handle, hook)."""
-        size, shape, error = self._peers.size, None, None
+        size, error = self._peers.size, None
+        shape: Shape | None = None
         try:
-            checks.integer(max_tokens, "num_max_dispatch_tokens_per_rank", 1)
-            checks.experts(num_experts, size)
-            checks.tensor(x, "x", [None, None], (torch.bfloat16,), self._device)
-            checks.topk_idx(topk_idx, x.size(0), num_experts, self._device, check_range=False)
-            shape = Shape(max_tokens, x.size(1), num_experts, topk_idx.size(1))
-            check_dispatch(x, shape, size, use_fp8, round_scale, use_ue8m0, cumulative_stats, wait_stats)
+            shape = shape_of(x, topk_idx, max_tokens, num_experts, size, self._device, check_range=False)
+            check_limits(shape)
+            stats = (cumulative_stats, wait_stats)
+            check_dispatch(x, shape, size, use_fp8, round_scale, use_ue8m0, *stats, async_finish, with_hook)
         except Exception as caught:
             if shape in self._spaces:
                 raise
@@ -144,17 +144,17 @@ class LowLatency:
         zero_copy: bool,
         out: Tensor | None,
         wait_stats: Tensor | None,
+        async_finish: bool,
         with_hook: bool,
     ) -> tuple[Tensor, Callable[[], None] | None]:
         """See `Buffer.low_latency_combine`; gives (combined_x, hook)."""
         handle = handle_of(buffer, handle)
-        checks.wire_format(use_logfmt, zero_copy)
-        space, num_tokens, hidden = handle.space, handle.pick_index.size(0), handle.space.shape.hidden
-        check_combine(x, topk_idx, topk_weights, handle, self._peers.size, self._device)
+        space, num_tokens = handle.space, handle.pick_index.size(0)
+        where = (space.shape, num_tokens, self._peers.size, self._device)
+        how = (use_logfmt, zero_copy, out, wait_stats, async_finish, with_hook)
+        check_combine(x, topk_idx, topk_weights, *where, False, *how)
         if out is None:
-            out = torch.empty(num_tokens, hidden, dtype=torch.bfloat16, device=self._device)
-        check_out(out, num_tokens, hidden, self._device)
-        check_stats(wait_stats, "combine_wait_recv_cost_stats", self._peers.size, self._device)
+            out = torch.empty(num_tokens, space.shape.hidden, dtype=torch.bfloat16, device=self._device)
         if zero_copy and not (self._arena.holds(x) and x.is_contiguous() and x.data_ptr() % 16 == 0):
             raise ArgumentError(
                 "x must be what get_next_low_latency_combine_buffer(handle) gave, or a contiguous tensor from Buffer.empty, "

@@ -40,8 +40,9 @@ class OtherNodes:
         }
 
     def take(self, name: int, num_bytes: int) -> Block:
-        """New memory, a collective call."""
-        return Block(name, num_bytes, self._kernels.allocate(num_bytes))
+        """New memory, a collective call, which may be made on a thread of its own."""
+        with torch.cuda.device(self._device):
+            return Block(name, num_bytes, self._kernels.allocate(num_bytes))
 
     def open(self, block: Block) -> tuple[Tensor, list[int]]:
         """Its memory, and where every rank's is, as this process maps it; 0 for those of other nodes."""

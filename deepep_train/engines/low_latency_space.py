@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
 from deepep_train import _C  # type: ignore[attr-defined]
+from deepep_train.engines.low_latency_arguments import Shape
 from deepep_train.engines.low_latency_blocks import Block
-from deepep_train.errors import DeepEPError
-
-_SETS = 2  # of slots, hence of results that may be alive
-
-
-class Shape(NamedTuple):
-    """What the ranks of one `Space` agree on."""
-
-    max_tokens: int
-    hidden: int
-    num_experts: int
-    top_k: int
+from deepep_train.engines.low_latency_sizes import SETS
+from deepep_train.errors import ArgumentError, DeepEPError
 
 
 class _Life:
@@ -50,6 +41,15 @@ class KernelHandle(tuple):
         return self
 
 
+def handle_of(buffer: Any, handle: Any) -> KernelHandle:
+    """The handle, if it may still be combined through."""
+    if not isinstance(handle, KernelHandle) or handle.buffer is not buffer:
+        raise ArgumentError("handle must be what this buffer's low_latency_dispatch returned", "handle")
+    if handle.space.numbers[handle.set] != handle.number:
+        raise ArgumentError("handle is of a result whose slots a later low_latency_dispatch has taken", "handle")
+    return handle
+
+
 class Waiting:
     """A hook that is to be called, and may be once; `name`: of its call."""
 
@@ -74,17 +74,17 @@ class Space:
     def __init__(self, shape: Shape, memory: Tensor, addresses: Tensor, block: Block | None) -> None:
         self.shape, self.memory, self.addresses, self.block = shape, memory, addresses, block
         self.was_captured = self._is_closed = False
-        self.combine_buffers: list[Tensor | None] = [None] * _SETS
-        self.shown: list[Tensor | None] = [None] * _SETS
-        self.numbers = [0] * _SETS  # of the slots' newest dispatch; none comes back, so no old handle fits a new one
+        self.combine_buffers: list[Tensor | None] = [None] * SETS
+        self.shown: list[Tensor | None] = [None] * SETS
+        self.numbers = [0] * SETS  # of the slots' newest dispatch; none comes back, so no old handle fits a new one
         self.forget()
 
     def forget(self) -> None:
         """No call has been made, as far as this process knows."""
         self.numbers = [number + 1 for number in self.numbers]
-        self.waiting: list[Waiting | None] = [None] * _SETS
-        self._lives: list[weakref.ref[_Life] | None] = [None] * _SETS
-        self.are_over = [True] * _SETS  # whether the newest result of the slots has been combined
+        self.waiting: list[Waiting | None] = [None] * SETS
+        self._lives: list[weakref.ref[_Life] | None] = [None] * SETS
+        self.are_over = [True] * SETS  # whether the newest result of the slots has been combined
         self._next = 0
 
     def close(self) -> None:
@@ -103,7 +103,7 @@ class Space:
         slots, life = self._next, self._lives[self._next]
         if life is not None and life() is not None and not self.are_over[slots]:
             raise DeepEPError(
-                f"low_latency_dispatch: {_SETS} results are alive, and there are slots for no more; combine the oldest, or "
+                f"low_latency_dispatch: {SETS} results are alive, and there are slots for no more; combine the oldest, or "
                 "drop its handle, before the next dispatch"
             )
         self.check_hook(slots)
@@ -115,4 +115,4 @@ class Space:
 
     def follow(self, slots: int, handle: KernelHandle) -> None:
         self._lives[slots], self.are_over[slots] = weakref.ref(handle.life), False
-        self._next = (slots + 1) % _SETS
+        self._next = (slots + 1) % SETS

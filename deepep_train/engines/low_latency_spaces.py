@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 import torch
@@ -12,9 +12,12 @@ from torch import Tensor
 
 from deepep_train import _C  # type: ignore[attr-defined]
 from deepep_train.engines.arena import Arena, ArenaFull
-from deepep_train.engines.low_latency_blocks import choose, give_back, offered
+from deepep_train.engines.low_latency_arguments import Shape
+from deepep_train.engines.low_latency_blocks import Block, choose, give_back, offered
 from deepep_train.engines.low_latency_far import OtherNodes
-from deepep_train.engines.low_latency_space import Shape, Space
+from deepep_train.engines.low_latency_sizes import arena_bytes
+from deepep_train.engines.low_latency_space import Space
+from deepep_train.engines.nvshmem import before_deadline
 from deepep_train.engines.peers import Peers, raise_if_different
 from deepep_train.errors import ArgumentError, DeepEPError
 
@@ -65,7 +68,7 @@ class Spaces:
             return self._spaces[shape]
         if torch.cuda.is_current_stream_capturing():
             raise DeepEPError("the first low_latency_dispatch of a shape cannot be captured in a CUDA graph; make one before")
-        block = None
+        block: Block | None = None
         with offered() as idle:
             mine = {"name": secrets.randbits(62), "idle": [[b.name, b.num_bytes] for b in idle.values()]}
             everyone = self._agree(mine | {"agreed": {} if shape is None else shape._asdict()}, error)
@@ -77,18 +80,25 @@ class Spaces:
         where: list[int] = []
         with self._ordered():
             try:
-                if self._far is not None:
-                    block = block or self._far.take(everyone[0]["name"], num_bytes)
-                    memory, where = self._far.open(block)
+                if (far := self._far) is not None:
+                    name = everyone[0]["name"]
+                    block = block or before_deadline(self._peers, lambda: far.take(name, num_bytes))
+                    memory, where = far.open(block)
                 else:
-                    memory = self._take((num_bytes,), torch.uint8)
+                    memory = self._take((num_bytes,), torch.uint8, shape)
                     offset = self._arena.offset(memory)
                 memory[: _C.low_latency.control_bytes()].zero_()
                 torch.cuda.current_stream(self._device).synchronize()
             except RuntimeError as caught:
                 error = caught
-            # When this returns, every rank's flags are 0.
-            everyone = self._agree({"agreed": {}, "offset": offset}, error)
+            try:
+                # When this returns, every rank's flags are 0.
+                everyone = self._agree({"agreed": {}, "offset": offset}, error)
+            except DeepEPError:
+                # The other ranks may be using it, but then do not offer it, so that it is not taken again before they do.
+                with suppress(RuntimeError):  # of CUDA, if that is what failed; then nothing will be taken again
+                    self._give_back([block] if block is not None else [])
+                raise
             assert memory is not None
             if self._far is None:
                 where = [base + other["offset"] for base, other in zip(self._arenas.tolist(), everyone, strict=True)]
@@ -100,7 +110,7 @@ class Spaces:
         kept, shape, size = space.combine_buffers[slots], space.shape, self._peers.size
         if kept is None:
             rows = (shape.num_experts // size, size * shape.max_tokens, shape.hidden)
-            kept = space.combine_buffers[slots] = self._take(rows, torch.bfloat16)
+            kept = space.combine_buffers[slots] = self._take(rows, torch.bfloat16, shape)
         return kept
 
     def clean(self, max_tokens: int, hidden: int, num_experts: int) -> None:
@@ -124,21 +134,29 @@ class Spaces:
         with self._ordered():
             for space in self._spaces.values():
                 space.close()
-            unused = [s.block for s in self._spaces.values() if s.block is not None and not s.was_captured]
-            if unused and not torch.cuda.is_current_stream_capturing():
-                behind = torch.cuda.Event()
-                behind.record(torch.cuda.current_stream(self._device))
-                for block in unused:
-                    give_back(block, behind)
+            if not torch.cuda.is_current_stream_capturing():
+                self._give_back([s.block for s in self._spaces.values() if s.block is not None and not s.was_captured])
         self._spaces.clear()
 
-    def _take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def _give_back(self, blocks: list[Block]) -> None:
+        """For later buffers, when the GPU has come so far."""
+        if blocks:
+            behind = torch.cuda.Event()
+            behind.record(torch.cuda.current_stream(self._device))
+            for block in blocks:
+                give_back(block, behind)
+
+    def _take(self, size: tuple[int, ...], dtype: torch.dtype, shape: Shape) -> Tensor:
+        """A tensor for the calls of `shape`, out of the arena."""
         try:
-            return self._arena.empty(shape, dtype)
+            return self._arena.empty(size, dtype)
         except ArenaFull as full:
+            have = self._arena.num_bytes
+            need = have + arena_bytes(shape.max_tokens, shape.hidden, self._peers.size, shape.num_experts)
             raise DeepEPError(
-                f"the arena of rank {self._peers.rank} has no room for {full.num_bytes} bytes of the low-latency calls; pass "
-                "num_rdma_bytes=Buffer.get_low_latency_rdma_size_hint(…) to Buffer"
+                f"the arena of rank {self._peers.rank} is full: {full.num_bytes} bytes of the low-latency calls of {shape} do "
+                f"not fit beside what lives in its {have}; pass num_nvl_bytes={need} or more to Buffer, or keep fewer tensors "
+                "alive"
             ) from None
 
     def _agree(self, mine: dict[str, Any], error: Exception | None) -> list[dict[str, Any]]:

@@ -78,7 +78,8 @@ def counts_error(report: Sequence[int], number: int, rank: int, bytes_for: Calla
     if verdict == 3:
         return ArgumentError(
             f"{where}: {most} rows of {widest} bytes between two nodes do not fit, and with num_worst_tokens no memory is made "
-            f"for them; pass num_rdma_bytes={bytes_for(most, widest)} or more to Buffer; {_END}",
+            f"for them; pass num_rdma_bytes={bytes_for(most, widest)} or more to a Buffer without low_latency_mode, or make as "
+            f"large a dispatch without num_worst_tokens before; {_END}",
             "num_rdma_bytes",
         )
     if verdict == 2:

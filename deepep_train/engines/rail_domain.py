@@ -119,7 +119,8 @@ class RailDomain:
             need = self.bytes_for(most, row_bytes)
             raise ArgumentError(
                 f"{most} rows of {row_bytes} bytes between two nodes do not fit into the {self.end.segment_bytes} bytes for "
-                f"one node, which were made for the rows of dispatches; pass num_rdma_bytes={need} or more to Buffer",
+                f"one node, which were made for the rows of dispatches; pass num_rdma_bytes={need} or more to a Buffer "
+                "without low_latency_mode, or dispatch rows as wide before, without num_worst_tokens",
                 "num_rdma_bytes",
             )
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from deepep_train import checks, fp8
 from deepep_train.buffer import Buffer
+from deepep_train.engines.low_latency_arguments import Shape
 from deepep_train.errors import ArgumentError
 from deepep_train.group_buffers import buffer_of
 from deepep_train.moe.experts import GroupedExperts, swiglu
@@ -57,7 +58,9 @@ class MoELayer(nn.Module):
         activation: "swiglu" or "gelu".
         num_shared_experts: experts that every token visits besides, held by every rank, as wide as so many routed ones.
         low_latency: in `eval()` without gradients, exchange tokens by DeepEP V1's low-latency calls, for small batches such as
-            decoding's; rows then travel as bfloat16. All ranks must be in eval mode together.
+            decoding's; rows then travel as bfloat16. All ranks must be in eval mode together. Where the group has low-latency
+            kernels, their limits hold: `hidden_size` a multiple of 128 up to 16384, `top_k` up to 16, `num_experts` up to 1024,
+            `low_latency_tokens` up to 65536.
         low_latency_tokens: the most tokens of a rank in such a pass; the same on all ranks, memory grows with it.
         alignment: groups of rows are padded to a multiple of it; None takes what grouped matmul wants (16 on CUDA, else 1; 16
             with `fp8_recipe` BLOCK, 32 with MXFP8).
@@ -140,6 +143,9 @@ class MoELayer(nn.Module):
             raise ArgumentError("buffer belongs to another group than the group given", "buffer")
         self.buffer = buffer if buffer is not None else buffer_of(group, low_latency)
         checks.experts(num_experts, self.buffer.group_size)
+        if low_latency:
+            names = ("low_latency_tokens", "hidden_size", "num_experts", "top_k")
+            self.buffer.check_low_latency_limits(Shape(low_latency_tokens, hidden_size, num_experts, top_k), names)
         num_local_experts = num_experts // self.buffer.group_size
         self.num_experts, self.top_k, self.alignment = num_experts, top_k, alignment
         self.hidden_size = hidden_size

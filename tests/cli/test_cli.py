@@ -30,6 +30,16 @@ def test_doctor_names_engines_and_reasons() -> None:
     assert report["auto"]["engine"] in {e["name"] for e in report["engines"] if e["usable"]}
 
 
+def test_doctors_json_has_what_ranks_have_measured() -> None:
+    done = _run("doctor", "--json", "--live", "--ranks", "2")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["live"]
+    if found["engine"] == "low_latency":
+        assert len(found["dispatch"]["by_rank"]) == len(found["combine"]["by_rank"]) == 2
+    else:
+        assert "nvlink: " in found["obstacle"]
+
+
 SMALL = ("--num-tokens", "64", "--hidden", "32", "--num-experts", "8", "--num-topk", "2", "--iterations", "2")
 
 

@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import io
+import json
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from low_latency_cases import Case, bits, check_received, fill, round_trip, wron
 from torch import Tensor
 
 import deepep_train as dt
-from deepep_train.cli.live import measure
+from deepep_train.cli.live import as_lines, measure
 from deepep_train.engines import low_latency_blocks
 from deepep_train.moe import MoELayer
 
@@ -269,10 +270,10 @@ def layer(rank: int, size: int, group: dist.ProcessGroup, local: int | None = No
 
 
 def live(rank: int, size: int, group: dist.ProcessGroup, late_rank: int) -> str:
-    """What `doctor --live` prints when a rank is late."""
-    with contextlib.redirect_stdout(io.StringIO()) as said:
-        measure(late_rank, 0.001)
-    return said.getvalue()
+    """What `doctor --live` prints when a rank is late, on rank 0."""
+    with tempfile.TemporaryDirectory() as folder:
+        measure(out := Path(folder) / "live.json", late_rank, 0.001)
+        return "\n".join(as_lines(json.loads(out.read_text()))) if rank == 0 else ""
 
 
 def refusals(rank: int, size: int, group: dist.ProcessGroup, local: int | None = None) -> list[str]:

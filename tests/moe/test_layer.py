@@ -14,6 +14,7 @@ from harness import run_ranks
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+import deepep_train as dt
 from deepep_train import ArgumentError, engines, moe
 
 HIDDEN, FFN, EXPERTS, TOP_K = 12, 20, 12, 3
@@ -263,6 +264,27 @@ def test_low_latency_in_eval_mode_differs_by_bfloat16s_rounding() -> None:
         assert result["used"] >= 1 and result["fast"].dtype == torch.float32
         # Three rows and the input are rounded to bfloat16, each to 2**-9 of its size.
         torch.testing.assert_close(result["fast"], result["normal"], rtol=2**-5, atol=2**-7)
+
+
+@pytest.mark.parametrize(
+    "argument, value, text",
+    [
+        ("hidden_size", 100, "hidden_size that is a multiple of 128, got 100"),
+        ("hidden_size", 16512, "hidden_size up to 16384, got 16512"),
+        ("top_k", 17, "top_k up to 16, got 17"),
+        ("num_experts", 1025, "num_experts up to 1024, got 1025"),
+        ("low_latency_tokens", 65537, "low_latency_tokens up to 65536, got 65537"),
+    ],
+)
+def test_limits_of_low_latency_kernels_are_told_at_construction(argument: str, value: int, text: str) -> None:
+    given = {"hidden_size": 128, "ffn_hidden_size": 4, "num_experts": 32, "top_k": 2} | {argument: value}
+    buffer = dt.Buffer()
+    moe.MoELayer(**given, buffer=buffer, low_latency=True)  # the calls without kernels have no limits
+    buffer._engine.low_latency = object()
+    with pytest.raises(ArgumentError, match=text) as caught:
+        moe.MoELayer(**given, buffer=buffer, low_latency=True)
+    assert caught.value.argument == argument
+    moe.MoELayer(**given, buffer=buffer)
 
 
 def _sharing(rank: int, size: int, group: dist.ProcessGroup, local: int) -> dict[str, Any]:

@@ -1,0 +1,24 @@
+"""How much of an arena tensors take, as arithmetic: there without kernels, too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from deepep_train.routing import round_up
+
+# What part of the arena is set aside for staging: one operation's rows where the rest is full, and combine's temporaries.
+STAGING_SHARE = 4
+SEGMENT = 20 << 20  # bytes that torch asks the heap for, whatever smaller tensor above 1 MiB it is for
+_STEP = 2 << 20  # bytes, of which larger tensors' segments are multiples
+
+
+def segment_bytes(num_bytes: int) -> int:
+    """Of the heap, that one tensor takes at most."""
+    return max(SEGMENT, round_up(num_bytes, _STEP))
+
+
+def bytes_for(tensors: Iterable[int]) -> int:
+    """By how much an arena must be larger to hold tensors of so many bytes each besides: a part of that is staging again. The
+    arena, and staging in it, are rounded up to steps whether it is larger or not."""
+    heap = 2 * _STEP + sum(map(segment_bytes, tensors))
+    return -(-heap * STAGING_SHARE // (STAGING_SHARE - 1))
