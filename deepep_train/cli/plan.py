@@ -24,6 +24,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--num-groups", type=int, default=0, help="groups of experts among which the router chooses; 0: none")
     parser.add_argument("--num-topk-groups", type=int, default=0, help="groups that a token's experts lie in")
     parser.add_argument("--dispatch-dtype", choices=model.DTYPES, default=work.dispatch_dtype, help="default %(default)s")
+    parser.add_argument("--stages", type=int, default=work.stages, help="of the rail, DEEPEP_TRAIN_RAIL_STAGES; %(default)s")
     parser.add_argument("--gpu", choices=sorted(model.NVLINK_RATES), default="h100", help="whose NVLink; default %(default)s")
     parser.add_argument("--nvlink-gbs", type=_rate, help="GB/s one way that rows reach over NVLink, instead of the GPU's")
     parser.add_argument("--rdma-gbs", type=_rate, help="GB/s one way that rows reach over a GPU's network card")
@@ -47,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
         args.num_groups,
         args.num_topk_groups,
         args.dispatch_dtype,
+        args.stages,
     )
     hardware = model.Hardware(
         nvlink_rate=args.nvlink_gbs * 1e9 if args.nvlink_gbs else model.NVLINK_RATES[args.gpu] * model.NVLINK_SHARE,
@@ -80,9 +82,8 @@ def as_text(work: model.Work, hardware: model.Hardware) -> str:
     kept = f"received rows in bf16, for each dispatch whose backward is to come: {b.received / 2**20:.0f} MiB a GPU"
     lines += ["", f"{kept}; Buffer holds {b.arena / 2**20:.0f} MiB for them unless num_nvl_bytes asks for more"]
     if work.nodes > 1:
-        lines.append(
-            "The rdma engine uses the network, then NVLink: ms has both times. Overlapped, the longer alone would count."
-        )
+        if work.stages == 1:
+            lines.append("The rdma engine uses the network, then NVLink: ms has both times; --stages makes them overlap.")
         slots = "staging for the network, a slot for every (node, token)"
         lines.append(f"{slots}: num_rdma_bytes={b.staging}, {b.staging / 2**20:.0f} MiB a GPU")
         lines.append("The rdma engine has not run on a network card (docs/rdma.md): these are rates that DeepEP V1 reached.")

@@ -8,10 +8,11 @@ rows is asked of the functions that it uses itself (engines/rail_rows.py).
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from math import ceil
+from math import ceil, inf
 
 from deepep_train.engines import DEFAULT_ARENA_BYTES
 from deepep_train.engines.rail_rows import counts_bytes, padded, words_bytes
+from deepep_train.engines.rail_stages import stages_of
 from deepep_train.engines.sms import BYTES_PER_SM, MOST_SMS
 from deepep_train.routing import round_up
 
@@ -26,6 +27,7 @@ NVLINK_SHARE = 0.70
 NIC_SHARE = 0.90
 # Assumed, not fitted: no published row depends on them by more than 5%.
 CALL_SECONDS = 50e-6  # launches, flags there and back, the pipeline's start
+STAGE_SECONDS = 20e-6  # of each stage but the first: it is a whole exchange, and a whole operation within the node
 MESSAGE_SECONDS = 3e-9  # a card that sends 330 million messages a second
 PACKET_BYTES, PACKET_HEADER = 4096, 66  # RoCE v2: Ethernet, IP, UDP, BTH, CRCs
 
@@ -39,6 +41,7 @@ class Work:
         num_groups, num_topk_groups: a token's experts lie in the best `num_topk_groups` of `num_groups` equal groups of
             consecutive experts, as DeepSeek-V3's router limits them; 0 and 0 without a limit.
         dispatch_dtype: of the rows sent by dispatch; combine's are bf16.
+        stages: of an exchange along the rail, at most: docs/rdma.md.
     """
 
     nodes: int
@@ -50,9 +53,10 @@ class Work:
     num_groups: int = 0
     num_topk_groups: int = 0
     dispatch_dtype: str = "fp8"
+    stages: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("nodes", "gpus_per_node", "num_tokens", "hidden", "num_experts", "num_topk"):
+        for name in ("nodes", "gpus_per_node", "num_tokens", "hidden", "num_experts", "num_topk", "stages"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{_flag(name)} {getattr(self, name)} must be at least 1")
         if self.num_experts % self.ranks:
@@ -171,12 +175,14 @@ class Prediction:
     sms: int
 
 
-def predict(work: Work, hardware: Hardware, operation: str, overlapped: bool = False) -> Prediction:
-    """`operation` "dispatch" or "combine", which is the same way back: a node's rows are summed by the forwarder.
+def predict(work: Work, hardware: Hardware, operation: str) -> Prediction:
+    """`operation` "dispatch" or "combine", which is the same way back: a node's rows are summed by the forwarder."""
+    num_stages = len(stages_of(work.nodes, work.stages))
+    return _predict(work, hardware, operation, num_stages, CALL_SECONDS + STAGE_SECONDS * (num_stages - 1))
 
-    Args:
-        overlapped: both links work at once, as DeepEP V1's; this library's rdma engine uses one, then the other.
-    """
+
+def _predict(work: Work, hardware: Hardware, operation: str, stages: float, overhead: float) -> Prediction:
+    """`stages`: equal parts of the rows, of which one link moves the next while the other moves the last."""
     nodes_reached = units_reached(work, work.nodes)
     ranks_reached = units_reached(work, work.ranks)
     rdma_rows = work.num_tokens * nodes_reached * (work.nodes - 1) / work.nodes
@@ -197,7 +203,7 @@ def predict(work: Work, hardware: Hardware, operation: str, overlapped: bool = F
         metadata_share=rdma_bytes / (rdma_rows * row) - 1 if rdma_rows else 0.0,
         rdma_seconds=rdma,
         nvlink_seconds=nvlink,
-        seconds=CALL_SECONDS + (max(rdma, nvlink) if overlapped else rdma + nvlink),
+        seconds=overhead + max(rdma, nvlink) + min(rdma, nvlink) / stages,
         bound="local" if rdma == nvlink == 0 else "rdma" if rdma > nvlink else "nvlink",
         sms=_sms(work, hardware, operation, rdma, nvlink),
     )
@@ -279,7 +285,7 @@ def validate() -> list[Compared]:
         copies = units_reached(work, work.nodes if nodes > 1 else work.ranks)
         for operation, published in (("dispatch", p.dispatch), ("combine", p.combine)):
             counted = work.num_tokens * copies * row_bytes(work, operation)
-            predicted = counted / predict(work, hardware, operation, overlapped=True).seconds / 1e9
+            predicted = counted / _predict(work, hardware, operation, inf, CALL_SECONDS).seconds / 1e9
             rows.append(Compared(p.ranks, operation, published, predicted, published / predicted - 1))
     return rows
 

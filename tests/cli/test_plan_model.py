@@ -74,13 +74,17 @@ def test_bytes_by_hand() -> None:
     assert dispatch.seconds == pytest.approx(m.CALL_SECONDS + rdma + nvlink)
 
 
-def test_one_link_after_the_other_unless_overlapped() -> None:
-    """The rdma engine's hops follow each other, both ways; V1's work at once."""
+def test_one_link_after_the_other_unless_in_stages() -> None:
+    """The rdma engine's hops follow each other, both ways."""
     for operation in ("dispatch", "combine"):
-        p, both = (m.predict(V3, m.Hardware(), operation, overlapped) for overlapped in (False, True))
+        p, staged, most = (m.predict(replace(V3, stages=n), m.Hardware(), operation) for n in (1, 4, 99))
         assert p.seconds == pytest.approx(m.CALL_SECONDS + p.rdma_seconds + p.nvlink_seconds)
-        assert both.seconds == pytest.approx(m.CALL_SECONDS + max(p.rdma_seconds, p.nvlink_seconds))
-        assert both.seconds < p.seconds
+        longer, shorter = sorted([p.rdma_seconds, p.nvlink_seconds], reverse=True)
+        for q, n in ((staged, 4), (most, V3.nodes - 1)):
+            assert q.seconds == pytest.approx(m.CALL_SECONDS + longer + shorter / n + (n - 1) * m.STAGE_SECONDS)
+        assert staged.seconds < p.seconds
+    two = m.Work(2)
+    assert m.predict(replace(two, stages=4), m.Hardware(), "combine") == m.predict(two, m.Hardware(), "combine")
 
 
 def test_sms_are_those_that_keep_a_link_busy() -> None:
