@@ -7,7 +7,8 @@
 # Ranks are processes that share the GPU. Parts whose ranks must run at once come under MPS, which is started for them here; without it
 # processes take turns, which failures and sanitizers are looked at with. A summary ends the output.
 #
-#   PARTS="rdma bench"     only these; all, in this order: nvlink rdma ll scripts generate bench kills stops streams sanitizers debug
+#   PARTS="rdma bench"     only these; all, in this order: nvlink rdma stages ll scripts generate bench kills stops
+#                          streams sanitizers debug
 #   LIMIT=3400             seconds for everything
 #   GPU=0                  which; two of these scripts may run on two GPUs of one machine
 #   PEER=path              a folder with DeepEP V1, measured beside (docs/performance.md)
@@ -16,7 +17,7 @@ cd "$(dirname "$0")/../.." || exit
 out=${1:-runs/one_gpu}
 pack=${PACK:-$out.tar.gz}
 limit=${LIMIT:-3400}
-parts=${PARTS:-nvlink rdma ll scripts generate bench kills stops streams sanitizers debug}
+parts=${PARTS:-nvlink rdma stages ll scripts generate bench kills stops streams sanitizers debug}
 gpu=${GPU:-0}
 . tests/gpu/parts.sh
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 OMP_NUM_THREADS=2
@@ -50,6 +51,12 @@ part nvlink-surroundings 130 "${tests[@]}" tests/gpu/test_nvlink_surroundings.py
 DEEPEP_TRAIN_SOAK=2000 part rdma 240 "${tests[@]}" tests/gpu/test_rdma.py -k "not killed"
 part rdma-calls 330 "${tests[@]}" tests/gpu/test_rdma_calls.py
 part rdma-training 90 "${tests[@]}" tests/gpu/test_rdma_training.py -k "not memcheck"
+# Meshes of more than two nodes have more than one stage.
+DEEPEP_TRAIN_RAIL_STAGES=3 part stages 240 "${tests[@]}" tests/gpu/test_rdma.py tests/gpu/test_rdma_calls.py -k "4x1 or 4x2 or other_rows"
+for stages in 1 3; do
+  DEEPEP_TRAIN_RAIL_STAGES=$stages part stages-bench-$stages 60 python3 -m deepep_train bench --table rdma --ranks 8 --num-local-ranks 2 \
+    --out "$out/stages-$stages"
+done
 part ll-kernels 160 "${tests[@]}" tests/gpu/test_low_latency_kernels.py
 part ll-nodes 280 "${tests[@]}" tests/gpu/test_low_latency_nodes.py
 part scripts-intranode 60 python3 tests/test_intranode.py --num-processes 8 --num-tokens 1024 --no-tuning --deadline 55
