@@ -21,9 +21,9 @@ from rail_twins import arranged, placed_picks
 from torch import Tensor
 
 from deepep_train.engines.arena import Landing
-from deepep_train.engines.nvlink_failures import counts_error
 from deepep_train.engines.peers import Peers
 from deepep_train.engines.rail_domain import DISPATCH, RAIL
+from deepep_train.engines.rail_failures import counts_error
 from deepep_train.engines.rail_fresh import Fresh
 from deepep_train.engines.rail_stages import in_order, stages_of
 from deepep_train.engines.rail_tables import ExpertTables, Tables, to_everyone

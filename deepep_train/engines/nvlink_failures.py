@@ -1,8 +1,8 @@
-"""What the kernels' engines say when an operation has failed: codes as exceptions."""
+"""What an operation that has failed among ranks that reach each other's memory raises: the kernels' codes as exceptions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,8 +12,7 @@ from deepep_train.engines.base import DispatchRequest, wrong_counts
 from deepep_train.errors import ArgumentError, DeepEPError, PeerTimeoutError
 from deepep_train.routing import count_picks
 
-_END = "this buffer can no longer be used"
-AWAITED = ("their readiness", "their rows", "gave up")  # causes on the rail of which another rank may be the cause
+END = "this buffer can no longer be used"
 
 
 def device_error(failure: Any, rank: int, timeout: float, peers: Sequence[Sequence[str]]) -> DeepEPError:
@@ -28,66 +27,23 @@ def device_error(failure: Any, rank: int, timeout: float, peers: Sequence[Sequen
     who = ", ".join(map(str, failure.ranks))
     if failure.cause == "missing":
         waited = f"waited {timeout:g} s in vain for {failure.meeting} of rank {who}"
-        return PeerTimeoutError(f"{where}: {waited}{who_ended(peers)}; {_END}", failure.ranks, failure.operation)
+        return PeerTimeoutError(f"{where}: {waited}{who_ended(peers)}; {END}", failure.ranks, failure.operation)
     if failure.cause == "blamed":
-        text = f"{where}: other ranks gave up on rank {who}{who_ended(peers)}; {_END}"
+        text = f"{where}: other ranks gave up on rank {who}{who_ended(peers)}; {END}"
         return PeerTimeoutError(text, failure.ranks, failure.operation)
     if failure.cause == "mismatched":
-        return DeepEPError(f"{where}: rank {who} is in another call, or its handle or shapes differ; {_END}")
+        return DeepEPError(f"{where}: rank {who} is in another call, or its handle or shapes differ; {END}")
     if failure.cause == "overflow":
         each = "; ".join(f"rank {r}: num_worst_tokens={failure.bounds[r]} but {failure.rows[r]} rows" for r in failure.ranks)
-        return ArgumentError(f"{where}: {each} arrive; {_END}", "num_worst_tokens", failure.ranks)
+        return ArgumentError(f"{where}: {each} arrive; {END}", "num_worst_tokens", failure.ranks)
     if failure.cause == "refused":
         why = "see the exception raised there"
         if failure.bytes < 0:
             why = "its exchange with other nodes has failed"
         elif failure.bytes:
             why = f"an arena there has no room for {failure.bytes} bytes; pass a larger num_nvl_bytes to Buffer"
-        return DeepEPError(f"{where}: rank {who} refused to take part: {why}; results are NaN; {_END}")
-    return ArgumentError(
-        f"{where}: the arguments of rank {who} are wrong or differ from this rank's; {_END}", "", failure.ranks
-    )
-
-
-def rail_error(failure: Any, rank: int, timeout: float) -> DeepEPError:
-    """The same for an exchange between nodes; `failure`: `_rdma.Failure`."""
-    where, who = f"exchange {failure.number} between nodes on rank {rank}", ", ".join(map(str, failure.ranks))
-    if failure.cause == "mismatched":
-        return DeepEPError(f"{where}: rank {who} is in another call, or its handle or shapes differ; {_END}")
-    if failure.cause == "refused":
-        text = f"{where}: rank {who} refused to take part: see the exception raised there; results are NaN; {_END}"
-        return DeepEPError(text)
-    if failure.cause == "gave up":
-        return DeepEPError(f"{where}: rank {who} has failed: see the exception raised there; {_END}")
-    text = f"{where}: waited {timeout:g} s in vain for {failure.cause} of rank {who}; {_END}"
-    return PeerTimeoutError(text, failure.ranks, "rail")
-
-
-def counts_error(report: Sequence[int], number: int, rank: int, bytes_for: Callable[[int, int], int]) -> DeepEPError:
-    """The same for what the ranks have told of a dispatch with num_worst_tokens.
-
-    Args:
-        report: as the kernel leaves it (csrc/rdma/fresh.hpp).
-        bytes_for: the `num_rdma_bytes` that so many rows of so many bytes need.
-    """
-    where = f"dispatch (exchange {number} between nodes) on rank {rank}"
-    verdict, most, widest, *by_rank = report
-    size = len(by_rank) // 3
-    odd, bounds, rows = (by_rank[i * size : (i + 1) * size] for i in range(3))
-    ranks = [r for r, is_odd in enumerate(odd) if is_odd]
-    if verdict == 3:
-        return ArgumentError(
-            f"{where}: {most} rows of {widest} bytes between two nodes do not fit, and with num_worst_tokens no memory is made "
-            f"for them; pass num_rdma_bytes={bytes_for(most, widest)} or more to a Buffer without low_latency_mode, or make as "
-            f"large a dispatch without num_worst_tokens before; {_END}",
-            "num_rdma_bytes",
-        )
-    if verdict == 2:
-        each = "; ".join(f"rank {r}: num_worst_tokens={bounds[r]} but {rows[r]} rows" for r in ranks)
-        return ArgumentError(f"{where}: {each} arrive; {_END}", "num_worst_tokens", ranks)
-    who = ", ".join(map(str, ranks))
-    text = f"{where}: the arguments of rank {who} are wrong or differ from this rank's; {_END}"
-    return ArgumentError(text, "", ranks)
+        return DeepEPError(f"{where}: rank {who} refused to take part: {why}; results are NaN; {END}")
+    return ArgumentError(f"{where}: the arguments of rank {who} are wrong or differ from this rank's; {END}", "", failure.ranks)
 
 
 def cuda_failed(text: str, rank: int, peers: Sequence[Sequence[str]]) -> DeepEPError:

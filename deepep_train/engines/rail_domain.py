@@ -20,8 +20,9 @@ from deepep_train.engines.arena import ArenaFull
 from deepep_train.engines.low_latency import MAX_RANKS, LowLatency, weakly
 from deepep_train.engines.low_latency_far import OtherNodes
 from deepep_train.engines.node_memory import map_memory
-from deepep_train.engines.nvlink_failures import AWAITED, counts_error, cuda_failed, device_error, rail_error, who_ended
+from deepep_train.engines.nvlink_failures import cuda_failed, device_error, who_ended
 from deepep_train.engines.peers import Peers, raise_if_broken, raise_if_different
+from deepep_train.engines.rail_failures import AWAITED, counts_error, rail_error
 from deepep_train.engines.rail_stages import VARIABLE, asked, in_order, stages_of
 from deepep_train.engines.rail_tables import ExpertTables, Tables
 from deepep_train.errors import ArgumentError, DeepEPError, PeerTimeoutError

@@ -11,7 +11,8 @@ import torch
 from deepep_train import ArgumentError, DeepEPError, PeerTimeoutError
 from deepep_train.engines import processes
 from deepep_train.engines.base import DispatchRequest, Payload
-from deepep_train.engines.nvlink_failures import cuda_failed, device_error, layout_error, rail_error, who_ended
+from deepep_train.engines.nvlink_failures import cuda_failed, device_error, layout_error, who_ended
+from deepep_train.engines.rail_failures import rail_error
 from deepep_train.routing import rank_layout
 
 HERE = processes.identity()
