@@ -20,6 +20,7 @@ static std::barrier<>* block;
 struct Warp {
     std::barrier<> meet{32};
     std::atomic<unsigned> bits{0};
+    int values[32];
 };
 static std::deque<Warp>* warps;
 
@@ -32,6 +33,18 @@ static unsigned __ballot_sync(unsigned, bool hit) {
     warp.bits = 0;
     warp.meet.arrive_and_wait();
     return all;
+}
+static int __shfl_sync(unsigned, int value, int lane) {
+    Warp& warp = (*warps)[threadIdx.x / 32];
+    warp.values[threadIdx.x % 32] = value;
+    warp.meet.arrive_and_wait();
+    const int found = warp.values[lane];
+    warp.meet.arrive_and_wait();
+    return found;
+}
+static int __shfl_up_sync(unsigned all, int value, int distance) {
+    const int lane = threadIdx.x % 32;
+    return __shfl_sync(all, value, lane < distance ? lane : lane - distance);
 }
 static int __popc(unsigned bits) { return __builtin_popcount(bits); }
 static void __threadfence_system() { std::atomic_thread_fence(std::memory_order_seq_cst); }

@@ -35,6 +35,16 @@ __device__ inline int number_among(bool hit, int& all) {
     return before;
 }
 
+// By a warp: the sum of the lanes' values up to this one's.
+__device__ inline int sum_upto(int value) {
+    const int lane = threadIdx.x % 32;
+    for (int distance = 1; distance < 32; distance *= 2) {
+        const int other = __shfl_up_sync(0xffffffffu, value, distance);
+        if (lane >= distance) value += other;
+    }
+    return value;
+}
+
 // This rank's row of counts, and its tokens' places. A block a node, and one for what is known already.
 __device__ inline void tell(const TellParams& p) {
     auto* row = at<int32_t>(p.row);
@@ -88,20 +98,31 @@ struct Digest {
         return theirs[0] != 0 || theirs[4] != 0 || theirs[1] != ours[1] || theirs[2] != ours[2];
     }
 
-    // The rows of every rank's tensor, and, of this rank, its experts'.
-    __device__ void count_rows(int* padded) const {
-        auto* rows = at<int32_t>(p.rows);
-        for (int r = threadIdx.x; r < p.num_ranks; r += blockDim.x) {
+    // Adds up `columns` numbers of every rank's row: `sums` begins with zeros. Where there are fewer columns than threads,
+    // several threads take a share of a column's ranks each; at thousands of ranks the time is that of their loads.
+    template <typename Number>
+    __device__ void add_up(int columns, const Number& number, int32_t* sums) const {
+        const int threads = static_cast<int>(blockDim.x), shares = columns == 0 || columns > threads ? 1 : threads / columns;
+        for (int i = threadIdx.x; i < columns * shares; i += threads) {
+            const int column = i % columns;
             int sum = 0;
-            for (int i = 0; p.expert_layout == 0 && i < p.num_ranks; ++i) sum += to_rank(i, r);
-            rows[r] = sum;
+            for (int rank = i / columns; rank < p.num_ranks; rank += shares) sum += number(rank, column);
+            atomicAdd(sums + column, sum);
         }
+    }
+
+    // The rows of every rank's tensor, and, of this rank, its experts'. `sums`: room for a number of each expert.
+    __device__ void count_rows(int* padded, int* sums) const {
+        auto* rows = at<int32_t>(p.rows);
+        for (int r = threadIdx.x; r < p.num_ranks; r += blockDim.x) rows[r] = 0;
+        for (int e = threadIdx.x; e < p.num_experts; e += blockDim.x) sums[e] = 0;
+        __syncthreads();
+        if (p.expert_layout == 0) add_up(p.num_ranks, [&](int from, int rank) { return to_rank(from, rank); }, rows);
+        add_up(p.num_experts, [&](int from, int expert) { return picks(from, expert); }, sums);
         __syncthreads();
         const int local = p.num_experts / p.num_ranks;
         for (int e = threadIdx.x; e < p.num_experts; e += blockDim.x) {
-            int sum = 0;
-            for (int i = 0; i < p.num_ranks; ++i) sum += picks(i, e);
-            sum = (sum + p.alignment - 1) / p.alignment * p.alignment;
+            const int sum = (sums[e] + p.alignment - 1) / p.alignment * p.alignment;
             if (p.expert_layout != 0) atomicAdd(rows + e / local, sum);
             if (e / local == p.rank) {
                 padded[e % local] = sum;
@@ -116,31 +137,47 @@ struct Digest {
         }
     }
 
-    // This rank's two streams with every node, and what it forwards.
+    // This rank's two streams with every node, and what it forwards; a warp takes one rank of this node, or one stream.
     __device__ void lay_out() const {
-        const int node = p.rank / p.num_local_ranks, rail = p.rank % p.num_local_ranks;
-        for (int r = threadIdx.x; r < p.num_local_ranks; r += blockDim.x) {
-            int sum = 0;
-            for (int i = 0; i < p.num_ranks; ++i) {
-                const int rows = to_rank(i, node * p.num_local_ranks + r);
-                if (i % p.num_local_ranks == rail) {
-                    at<int32_t>(p.theirs)[i / p.num_local_ranks * p.num_local_ranks + r] = rows;
-                    at<int32_t>(p.begin)[i / p.num_local_ranks * p.num_local_ranks + r] = sum;
-                }
-                sum += rows;
-                if (r == rail) at<int32_t>(p.received_upto)[i] = sum;
-            }
-            if (r == rail) at<int32_t>(p.found)[kNumReceived] = sum;
+        const int warps = blockDim.x / 32, local = p.num_local_ranks;
+        for (int i = threadIdx.x / 32; i < local + 2; i += warps) {
+            if (i < local)
+                place_rank(i);
+            else
+                place_stream(i == local);
         }
-        const int last = blockDim.x - 1;  // the threads that have least to do above
-        if (static_cast<int>(threadIdx.x) >= last - 1) {
-            const bool sends = static_cast<int>(threadIdx.x) == last;
-            auto* out = at<int32_t>(sends ? p.send_at : p.recv_at);
-            out[0] = 0;
-            for (int n = 0, sum = 0; n < nodes(); ++n) {
-                sum += sends ? to_node(p.rank, n) : to_node(n * p.num_local_ranks + rail, node);
-                out[n + 1] = sum;
+    }
+
+    // Rows for the local rank `r`, from every rank.
+    __device__ void place_rank(int r) const {
+        const int local = p.num_local_ranks, node = p.rank / local, rail = p.rank % local;
+        int before = 0;
+        for (int base = 0; base < p.num_ranks; base += 32) {
+            const int from = base + static_cast<int>(threadIdx.x % 32);
+            const bool is_rank = from < p.num_ranks;
+            const int rows = is_rank ? to_rank(from, node * local + r) : 0, upto = before + sum_upto(rows);
+            if (is_rank && from % local == rail) {
+                at<int32_t>(p.theirs)[from / local * local + r] = rows;
+                at<int32_t>(p.begin)[from / local * local + r] = upto - rows;
             }
+            if (is_rank && r == rail) at<int32_t>(p.received_upto)[from] = upto;
+            before = __shfl_sync(0xffffffffu, upto, 31);
+        }
+        if (r == rail && threadIdx.x % 32 == 0) at<int32_t>(p.found)[kNumReceived] = before;
+    }
+
+    // Where each node's rows begin, of those that leave or of those that come.
+    __device__ void place_stream(bool sends) const {
+        const int local = p.num_local_ranks, node = p.rank / local, rail = p.rank % local;
+        auto* out = at<int32_t>(sends ? p.send_at : p.recv_at);
+        if (threadIdx.x % 32 == 0) out[0] = 0;
+        int before = 0;
+        for (int base = 0; base < nodes(); base += 32) {
+            const int n = base + static_cast<int>(threadIdx.x % 32);
+            const int rows = n >= nodes() ? 0 : sends ? to_node(p.rank, n) : to_node(n * local + rail, node);
+            const int upto = before + sum_upto(rows);
+            if (n < nodes()) out[n + 1] = upto;
+            before = __shfl_sync(0xffffffffu, upto, 31);
         }
     }
 
@@ -170,7 +207,7 @@ struct Digest {
 };
 
 __device__ inline void digest(const End& end, const DigestParams& p) {
-    __shared__ int padded[Digest::kMostExperts];
+    __shared__ int padded[Digest::kMostExperts], sums[Digest::kMostExperts];
     __shared__ int odd, over, bounded, most, broken;
     const Digest d{end, p};
     if (threadIdx.x == 0) {
@@ -186,9 +223,13 @@ __device__ inline void digest(const End& end, const DigestParams& p) {
         __syncthreads();
     }
     if (broken == 0 && odd == 0) {
-        for (int i = threadIdx.x; i < p.num_ranks * d.nodes(); i += blockDim.x)
-            atomicMax(&most, d.to_node(i / d.nodes(), i % d.nodes()));
-        d.count_rows(padded);
+        int most_here = 0;
+        for (int i = threadIdx.x; i < p.num_ranks * d.nodes(); i += blockDim.x) {
+            const int rows = d.to_node(i / d.nodes(), i % d.nodes());
+            most_here = rows > most_here ? rows : most_here;
+        }
+        atomicMax(&most, most_here);
+        d.count_rows(padded, sums);
         d.lay_out();
         __syncthreads();
         for (int r = threadIdx.x; r < p.num_ranks; r += blockDim.x)

@@ -297,3 +297,47 @@ def test_more_ranks_than_a_word_has_bits(num_ranks: int, local: int, library: st
     assert (number[90:] == -1).all()
     for r in range(local):
         assert number[:90, r][slot[:90, r] >= 0].tolist() == list(range(int(theirs[:, r].sum())))
+
+
+@pytest.mark.parametrize("layout", ["rank", "expert"])
+@pytest.mark.parametrize(("num_ranks", "local", "rank"), [(70, 10, 33), (96, 3, 95), (40, 40, 7)])
+def test_counts_of_many_ranks(num_ranks: int, local: int, rank: int, layout: str, library: str) -> None:
+    """The digest of random counts, against sums in torch."""
+    from rail_on_cpu import End, params
+
+    g, nodes, num_experts = torch.Generator().manual_seed(num_ranks), num_ranks // local, 3 * num_ranks
+    node, rail, end = rank // local, rank % local, End(library, 0)
+    widths = [5, num_ranks, nodes, num_experts]
+    table = torch.randint(0, 50, (num_ranks, sum(widths)), generator=g).to(torch.int32)
+    head, to_rank, to_node, picks = table.split_with_sizes(widths, 1)
+    head.copy_(torch.tensor([0, 7, 8, 0, 0]))
+    parts = {"found": 8, "send_at": nodes + 1, "recv_at": nodes + 1, "received_upto": num_ranks}
+    parts |= {"theirs": nodes * local, "begin": nodes * local, "expert_base": 3}
+    block = torch.full((6 + sum(parts.values()),), 77, dtype=torch.int32)
+    per_expert, *others = block.split_with_sizes([6, *parts.values()])
+    p, rows, report = (
+        params()["DigestParams"](),
+        torch.full((num_ranks,), 77, dtype=torch.int32),
+        torch.zeros(3 + 3 * num_ranks),
+    )
+    p.table, p.rows, p.report, p.tokens_per_expert = (t.data_ptr() for t in (table, rows, report, per_expert))
+    for name, part in zip(parts, others, strict=True):
+        setattr(p, name, part.data_ptr())
+    p.result_words, p.room, p.widest, p.rank, p.num_ranks, p.num_local_ranks = block.numel(), 99, 1, rank, num_ranks, local
+    p.num_experts, p.alignment, p.expert_layout, p.row_words = num_experts, 4, int(layout == "expert"), table.size(1)
+    end.digest(p, 0)
+
+    found, send_at, recv_at, upto, theirs, begin, base = others
+    here = to_rank[:, node * local : (node + 1) * local].long()
+    padded = (picks.long().sum(0) + 3) // 4 * 4
+    per_rank = padded.view(num_ranks, 3).sum(1) if layout == "expert" else to_rank.sum(0)
+    assert torch.equal(rows.long(), per_rank)
+    assert found[:5].tolist() == [0, 0, int(here[:, rail].sum()), int(per_rank[rank]), int(to_node.max())]
+    mine = padded[3 * rank : 3 * rank + 3]
+    assert per_expert.view(torch.int64).tolist() == mine.tolist()
+    assert base.tolist() == [0, *mine.cumsum(0)[:2].tolist()]
+    assert send_at.tolist() == [0, *to_node[rank].cumsum(0).tolist()]
+    assert recv_at.tolist() == [0, *to_node[rail::local, node].cumsum(0).tolist()]
+    assert torch.equal(upto.long(), here[:, rail].cumsum(0))
+    assert torch.equal(theirs.view(nodes, local).long(), here[rail::local])
+    assert torch.equal(begin.view(nodes, local).long(), (here.cumsum(0) - here)[rail::local])
