@@ -151,6 +151,8 @@ def test_a_full_arena_says_how_large_it_must_be(left: int, monkeypatch: pytest.M
 )
 def test_bytes_are_counted_once(name: str, mode: bool, arena: int, rail: int, monkeypatch: pytest.MonkeyPatch) -> None:
     sized: dict[str, Any] = {}
+    monkeypatch.setattr(engines, "DEFAULT_ARENA_BYTES", 2 << 30)  # which tests/gpu makes smaller
+    monkeypatch.setattr(engines, "DEFAULT_RAIL_BYTES", 32 << 20)
     monkeypatch.setattr(nvlink, "NvlinkEngine", lambda _, arena_bytes, *__: sized.update(arena=arena_bytes, rail=0))
     monkeypatch.setattr(rdma, "RdmaEngine", lambda _, __, ___, ____, arena, rail, *_____: sized.update(arena=arena, rail=rail))
     group: Any = SimpleNamespace(size=lambda: 4, rank=lambda: 0)
