@@ -190,9 +190,10 @@ class CpuRails(Rails):
             setattr(self.comm, name, self._launched(getattr(self, f"_run_{name}"), step))
         self.everyone = to_everyone(peers.rank, local, self.nodes, CPU, 0)
         self.stages = stages_of(self.nodes, most_stages)
-        self.dispatch_steps = in_order(*DISPATCH, len(self.stages))
-        self.combine_steps = in_order("combine", RAIL, len(self.stages))
-        self._main, self._network = CpuStream(1), CpuStream(2) if len(self.stages) > 1 else None
+        num_stages = len(self.stages.dispatch)
+        self.dispatch_steps = in_order(*DISPATCH, num_stages)
+        self.combine_steps = in_order("combine", RAIL, num_stages)
+        self._main, self._network = CpuStream(1), CpuStream(2) if num_stages > 1 else None
         torch.cuda.current_stream = lambda _=None: self._main
         self._memory(segment_bytes)
 

@@ -23,8 +23,8 @@ struct RailParams {
     int64_t beside_bytes = 0;
     uint64_t signature = 0;  // of what the rail's ranks must agree on: 24 bits, not all of them set
     int rows_per_put = 1;
-    // Turns that the exchange has: in turn t rows go to the t-th node behind this one and come from the t-th before it; in turn
-    // 0, of this node's own, nothing crosses. What other turns' are is neither put, nor waited for.
+    // Turns that the exchange has: in turn t rows go to the t-th node behind this one and come from the t-th before it; in
+    // turns 0 and num_nodes, of this node's own, nothing crosses. What other turns' are is neither put, nor waited for.
     int first_turn = 0;
     int end_turn = kMaxNodes;
     int num_sms = 1;

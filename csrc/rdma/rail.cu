@@ -158,12 +158,17 @@ __global__ void __launch_bounds__(kThreads, 1)
     nvshmemx_qp_handle_t qp = end.qps[blockIdx.x % end.num_qps];
     for (int n = threadIdx.x; n <= end.num_nodes; n += kThreads) send_at[n] = reinterpret_cast<const int32_t*>(p.send_at)[n];
     if (threadIdx.x == 0) {
-        whole = !has_failed(end) && !node_has_failed(end);  // once: another block may be giving up
-        if (node_has_failed(end)) give_up(end, number, p.signature, kNodeFailed);
+        const bool node_gone = node_has_failed(end);  // once, as is `whole`: in stages the node's kernels run beside this one
+        whole = !has_failed(end) && !node_gone;
+        if (node_gone) give_up(end, number, p.signature, kNodeFailed);
     }
     __syncthreads();
-    if (whole && blockIdx.x == 0 && threadIdx.x < end.num_nodes && threadIdx.x != end.node)
+    if (whole && blockIdx.x == 0 && threadIdx.x < end.num_nodes && threadIdx.x != end.node) {
         say(end, threadIdx.x, number, number << kSignatureBits | p.signature);
+        // Another block may have given up since, and its *gone* lies under this: nobody else would say it again.
+        __threadfence();
+        if (has_failed(end)) say(end, threadIdx.x, number, kGone);
+    }
     if (p.addresses != 0) write_addresses(end, p);
 
     // Every node's rows in puts of so many, the puts dealt to the warps; each rank begins with the node behind its own. Warps

@@ -82,8 +82,9 @@ def as_text(work: model.Work, hardware: model.Hardware) -> str:
     kept = f"received rows in bf16, for each dispatch whose backward is to come: {b.received / 2**20:.0f} MiB a GPU"
     lines += ["", f"{kept}; Buffer holds {b.arena / 2**20:.0f} MiB for them unless num_nvl_bytes asks for more"]
     if work.nodes > 1:
-        if work.stages == 1:
-            lines.append("The rdma engine uses the network, then NVLink: ms has both times; --stages makes them overlap.")
+        if model.num_stages(work) == 1:
+            more = "; --stages makes them overlap" if work.nodes > 2 else ""
+            lines.append(f"The rdma engine uses the network, then NVLink: ms has both times{more}.")
         slots = "staging for the network, a slot for every (node, token)"
         lines.append(f"{slots}: num_rdma_bytes={b.staging}, {b.staging / 2**20:.0f} MiB a GPU")
         lines.append("The rdma engine has not run on a network card (docs/rdma.md): these are rates that DeepEP V1 reached.")

@@ -7,8 +7,9 @@ rows is asked of the functions that it uses itself (engines/rail_rows.py).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from math import ceil, inf
+from math import ceil
 
 from deepep_train.engines import DEFAULT_ARENA_BYTES
 from deepep_train.engines.rail_rows import counts_bytes, padded, words_bytes
@@ -177,12 +178,33 @@ class Prediction:
 
 def predict(work: Work, hardware: Hardware, operation: str) -> Prediction:
     """`operation` "dispatch" or "combine", which is the same way back: a node's rows are summed by the forwarder."""
-    num_stages = len(stages_of(work.nodes, work.stages))
-    return _predict(work, hardware, operation, num_stages, CALL_SECONDS + STAGE_SECONDS * (num_stages - 1))
+    return _predict(work, hardware, operation, _in_stages(work, operation))
 
 
-def _predict(work: Work, hardware: Hardware, operation: str, stages: float, overhead: float) -> Prediction:
-    """`stages`: equal parts of the rows, of which one link moves the next while the other moves the last."""
+def num_stages(work: Work) -> int:
+    """Those that there are, of `work.stages` at most."""
+    return len(stages_of(work.nodes, work.stages).dispatch)
+
+
+def _in_stages(work: Work, operation: str) -> Callable[[float, float], float]:
+    """The seconds of a call by those of the network and of NVLink: each moves a stage while the other moves the one before, or
+    behind. All turns are taken to have as many rows."""
+    stages = getattr(stages_of(work.nodes, work.stages), operation)
+
+    def seconds(rdma: float, nvlink: float) -> float:
+        first_done = all_done = 0.0
+        for first, end in stages:
+            crossing = len(range(max(1, first), min(end, work.nodes))) / max(1, work.nodes - 1)
+            parts = (rdma * crossing, nvlink * (end - first) / work.nodes)
+            before, behind = parts if operation == "dispatch" else parts[::-1]
+            first_done += before
+            all_done = max(first_done, all_done) + behind
+        return CALL_SECONDS + STAGE_SECONDS * (len(stages) - 1) + all_done
+
+    return seconds
+
+
+def _predict(work: Work, hardware: Hardware, operation: str, seconds: Callable[[float, float], float]) -> Prediction:
     nodes_reached = units_reached(work, work.nodes)
     ranks_reached = units_reached(work, work.ranks)
     rdma_rows = work.num_tokens * nodes_reached * (work.nodes - 1) / work.nodes
@@ -203,7 +225,7 @@ def _predict(work: Work, hardware: Hardware, operation: str, stages: float, over
         metadata_share=rdma_bytes / (rdma_rows * row) - 1 if rdma_rows else 0.0,
         rdma_seconds=rdma,
         nvlink_seconds=nvlink,
-        seconds=overhead + max(rdma, nvlink) + min(rdma, nvlink) / stages,
+        seconds=seconds(rdma, nvlink),
         bound="local" if rdma == nvlink == 0 else "rdma" if rdma > nvlink else "nvlink",
         sms=_sms(work, hardware, operation, rdma, nvlink),
     )
@@ -285,7 +307,8 @@ def validate() -> list[Compared]:
         copies = units_reached(work, work.nodes if nodes > 1 else work.ranks)
         for operation, published in (("dispatch", p.dispatch), ("combine", p.combine)):
             counted = work.num_tokens * copies * row_bytes(work, operation)
-            predicted = counted / _predict(work, hardware, operation, inf, CALL_SECONDS).seconds / 1e9
+            both = _predict(work, hardware, operation, lambda rdma, nvlink: CALL_SECONDS + max(rdma, nvlink))
+            predicted = counted / both.seconds / 1e9
             rows.append(Compared(p.ranks, operation, published, predicted, published / predicted - 1))
     return rows
 

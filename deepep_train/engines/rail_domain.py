@@ -52,7 +52,10 @@ class RailDomain:
     def __init__(
         self, peers: Peers, num_local_ranks: int, arena_bytes: int, rail_bytes: int, num_qps: int, num_sms: Any
     ) -> None:
-        rail_stages = asked()
+        try:
+            rail_stages, error = asked(), ""
+        except ArgumentError as wrong:  # told once the ranks have met
+            rail_stages, error = 1, str(wrong)
         self.peers, self.local = peers, num_local_ranks
         self.nodes = peers.size // num_local_ranks
         self.node, self.rail = divmod(peers.rank, num_local_ranks)
@@ -69,15 +72,15 @@ class RailDomain:
         segment = max(1, rail_bytes // 2 // self.nodes // _SEGMENT_STEP) * _SEGMENT_STEP
         # What they wait for where rows move.
         self.stages = stages_of(self.nodes, rail_stages)
-        self.dispatch_steps = in_order(*DISPATCH, len(self.stages))
-        self.combine_steps = in_order("combine", RAIL, len(self.stages))
-        self._network = torch.cuda.Stream(self.device) if len(self.stages) > 1 else None
-        error = ""
+        num_stages = len(self.stages.dispatch)
+        self.dispatch_steps = in_order(*DISPATCH, num_stages)
+        self.combine_steps = in_order("combine", RAIL, num_stages)
+        self._network = torch.cuda.Stream(self.device, priority=-1) if num_stages > 1 else None  # as streams.py's is
         try:
             how = (self.device.index, peers.rank, peers.size, num_local_ranks, segment, num_qps, float(peers.timeout))
             self.end = nvshmem.before_deadline(peers, lambda: self.kernels.Endpoint(*how, self.comm.failed_flag))
         except RuntimeError as caught:
-            error = str(caught)
+            error = error or str(caught)
         everyone = peers.gather_objects({"error": error, "stages": rail_stages}, "Buffer")
         raise_if_broken(everyone)
         raise_if_different("Buffer", [{VARIABLE: other["stages"]} for other in everyone])

@@ -2,8 +2,9 @@
 one stage has brought while the next is on its way.
 
 In turn t of an exchange among N nodes a rank puts rows to the t-th node behind its own, and gets rows from the t-th before it;
-in turn 0 the rows are its own node's, and nothing crosses. A stage is some turns that follow each other. As every turn is a
-permutation of the nodes, all cards work in each, and both ends of every stream know which stage it belongs to.
+in turn 0, which is also turn N, the rows are its own node's, and nothing crosses. A stage is some turns that follow each other.
+As every turn is a permutation of the nodes, all cards work in each, and both ends of every stream know which stage it belongs
+to.
 """
 
 from __future__ import annotations
@@ -43,13 +44,22 @@ def asked() -> int:
     return int(word)
 
 
-def stages_of(num_nodes: int, most: int) -> list[Turns]:
-    """At most so many stages, of turns 1 to N - 1 as evenly as can be, the longer ones first; turn 0 goes with the first, whose
-    rows wait for the network anyway."""
+class Stages(NamedTuple):
+    """Of both operations; as many of either. What stays in the node is moved while the network is busy with other stages: a
+    dispatch's when the first has come, a combine's when the last has left."""
+
+    dispatch: list[Turns]
+    combine: list[Turns]
+
+
+def stages_of(num_nodes: int, most: int) -> Stages:
+    """At most so many stages, of turns 1 to N - 1 as evenly as can be, the longer ones first."""
     crossing = num_nodes - 1
     number = max(1, min(most, crossing))
     ends = [1 + -(-crossing * (i + 1) // number) for i in range(number)]
-    return [Turns(first, end) for first, end in zip([0, *ends[:-1]], ends, strict=True)]
+    stages = [Turns(first, end) for first, end in zip([1, *ends[:-1]], ends, strict=True)]
+    forth, back = stages[0]._replace(first=0), stages[-1]._replace(end=num_nodes + 1)
+    return Stages([forth, *stages[1:]], [*stages[:-1], back])
 
 
 def in_order(first: str, second: str, num_stages: int) -> tuple[str, ...]:

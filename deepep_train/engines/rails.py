@@ -96,7 +96,7 @@ class Rails(RailDomain):
                 visible[:] = visible or make_room()  # while the network is at work
                 self.forward(tables, data, addresses, visible, signature, node_sms, on, turns)
 
-            self._overlap(cross, forward, stream, network_is_first=True)
+            self._overlap(self.stages.dispatch, cross, forward, stream, network_is_first=True)
             if experts is None:
                 got = [self._arrive(one, received, num_sms, stream) for one in landings]
                 self.arena.watch(landings)
@@ -141,7 +141,7 @@ class Rails(RailDomain):
             def cross(turns: Turns, on: int) -> None:
                 self._cross(tables, (), None, row_bytes, signature, network_sms, on, turns)
 
-            self._overlap(add_up, cross, stream, network_is_first=False)
+            self._overlap(self.stages.combine, add_up, cross, stream, network_is_first=False)
             out = torch.empty(num_tokens, row_bytes, dtype=torch.uint8, device=self.device)
             s = self.kernels.SumParams()
             s.out, s.row_bytes, s.num_tokens, s.dtype = out.data_ptr(), row_bytes, num_tokens, DTYPES[rows.dtype]
@@ -236,30 +236,32 @@ class Rails(RailDomain):
         return parts
 
     def _shares(self, num_sms: int) -> tuple[int, int]:
-        """SMs for the network and for the node: both, where they take turns; else few need to feed a card."""
+        """SMs for the network and for the node, one each at least: all, where they take turns; else few need to feed a card."""
         if self._network is None:
             return num_sms, num_sms
         few = max(1, num_sms // 4)
         return few, max(1, num_sms - few)
 
-    def _overlap(self, first: Step, second: Step, stream: int, network_is_first: bool) -> None:
+    def _overlap(self, stages: list[Turns], first: Step, second: Step, stream: int, network_is_first: bool) -> None:
         """Both hops of every stage, each hop on a stream of its own, `second` behind `first`; `stream` then waits for all."""
         if self._network is None:
-            first(self.stages[0], stream)
-            second(self.stages[0], stream)
+            first(stages[0], stream)
+            second(stages[0], stream)
             return
         node, network = torch.cuda.current_stream(self.device), self._network
+        if torch.cuda.is_current_stream_capturing():  # a capture's streams are nobody else's until it ends
+            network = torch.cuda.Stream(self.device, priority=-1)
         ahead, behind = (network, node) if network_is_first else (node, network)
         network.wait_stream(node)
         try:
             done: list[torch.cuda.Event] = []
-            for stage in range(len(self.stages) + 1):
-                if stage < len(self.stages):
-                    first(self.stages[stage], ahead.cuda_stream)
+            for stage in range(len(stages) + 1):
+                if stage < len(stages):
+                    first(stages[stage], ahead.cuda_stream)
                     done.append(ahead.record_event())
                 if stage > 0:
                     behind.wait_event(done[stage - 1])
-                    second(self.stages[stage - 1], behind.cuda_stream)
+                    second(stages[stage - 1], behind.cuda_stream)
         finally:
             node.wait_stream(network)
 

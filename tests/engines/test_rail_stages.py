@@ -12,12 +12,13 @@ from deepep_train.engines.rail_stages import VARIABLE, Turns, asked, in_order, s
 
 @given(st.integers(1, 256), st.integers(1, 300))
 def test_every_turn_is_in_one_stage(num_nodes: int, most: int) -> None:
-    stages = stages_of(num_nodes, most)
-    assert len(stages) == max(1, min(most, num_nodes - 1))
-    assert [turn for stage in stages for turn in range(*stage)] == list(range(num_nodes))
-    crossing = [len(range(max(1, first), end)) for first, end in stages]
-    assert max(crossing) - min(crossing) <= 1
-    assert num_nodes == 1 or min(crossing) >= 1
+    forth, back = stages_of(num_nodes, most)
+    for stages, turns in ((forth, range(num_nodes)), (back, range(1, num_nodes + 1))):
+        assert len(stages) == max(1, min(most, num_nodes - 1))
+        assert [turn for stage in stages for turn in range(*stage)] == list(turns)
+        crossing = [len(range(max(1, first), min(end, num_nodes))) for first, end in stages]
+        assert max(crossing) - min(crossing) <= 1
+        assert num_nodes == 1 or min(crossing) >= 1
 
 
 @given(st.data(), st.integers(1, 40), st.integers(1, 8))
@@ -28,13 +29,14 @@ def test_both_ends_of_a_stream_are_in_the_same_stage(data: st.DataObject, num_no
     def nodes_of(first: int, stage: Turns) -> list[int]:
         return [(first + i) % num_nodes for i in range(stage.end - stage.first)]
 
-    stages = stages_of(num_nodes, most)
-    came = [nodes_of(stage.sources(node, num_nodes), stage) for stage in stages]
-    assert sorted(n for stage in came for n in stage) == list(range(num_nodes))
-    assert node in came[0]
-    for stage, sources in zip(stages, came, strict=True):
-        for source in sources:
-            assert node in nodes_of(stage.destinations(source, num_nodes), stage)
+    forth, back = stages_of(num_nodes, most)
+    for stages, own in ((forth, 0), (back, -1)):
+        came = [nodes_of(stage.sources(node, num_nodes), stage) for stage in stages]
+        assert sorted(n for stage in came for n in stage) == list(range(num_nodes))
+        assert node in came[own]
+        for stage, sources in zip(stages, came, strict=True):
+            for source in sources:
+                assert node in nodes_of(stage.destinations(source, num_nodes), stage)
 
 
 def test_the_first_hop_is_one_stage_ahead() -> None:
