@@ -307,7 +307,8 @@ def _sharing(rank: int, size: int, group: dist.ProcessGroup, local: int) -> dict
         layers = [layer(low_latency) for low_latency in (False, True, True, False)]
         names = [made.buffer.engine for made in layers]
         which = [[made.buffer for made in layers].index(made.buffer) for made in layers]
-        del layers[:]
+        for made in layers:
+            made.buffer.destroy()
         layers = [layer(low_latency) for low_latency in (True, False)]
         which += [[made.buffer for made in layers].index(made.buffer) for made in layers]
     x = torch.randn(5, 128, generator=torch.Generator().manual_seed(rank))
