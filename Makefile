@@ -21,8 +21,9 @@ train-megatron: environment
 	$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) recipes/megatron/pretrain.py $(ARGS)
 
 test: WITH := with-nvshmem
+# Hundreds of processes import the package: where the environment forbids bytecode, each would compile it again.
 test: environment lint
-	NVSHMEM_DIR="$$(.ci/nvshmem.sh)" $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	NVSHMEM_DIR="$$(.ci/nvshmem.sh)" env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 test-te: environment
 	@.ci/test_te.sh $(ARGS)
