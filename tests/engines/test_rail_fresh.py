@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from draws import Exchange
 from harness import assert_same_bits, run_ranks
+from needs import ROOT
 from reference import Given, Picture
 
 import deepep_train as dt
@@ -297,6 +298,12 @@ def test_more_ranks_than_a_word_has_bits(num_ranks: int, local: int, library: st
     assert (number[90:] == -1).all()
     for r in range(local):
         assert number[:90, r][slot[:90, r] >= 0].tolist() == list(range(int(theirs[:, r].sum())))
+
+
+def test_the_head_of_a_row_of_counts_is_the_kernels() -> None:
+    from deepep_train.engines.rail_rows import _HEAD
+
+    assert f"constexpr int kHead = {_HEAD};" in (ROOT / "csrc/rdma/fresh.hpp").read_text()
 
 
 @pytest.mark.parametrize("layout", ["rank", "expert"])

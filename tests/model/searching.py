@@ -35,6 +35,20 @@ def search(model: str, where: Path, *defines: str) -> tuple[int, str]:
     return int(found.group(1)), out
 
 
+def assert_safe(model: str, where: Path, *defines: str) -> str:
+    """No interleaving breaks an assertion; gives what the search prints."""
+    errors, out = search(model, where, *defines)
+    assert errors == 0, out
+    return out
+
+
+def assert_found_out(model: str, where: Path, violated: str, *defines: str) -> None:
+    """Some interleaving breaks an assertion about `violated`, a pattern."""
+    errors, out = search(model, where, *defines)
+    assert errors > 0
+    assert re.search(r"pan:1: assertion violated .*" + violated, out), out
+
+
 def assert_nothing_unreached(out: str) -> None:
     unreached = re.findall(r"^\s+\S+\.pml:\d+, state \d+, \"(?!-end-)(.+)\"$", out, re.MULTILINE)
     assert not unreached, f"the search never came to {unreached}"

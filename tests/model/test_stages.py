@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
-from searching import NEEDED, assert_nothing_unreached, search
+from searching import NEEDED, assert_found_out, assert_nothing_unreached, assert_safe
 
 MODEL = "stages.pml"
 pytestmark = NEEDED
 
 
 def test_every_interleaving_is_safe(tmp_path: Path) -> None:
-    errors, out = search(MODEL, tmp_path)
-    assert errors == 0, out
-    assert_nothing_unreached(out)
+    assert_nothing_unreached(assert_safe(MODEL, tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -28,6 +25,4 @@ def test_every_interleaving_is_safe(tmp_path: Path) -> None:
     ],
 )
 def test_a_protocol_broken_on_purpose_is_found_out(tmp_path: Path, broken: str, violated: str) -> None:
-    errors, out = search(MODEL, tmp_path, broken)
-    assert errors > 0
-    assert re.search(r"pan:1: assertion violated .*" + violated, out), out
+    assert_found_out(MODEL, tmp_path, violated, broken)
