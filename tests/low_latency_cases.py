@@ -184,6 +184,12 @@ def fill(case: Case, rank: int, y: Tensor, recv: Any, count: Tensor) -> None:
         y[e, :n] = case.results(rows, rank * local + e)
 
 
+def _finish(device: str) -> None:
+    """Ranks may be threads of one process, where a copy to the CPU that waits for a kernel may hold up the others' copies."""
+    if device != "cpu":
+        torch.cuda.current_stream().synchronize()
+
+
 def round_trip(buffer: Any, rank: int, case: Case, device: str, without: frozenset[int] = frozenset()) -> list[str]:
     """Dispatch, experts, combine; what is wrong with the results."""
     x, idx, weights = (t.to(device) for t in case.inputs(rank))
@@ -193,6 +199,7 @@ def round_trip(buffer: Any, rank: int, case: Case, device: str, without: frozens
     recv, count, handle, _, hook = got
     if case.hook:
         hook()
+    _finish(device)
     errors = check_received(case, rank, recv, count, handle, without)
     errors += wrong("statistics", stats, count.cpu() + 7)
     shape = (local, case.size * case.most, case.hidden)
@@ -206,6 +213,7 @@ def round_trip(buffer: Any, rank: int, case: Case, device: str, without: frozens
     z, _, hook = buffer.low_latency_combine(y, idx, weights, handle, **how)
     if case.hook:
         hook()
+    _finish(device)
     if not case.logfmt:
         return errors + wrong(f"combined on rank {rank}", z, case.combined(rank, without))
     apart = (z.cpu().float() - case.combined(rank, without).float()).abs()

@@ -8,6 +8,7 @@ connections, and no cudaMalloc or cudaFree on the way (torch's cache is filled f
 
 from __future__ import annotations
 
+import faulthandler
 import itertools
 import json
 import sys
@@ -140,7 +141,8 @@ def fill_cache() -> None:
 
 
 def in_threads(size: int, live: Callable[[int, threading.Barrier, list[Any]], None]) -> None:
-    """`live(rank, …)` on a thread and a stream for every rank."""
+    """`live(rank, …)` on a thread and a stream for every rank. Where they stand after 40 s is printed: all should be over."""
+    faulthandler.dump_traceback_later(40)
     meeting, table, errors = threading.Barrier(size), [None] * size, []
 
     def guarded(rank: int) -> None:
@@ -158,6 +160,7 @@ def in_threads(size: int, live: Callable[[int, threading.Barrier, list[Any]], No
         thread.start()
     for thread in threads:
         thread.join()
+    faulthandler.cancel_dump_traceback_later()
     if errors:
         raise SystemExit("\n".join(errors))
 

@@ -67,6 +67,7 @@ def main(size: int, count: int) -> None:
             meeting.wait()
         calls.destroy()
 
+    torch.set_printoptions(threshold=16)  # of wrong rows, so that all errors fit into what pytest shows
     # With one rank, which waits for nobody: sanitizers stop the device when they first meet a kernel.
     first = Calls(Peers(None, 60.0))
     for case in cases_of(1, count):

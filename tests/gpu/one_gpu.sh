@@ -49,10 +49,10 @@ part nvlink-hazards 180 "${tests[@]}" tests/gpu/test_nvlink_hazards.py
 part nvlink-handles 90 "${tests[@]}" tests/gpu/test_nvlink_handles.py
 part nvlink-surroundings 130 "${tests[@]}" tests/gpu/test_nvlink_surroundings.py
 DEEPEP_TRAIN_SOAK=2000 part rdma 240 "${tests[@]}" tests/gpu/test_rdma.py -k "not killed"
-part rdma-calls 330 "${tests[@]}" tests/gpu/test_rdma_calls.py
+part rdma-calls 480 "${tests[@]}" tests/gpu/test_rdma_calls.py
 part rdma-training 90 "${tests[@]}" tests/gpu/test_rdma_training.py -k "not memcheck"
 # Meshes of more than two nodes have more than one stage.
-DEEPEP_TRAIN_RAIL_STAGES=3 part stages 240 "${tests[@]}" tests/gpu/test_rdma.py tests/gpu/test_rdma_calls.py -k "4x1 or 4x2 or other_rows"
+DEEPEP_TRAIN_RAIL_STAGES=3 part stages 330 "${tests[@]}" tests/gpu/test_rdma.py tests/gpu/test_rdma_calls.py -k "4x1 or 4x2 or other_rows"
 for stages in 1 3; do
   DEEPEP_TRAIN_RAIL_STAGES=$stages part stages-bench-$stages 60 python3 -m deepep_train bench --table rdma --ranks 8 --num-local-ranks 2 \
     --out "$out/stages-$stages"

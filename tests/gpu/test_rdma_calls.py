@@ -21,7 +21,14 @@ import deepep_train as dt
 
 pytestmark = USABLE
 TIMEOUT = 20.0  # which no test here may come near
-MESHES = pytest.mark.parametrize("mesh", [(4, 2), (8, 4), (2, 1)], ids=lambda m: f"{m[0] // m[1]}x{m[1]}")
+
+
+def meshes(*of: tuple[int, int]) -> pytest.MarkDecorator:
+    """Ranks, and how many of them are a node."""
+    return pytest.mark.parametrize("mesh", of, ids=lambda m: f"{m[0] // m[1]}x{m[1]}")
+
+
+MESHES = meshes((4, 2), (8, 4), (2, 1), (4, 1))
 
 
 def made(buffer: dt.Buffer, rank: int, size: int, seed: int, **how: Any) -> tuple[Tensor, Tensor, Tensor, dt.Dispatched]:
@@ -183,7 +190,7 @@ def all_or_one(rank: int, size: int, group: dist.ProcessGroup, local: int, opera
 
 
 @pytest.mark.parametrize("operation", ["dispatch", "combine"])
-@pytest.mark.parametrize("mesh", [(4, 2), (4, 1)], ids=str)
+@meshes((4, 2), (4, 1))
 def test_wrong_arguments_of_cached_calls(mesh: tuple[int, int], operation: str) -> None:
     run_ranks(mesh[0], all_or_one, mesh[1], operation, fresh=True, timeout=60)
 
@@ -226,7 +233,7 @@ def unbounded(rank: int, size: int, group: dist.ProcessGroup, local: int, how: s
 
 
 @pytest.mark.parametrize("how", ["overflow", "mixed", "index", "arguments", "room"])
-@pytest.mark.parametrize("mesh", [(4, 2), (4, 1)], ids=str)
+@meshes((4, 2), (4, 1))
 def test_num_worst_tokens_that_is_wrong_on_one_rank(mesh: tuple[int, int], how: str) -> None:
     run_ranks(mesh[0], unbounded, mesh[1], how, fresh=True, timeout=60)
 
@@ -254,6 +261,6 @@ def astray(rank: int, size: int, group: dist.ProcessGroup, local: int, how: str)
 
 
 @pytest.mark.parametrize("how", ["handles", "operations", "fresh"])
-@pytest.mark.parametrize("mesh", [(4, 2), (4, 1)], ids=str)
+@meshes((4, 2), (4, 1))
 def test_ranks_in_different_calls(mesh: tuple[int, int], how: str) -> None:
     run_ranks(mesh[0], astray, mesh[1], how, fresh=True, timeout=60)
