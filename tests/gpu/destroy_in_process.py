@@ -53,7 +53,7 @@ def late_call() -> None:
     try:
         dispatch(late)
     except PeerTimeoutError as error:
-        assert error.ranks == [0], error
+        assert error.ranks == (0,), (error, error.ranks)
     else:
         raise AssertionError("a call without its peer returned")
     torch.cuda.synchronize()
