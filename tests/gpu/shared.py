@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -44,7 +45,8 @@ def buffer_of(group: dist.ProcessGroup, engine: str = "nvlink", num_local_ranks:
     """One per process, engine and mesh: making an arena takes longer than most tests."""
     key = (engine, group.size(), num_local_ranks)
     if key not in _buffers:
-        _buffers[key] = dt.Buffer(group, engine=engine, timeout=30, num_local_ranks=num_local_ranks)
+        timeout = float(os.environ.get("DEEPEP_TRAIN_TEST_TIMEOUT", "30"))  # longer with sanitizers
+        _buffers[key] = dt.Buffer(group, engine=engine, timeout=timeout, num_local_ranks=num_local_ranks)
     return _buffers[key]
 
 

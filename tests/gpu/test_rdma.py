@@ -19,7 +19,7 @@ from harness import assert_same_bits
 from reference import Given, Picture
 from shared import buffer_of, run_ranks, to
 from test_nvlink import DTYPES, check, some_tokens
-from test_nvlink_failures import MPS, SLACK, TIMEOUT, work
+from test_nvlink_failures import KINDS, MPS, SLACK, TIMEOUT, work
 
 import deepep_train as dt
 from deepep_train import engines
@@ -225,31 +225,32 @@ def test_combine_of_other_rows() -> None:
 # Failures: last, in processes of their own ------------------------------------------------------------------------------
 
 
-def survive(rank: int, size: int, group: dist.ProcessGroup, victim: int) -> tuple[str, Any, float]:
+def survive(rank: int, size: int, group: dist.ProcessGroup, victim: int, kind: str) -> tuple[str, Any, float]:
     unhurried = dt.Buffer(group, engine="rdma", num_local_ranks=2, timeout=60)
-    work(unhurried, rank, size)  # a process's first kernels may take seconds to load
+    work(unhurried, rank, size, kind)  # a process's first kernels may take seconds to load
     buffer = dt.Buffer(group, engine="rdma", num_local_ranks=2, timeout=TIMEOUT)
-    work(buffer, rank, size)
+    once = work(buffer, rank, size, kind)
     if rank == victim:
         threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
     began = time.monotonic()
     while time.monotonic() - began < 40:
         call = time.monotonic()
         try:
-            work(buffer, rank, size)
+            once()
         except Exception as error:  # noqa: BLE001 - under MPS it may be torch's
             return type(error).__name__, getattr(error, "ranks", None), time.monotonic() - call
     return "nothing", None, 0.0
 
 
-def test_a_rank_is_killed() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_rank_is_killed(kind: str) -> None:
     victim = 3
-    seen = run_ranks(4, survive, victim, timeout=100, fresh=True, dead=[victim])
-    for rank, (kind, ranks, seconds) in enumerate(one or ("", None, 0.0) for one in seen):
+    seen = run_ranks(4, survive, victim, kind, timeout=100, fresh=True, dead=[victim])
+    for rank, (error, ranks, seconds) in enumerate(one or ("", None, 0.0) for one in seen):
         if rank == victim:
             continue
-        assert kind != "nothing"
+        assert error != "nothing"
         assert seconds < TIMEOUT + SLACK
         if not MPS:
-            assert kind == "PeerTimeoutError", seen
+            assert error == "PeerTimeoutError", seen
             assert victim in ranks, seen

@@ -5,11 +5,14 @@ PYTHONPATH=tests:tests/gpu python tests/gpu/two_nodes.py
 
 from __future__ import annotations
 
+import os
+
 import torch
 from draws import Exchange
 from test_nvlink import check
 
 if __name__ == "__main__":
+    os.environ["DEEPEP_TRAIN_TEST_TIMEOUT"] = "200"  # the ranks, which are started from here, see it
     cases = [
         Exchange((23, 9, 0, 14), 1032, 4, 3, "mixed", torch.bfloat16, layout, 4, seed=i)
         for i, layout in enumerate(("rank", "expert"))
