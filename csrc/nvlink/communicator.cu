@@ -167,7 +167,7 @@ Communicator::~Communicator() {
 std::string Communicator::ipc_handle() const {
     cudaIpcMemHandle_t handle;
     DT_CUDA(cudaSetDevice(device_));
-    DT_CUDA(cudaIpcGetMemHandle(&handle, arena_->base()));
+    DT_CUDA(cudaIpcGetMemHandle(&handle, arena().base()));
     return {reinterpret_cast<const char*>(&handle), sizeof(handle)};
 }
 
@@ -211,6 +211,7 @@ void Communicator::share(std::shared_ptr<Closings> closings) {
 }
 
 void Communicator::close(bool keep) {
+    if (!arena_) return;
     state_->kept |= keep;
     closed_ = true;
     const OnDevice on(device_);
@@ -224,9 +225,15 @@ void Communicator::close(bool keep) {
     opened_.clear();
     if (closings_) closings_->say(rank_);
     arena_->retire(state_->kept || failed || state_->host->failed != 0);
+    arena_.reset();  // whoever keeps a buffer that is destroyed keeps no memory; what must stay is in the registry
 }
 
-void Communicator::enter_pool() { set_current_arena(arena_.get()); }
+Arena& Communicator::arena() const {
+    if (!arena_) throw std::logic_error("this communicator has been closed");
+    return *arena_;
+}
+
+void Communicator::enter_pool() { set_current_arena(&arena()); }
 void Communicator::leave_pool() { set_current_arena(nullptr); }
 
 bool Communicator::enter(uint64_t stream) {
@@ -364,8 +371,8 @@ void Communicator::dispatch(const DispatchParams& p, uint64_t stream) const {
 
 void Communicator::refuse(const std::string& operation, int64_t bytes, uint64_t stream) const {
     const OnDevice on(device_);
-    launch_refuse(state_->domain, operation == "combine" ? kCombine : kDispatch,
-                  bytes == 0 ? kRefusesArguments : kRefusesMemory, bytes, as_stream(stream));
+    const int64_t reason = bytes == 0 ? kRefusesArguments : bytes < 0 ? kRefusesRail : kRefusesMemory;
+    launch_refuse(state_->domain, operation == "combine" ? kCombine : kDispatch, reason, bytes, as_stream(stream));
 }
 
 void Communicator::arrange(const Tables& t, int64_t num_rows, int num_sms, uint64_t stream) const {

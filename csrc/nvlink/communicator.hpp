@@ -51,10 +51,10 @@ public:
     Communicator& operator=(const Communicator&) = delete;
 
     std::string ipc_handle() const;
-    uint64_t base() const { return reinterpret_cast<uint64_t>(arena_->base()); }
-    int64_t bytes() const { return static_cast<int64_t>(arena_->bytes()); }
-    int64_t used() const { return static_cast<int64_t>(arena_->used()); }
-    int64_t peak() const { return static_cast<int64_t>(arena_->peak()); }
+    uint64_t base() const { return reinterpret_cast<uint64_t>(arena().base()); }
+    int64_t bytes() const { return static_cast<int64_t>(arena().bytes()); }
+    int64_t used() const { return static_cast<int64_t>(arena().used()); }
+    int64_t peak() const { return static_cast<int64_t>(arena().peak()); }
     static int64_t control_bytes();
     // Why the kernels cannot run on this GPU, as far as it can tell without running them; empty if they can.
     static std::string obstacle(int device);
@@ -73,8 +73,8 @@ public:
     void enter_pool();
     static void leave_pool();
     // After a synchronization of the device: what torch has given back may be given out again, to any stream.
-    void begin_settling() { arena_->begin_settling(); }
-    void settle() { arena_->settle(); }
+    void begin_settling() { arena().begin_settling(); }
+    void settle() { arena().settle(); }
 
     // Around every operation and every use of memory that operations share: they follow each other, whatever streams they
     // are on. Within a CUDA graph's capture they follow the operations of the same capture.
@@ -99,8 +99,8 @@ public:
     // What has come; nothing if the domain has failed.
     std::optional<CountResult> counts(int num_local_experts) const;
     void dispatch(const DispatchParams& p, uint64_t stream) const;
-    // Take part in the next operation only to refuse it: for wrong arguments, or because `bytes` did not fit. Unless every rank
-    // does, the domain has failed.
+    // Take part in the next operation only to refuse it: for wrong arguments, because `bytes` did not fit, or, if they are -1,
+    // because other nodes were waited for in vain. Unless every rank does, the domain has failed.
     void refuse(const std::string& operation, int64_t bytes, uint64_t stream) const;
     void arrange(const Tables& t, int64_t num_rows, int num_sms, uint64_t stream) const;
     // The same for received tokens whose picks nobody has placed before they came: one after the other.
@@ -122,6 +122,7 @@ public:
 private:
     struct State;
     Communicator(int device, int rank, int num_ranks, double timeout_seconds);
+    Arena& arena() const;  // throws once it is closed
 
     int device_, rank_, num_ranks_;
     double timeout_seconds_;

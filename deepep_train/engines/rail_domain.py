@@ -210,7 +210,9 @@ class RailDomain:
             stream = self.stream()
             self.end.refuse(True, stream)
             if node is None:
-                self.comm.refuse("dispatch", 0, stream)
+                assert rail is not None
+                # -1: whom this rank has waited for is not the node's other ranks' to see; they hold a roll call, too.
+                self.comm.refuse("dispatch", -1 if rail.cause in AWAITED else 0, stream)
         if rail is not None and rail.cause == "counts":
             told, awaited = counts_error(self.report.tolist(), rail.number, self.peers.rank, self.bytes_for), False
         elif rail is not None:
