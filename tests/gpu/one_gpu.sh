@@ -70,9 +70,10 @@ rm -rf "$out/moe_lm/checkpoints"
 part bench 120 python3 -m deepep_train bench --table gpu --ranks 8 --out "$out/gpu" "${peer[@]}"
 part bench-rdma 60 python3 -m deepep_train bench --table rdma --ranks 8 --num-local-ranks 4 --out "$out/rdma"
 part bench-ll 60 python3 -m deepep_train bench --table low-latency --ranks 8 --out "$out/low_latency"
+DEEPEP_TRAIN_KILLS=3 part kills-mps 90 "${tests[@]}" tests/gpu/test_nvlink_failures.py -k killed # last: it takes MPS down for seconds
 mps end
 DEEPEP_TRAIN_KILLS=20 part kills 360 "${tests[@]}" tests/gpu/test_nvlink_failures.py -k killed
-part kills-rdma 80 "${tests[@]}" tests/gpu/test_rdma.py -k killed
+part kills-rdma 120 "${tests[@]}" tests/gpu/test_rdma.py -k killed
 DEEPEP_TRAIN_STOPS=5 part stops 170 "${tests[@]}" tests/gpu/test_nvlink_failures.py -k stopped
 part streams 160 "${tests[@]}" tests/gpu/test_in_process.py -k streams
 part sanitizers-race 300 "${tests[@]}" tests/gpu/test_in_process.py -k racecheck

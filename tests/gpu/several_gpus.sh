@@ -6,7 +6,7 @@
 # Each part has a time limit of its own and a log in FOLDER; what fails or finds no time left loses nothing of the others. After
 # every part all of FOLDER is packed into $PACK (default FOLDER.tar.gz). A summary ends the output.
 #
-#   PARTS="build bench"    only these; all: build doctor bench checks new suites moe_lm megatron tests
+#   PARTS="build bench"    only these; all: build doctor bench checks new suites ranks64 moe_lm megatron tests
 #   LIMIT=590              seconds for everything
 #   PEER=path              a folder with DeepEP V1 (deep_ep/ and what it was built to), measured beside
 set -uo pipefail
@@ -14,7 +14,7 @@ cd "$(dirname "$0")/../.." || exit
 out=${1:-runs/several_gpus}
 pack=${PACK:-$out.tar.gz}
 limit=${LIMIT:-590}
-parts=${PARTS:-build doctor bench checks new suites moe_lm megatron tests}
+parts=${PARTS:-build doctor bench checks new suites ranks64 moe_lm megatron tests}
 . tests/gpu/parts.sh
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 OMP_NUM_THREADS=4
 # A program that uses NVLink multicast can put GPUs of a shared host out of service.
@@ -44,6 +44,8 @@ part new 90 "${tests[@]}" tests/gpu/test_several_gpus.py
 part suites 170 "${tests[@]}" tests/gpu/test_rdma.py tests/gpu/test_rdma_calls.py tests/gpu/test_nvlink.py \
   tests/gpu/test_nvlink_streams.py tests/gpu/test_low_latency_kernels.py tests/gpu/test_low_latency_nodes.py \
   -k "[$gpus- or [$gpus] or ${gpus}x1"
+# As many as a domain may have; they take turns on the GPUs.
+part ranks64 150 "${tests[@]}" tests/gpu/test_nvlink_surroundings.py -k lanes
 for engine in nvlink collective; do
   part "moe_lm-$engine" 60 "${moe_lm[@]}" --engine "$engine" --out "$out/moe_lm-$engine"
   rm -rf "$out/moe_lm-$engine/checkpoints"
