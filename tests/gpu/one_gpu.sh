@@ -23,7 +23,7 @@ gpu=${GPU:-0}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 OMP_NUM_THREADS=2
 # A program that uses NVLink multicast can put GPUs of a shared host out of service.
 export NCCL_NVLS_ENABLE=0 TORCH_SYMM_MEM_DISABLE_MULTICAST=1 NVSHMEM_DISABLE_NVLS=1
-tests=(python3 -m pytest -v -p no:cacheprovider --tb=short --durations=5)
+tests=(python3 -m pytest -vv -p no:cacheprovider --tb=short --durations=5)
 two=(python3 -m torch.distributed.run --standalone --nproc-per-node 2)
 peer=()
 [[ -n ${PEER:-} ]] && peer=(--peer "$PEER")

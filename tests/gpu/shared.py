@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import harness
+import pytest
 import torch
 import torch.distributed as dist
 from draws import Exchange
@@ -31,8 +32,13 @@ def device_of(rank: int) -> torch.device:
     return torch.device("cuda", rank % torch.cuda.device_count())
 
 
+ONLY_RANKS = int(os.environ.get("DEEPEP_TRAIN_ONLY_RANKS", "0"))  # with as many GPUs: what has one for each of its ranks
+
+
 def run_ranks(size: int, fn: Callable[..., Any], *args: Any, **how: Any) -> list[Any]:
     """`harness.run_ranks` with every rank's GPU as its current device."""
+    if ONLY_RANKS not in (0, size):
+        pytest.skip(f"DEEPEP_TRAIN_ONLY_RANKS={ONLY_RANKS}, and these are {size}")
     return harness.run_ranks(size, _on_its_gpu, fn, *args, **how)
 
 
