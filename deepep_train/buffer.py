@@ -136,16 +136,18 @@ class Buffer(CheckedCalls, LowLatencyCalls):
                 choice = engines.low_latency_across_nodes(everyone, choice)
             if choice.name == "nvlink" and low_latency_mode:
                 choice = engines.Choice("low_latency", choice.reasons)
-        how = (group, timeout, local, two_level, num_nvl_bytes, num_rdma_bytes, Buffer._chosen_sms, everyone[0]["made"])
+        how = (group, timeout, local, two_level, num_nvl_bytes, num_rdma_bytes, Buffer._chosen_sms)
+        number = everyone[0]["made"]
         try:
             if choice.name == "rdma" and (why := engines.mesh_obstacle(hosts, local)):
                 raise ArgumentError(f"Buffer: {why}", "num_local_ranks")
-            self._engine = engines.create(choice.name, *how, low_latency_mode)
+            self._engine = engines.create(choice.name, *how, number, low_latency_mode)
         except DeepEPError as obstacle:
             if engine != "auto" or not (choice.name == "rdma" or isinstance(obstacle, engines.NoPeerAccess)):
                 raise
             choice = engines.Choice("collective", [f"{'rdma' if choice.name == 'rdma' else 'nvlink'}: {obstacle}"])
-            self._engine = engines.create(choice.name, *how, low_latency_mode)
+            # Another number: ranks may have held a roll call for the engine that could not be made.
+            self._engine = engines.create(choice.name, *how, number + 1, low_latency_mode)
         self.engine = choice.name
         self.two_level = self._engine.forwards
         self.engine_reasons = choice.reasons
@@ -191,7 +193,8 @@ class Buffer(CheckedCalls, LowLatencyCalls):
         """Give back what the buffer holds; raises what has failed and was not raised yet. Later calls raise.
 
         Asks no other rank. Memory that other ranks write to is kept until they have destroyed theirs, and then goes back when
-        the last of them does, or this rank makes its next buffer.
+        this process makes or destroys another buffer, or a tensor of one dies. What tensors, expert-layout handles and
+        low-latency handles and hooks hold, they hold until they die.
         """
         if self._destroyed:
             return

@@ -176,7 +176,7 @@ void Communicator::open(const std::vector<PeerAddress>& peers) {
     char* table[kMaxRanks] = {};
     for (int r = 0; r < num_ranks_; ++r) {
         if (r == rank_) {
-            table[r] = arena_->base();
+            table[r] = arena().base();
         } else if (peers.at(r).ipc_handle.empty()) {
             table[r] = reinterpret_cast<char*>(peers[r].base);
             if (peers[r].device != device_) {
@@ -207,13 +207,12 @@ std::vector<uint64_t> Communicator::addresses() const {
 
 void Communicator::share(std::shared_ptr<Closings> closings) {
     closings_ = std::move(closings);
-    arena_->share(closings_);
+    arena().share(closings_);
 }
 
 void Communicator::close(bool keep) {
     if (!arena_) return;
     state_->kept |= keep;
-    closed_ = true;
     const OnDevice on(device_);
     const bool failed = state_->host->failed != 0;
     DT_CUDA(cudaDeviceSynchronize());
@@ -221,11 +220,20 @@ void Communicator::close(bool keep) {
     const uint32_t one = 1;
     auto* control = reinterpret_cast<Control*>(arena_->base());
     DT_CUDA(cudaMemcpy(&control->failed, &one, sizeof(one), cudaMemcpyHostToDevice));
-    for (void* memory : opened_) DT_CUDA(cudaIpcCloseMemHandle(memory));
-    opened_.clear();
+    while (!opened_.empty()) {
+        void* memory = opened_.back();
+        opened_.pop_back();
+        DT_CUDA(cudaIpcCloseMemHandle(memory));
+    }
+    closed_ = true;  // if anything before this throws, the destructor does what it can
     if (closings_) closings_->say(rank_);
     arena_->retire(state_->kept || failed || state_->host->failed != 0);
     arena_.reset();  // whoever keeps a buffer that is destroyed keeps no memory; what must stay is in the registry
+}
+
+const Domain& Communicator::domain() const {
+    arena();
+    return state_->domain;
 }
 
 Arena& Communicator::arena() const {
@@ -237,6 +245,7 @@ void Communicator::enter_pool() { set_current_arena(&arena()); }
 void Communicator::leave_pool() { set_current_arena(nullptr); }
 
 bool Communicator::enter(uint64_t stream) {
+    arena();  // nothing is launched once it is closed
     const OnDevice on(device_);
     State& s = *state_;
     s.current_capture = capture_of(as_stream(stream));
@@ -297,7 +306,7 @@ uint32_t Communicator::route(const Tables& t, uint64_t topk_idx, int alignment, 
     c.alignment = alignment;
     c.expert_layout = t.expert_layout;
     c.ticket = ++tickets_;
-    launch_count(state_->domain, c, as_stream(stream));
+    launch_count(domain(), c, as_stream(stream));
     PlaceParams p;
     p.topk_idx = topk_idx;
     p.send_index = t.checked + sizeof(int32_t);
@@ -322,7 +331,7 @@ uint32_t Communicator::route_nothing(uint64_t stream) {
     CountParams c;
     c.status = 1;
     c.ticket = ++tickets_;
-    launch_count(state_->domain, c, as_stream(stream));
+    launch_count(domain(), c, as_stream(stream));
     return c.ticket;
 }
 
@@ -366,13 +375,13 @@ std::optional<CountResult> Communicator::counts(int num_local_experts) const {
 
 void Communicator::dispatch(const DispatchParams& p, uint64_t stream) const {
     const OnDevice on(device_);
-    launch_dispatch(state_->domain, p, as_stream(stream));
+    launch_dispatch(domain(), p, as_stream(stream));
 }
 
 void Communicator::refuse(const std::string& operation, int64_t bytes, uint64_t stream) const {
     const OnDevice on(device_);
     const int64_t reason = bytes == 0 ? kRefusesArguments : bytes < 0 ? kRefusesRail : kRefusesMemory;
-    launch_refuse(state_->domain, operation == "combine" ? kCombine : kDispatch, reason, bytes, as_stream(stream));
+    launch_refuse(domain(), operation == "combine" ? kCombine : kDispatch, reason, bytes, as_stream(stream));
 }
 
 void Communicator::arrange(const Tables& t, int64_t num_rows, int num_sms, uint64_t stream) const {
@@ -390,7 +399,7 @@ void Communicator::arrange(const Tables& t, int64_t num_rows, int num_sms, uint6
     p.num_rows = num_rows;
     p.top_k = t.top_k;
     p.num_sms = num_sms;
-    launch_arrange(state_->domain, p, as_stream(stream));
+    launch_arrange(domain(), p, as_stream(stream));
 }
 
 void Communicator::place_picks(const PlaceParams& p, uint64_t stream) const {
@@ -400,27 +409,27 @@ void Communicator::place_picks(const PlaceParams& p, uint64_t stream) const {
 
 void Communicator::arrange_rows(const ArrangeParams& p, uint64_t stream) const {
     const OnDevice on(device_);
-    launch_arrange(state_->domain, p, as_stream(stream));
+    launch_arrange(domain(), p, as_stream(stream));
 }
 
 void Communicator::expand(const ExpandParams& p, uint64_t stream) const {
     const OnDevice on(device_);
-    launch_expand(state_->domain, p, as_stream(stream));
+    launch_expand(domain(), p, as_stream(stream));
 }
 
 void Communicator::scales(const ScalesParams& p, uint64_t stream) const {
     const OnDevice on(device_);
-    launch_scales(state_->domain, p, as_stream(stream));
+    launch_scales(domain(), p, as_stream(stream));
 }
 
 void Communicator::reduce(const ReduceParams& p, uint64_t stream) const {
     const OnDevice on(device_);
-    launch_reduce(state_->domain, p, as_stream(stream));
+    launch_reduce(domain(), p, as_stream(stream));
 }
 
 void Communicator::combine(const CombineParams& p, uint64_t stream) const {
     const OnDevice on(device_);
-    launch_combine(state_->domain, p, as_stream(stream));
+    launch_combine(domain(), p, as_stream(stream));
 }
 
 std::string Communicator::obstacle(int device) {

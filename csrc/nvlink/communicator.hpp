@@ -43,6 +43,8 @@ struct Failure {
     int64_t bytes = 0;            // with cause "refused": that an arena lacked room for; 0: wrong arguments; -1: the rail
 };
 
+struct Domain;
+
 class Communicator {
 public:
     Communicator(int device, int rank, int num_ranks, int64_t arena_bytes, double timeout_seconds);
@@ -122,7 +124,9 @@ public:
 private:
     struct State;
     Communicator(int device, int rank, int num_ranks, double timeout_seconds);
-    Arena& arena() const;  // throws once it is closed
+    // Both throw once it is closed: what is launched reads and writes the arena.
+    Arena& arena() const;
+    const Domain& domain() const;
 
     int device_, rank_, num_ranks_;
     double timeout_seconds_;

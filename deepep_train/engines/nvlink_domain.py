@@ -73,7 +73,8 @@ class NvlinkDomain(Engine):
                 raise self._arena.too_small_for(self.rank, full.num_bytes) from None
 
     def memory_stats(self) -> dict[str, int]:
-        return self._arena.stats()
+        with self._lock:
+            return self._arena.stats()
 
     def _operation(self) -> _Operation:
         return _Operation(self)
@@ -106,7 +107,8 @@ class NvlinkDomain(Engine):
         if not self._comm.is_well():
             raise device_error(self._comm.failure(), self.rank, self.peers.timeout, self._processes)
         self._check_cuda()
-        self.low_latency.check()
+        if self.low_latency is not None:  # an event of a call may be waited for when the buffer is gone
+            self.low_latency.check()
 
     def _check_cuda(self, error: BaseException | None = None) -> None:
         """Raise if CUDA has failed for good."""

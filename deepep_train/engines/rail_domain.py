@@ -49,6 +49,8 @@ class RailDomain:
         num_sms: gives the SMs that a call may occupy; 0: what the links need.
     """
 
+    _is_closed = False
+
     def __init__(
         self, peers: Peers, num_local_ranks: int, arena_bytes: int, rail_bytes: int, num_qps: int, num_sms: Any
     ) -> None:
@@ -148,6 +150,8 @@ class RailDomain:
         ranks are told that the rest will not come.
         """
         with self._lock, torch.cuda.device(self.device):
+            if self._is_closed:  # by another thread, while this one waited
+                raise DeepEPError("this Buffer has been destroyed")
             stream = self.stream()
             self.comm.enter(stream)
             self.arena.begin_operation()
@@ -197,8 +201,9 @@ class RailDomain:
                 raise self.arena.too_small_for(self.peers.rank, full.num_bytes) from None
 
     def stats(self) -> dict[str, int]:
-        put = self.end.put_bytes + (0 if self.low_latency is None else self.low_latency.put_bytes())
-        return self.arena.stats() | {"rail": 2 * self.nodes * self.end.segment_bytes, "network bytes put": put}
+        with self._lock:
+            put = self.end.put_bytes + (0 if self.low_latency is None else self.low_latency.put_bytes())
+            return self.arena.stats() | {"rail": 2 * self.nodes * self.end.segment_bytes, "network bytes put": put}
 
     def failure(self) -> DeepEPError | None:
         """What has failed on the device or in CUDA, once it has; then the other ranks have been told that this one is gone."""
@@ -209,7 +214,7 @@ class RailDomain:
         with suppress(RuntimeError), self._lock, torch.cuda.device(self.device):  # CUDA may be broken, too
             stream = self.stream()
             self.end.refuse(True, stream)
-            if node is None:
+            if node is None and not self._is_closed:
                 assert rail is not None
                 # -1: whom this rank has waited for is not the node's other ranks' to see; they hold a roll call, too.
                 self.comm.refuse("dispatch", -1 if rail.cause in AWAITED else 0, stream)
@@ -238,6 +243,7 @@ class RailDomain:
 
     def close(self) -> None:
         with self._lock:
+            self._is_closed = True
             if self.low_latency is not None:
                 self.low_latency.close()
             self.comm.close(self.arena.was_captured)

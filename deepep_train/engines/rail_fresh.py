@@ -196,12 +196,13 @@ class Fresh:
         p.topk_idx, p.expert_base = idx.data_ptr(), found.expert_base.data_ptr()
         p.pick_row, p.chunk_counts = pick_row.data_ptr(), chunks.data_ptr()
         p.num_tokens, p.top_k, p.num_experts, p.num_ranks = n, top_k, num_local, 1
-        rails.comm.place_picks(p, rails.stream())
-        rows_of, row_slot = pick_row.clone(), self._ints(num_rows)
-        a = _C.ArrangeParams()
-        a.rows_of, a.row_slot, a.num_received = rows_of.data_ptr(), row_slot.data_ptr(), found.received.data_ptr()
-        a.num_rows, a.top_k, a.num_sms = num_rows, top_k, rails.sms(num_sms, "dispatch")
-        rails.comm.arrange_rows(a, rails.stream())
+        with rails.operation(None) as stream:
+            rails.comm.place_picks(p, stream)
+            rows_of, row_slot = pick_row.clone(), self._ints(num_rows)
+            a = _C.ArrangeParams()
+            a.rows_of, a.row_slot, a.num_received = rows_of.data_ptr(), row_slot.data_ptr(), found.received.data_ptr()
+            a.num_rows, a.top_k, a.num_sms = num_rows, top_k, rails.sms(num_sms, "dispatch")
+            rails.comm.arrange_rows(a, stream)
         return ExpertTables(rows_of, row_slot, pick_row, found.received)
 
     def _ints(self, *shape: int) -> Tensor:
@@ -243,5 +244,6 @@ def move_weights(rails: Rails, weights: Tensor, experts: ExpertTables, back: boo
     by_pick, by_row = (out, weights) if back else (weights, out)
     p.by_pick, p.by_row = by_pick.data_ptr(), by_row.data_ptr()
     p.pick_row, p.num_picks, p.num_rows, p.back = experts.pick_row.data_ptr(), experts.pick_row.numel(), num_rows, int(back)
-    rails.end.move_weights(p, rails.stream())
+    with rails.operation(None) as stream:
+        rails.end.move_weights(p, stream)
     return out

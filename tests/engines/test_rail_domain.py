@@ -1,4 +1,5 @@
-"""What a rank whose exchange between nodes has failed tells its node; the kernels' side is made up."""
+"""What a rank tells its node when its exchange between nodes has failed, and what is left of a domain that is closed. The
+kernels' side is made up."""
 
 from __future__ import annotations
 
@@ -10,7 +11,25 @@ import pytest
 import torch
 
 from deepep_train import DeepEPError, PeerTimeoutError
+from deepep_train.engines.nvlink_domain import NvlinkDomain
 from deepep_train.engines.rail_domain import RailDomain
+
+
+def failed(cause: str, silent: list[int], said: list[object], monkeypatch: pytest.MonkeyPatch) -> RailDomain:
+    """The domain of rank 0, whose exchange with rank 2 has failed; `said`: to whom it says what."""
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    domain = object.__new__(RailDomain)
+    domain._lock, domain.device, domain._processes = threading.RLock(), torch.device("cuda"), []
+    domain.stream = lambda: 0  # type: ignore[method-assign]
+    domain.end = SimpleNamespace(
+        failure=lambda: SimpleNamespace(number=7, cause=cause, ranks=[2]),
+        refuse=lambda gone, _: said.append(("rail", gone)),
+    )
+    domain.comm = SimpleNamespace(is_well=lambda: True, refuse=lambda what, num_bytes, _: said.append((what, num_bytes)))
+    domain.peers = SimpleNamespace(  # type: ignore[assignment]
+        rank=0, timeout=5.0, say_here=lambda: said.append("here"), roll_call=lambda: silent
+    )
+    return domain
 
 
 @pytest.mark.parametrize(
@@ -26,20 +45,27 @@ from deepep_train.engines.rail_domain import RailDomain
 def test_a_failure_between_nodes_is_told_in_the_node(
     cause: str, told: int, silent: list[int], kind: type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
-    said = []
-    domain = object.__new__(RailDomain)
-    domain._lock, domain.device, domain._processes = threading.RLock(), torch.device("cuda"), []
-    domain.stream = lambda: 0  # type: ignore[method-assign]
-    domain.end = SimpleNamespace(
-        failure=lambda: SimpleNamespace(number=7, cause=cause, ranks=[2]),
-        refuse=lambda gone, _: said.append(("rail", gone)),
-    )
-    domain.comm = SimpleNamespace(is_well=lambda: True, refuse=lambda what, num_bytes, _: said.append((what, num_bytes)))
-    domain.peers = SimpleNamespace(  # type: ignore[assignment]
-        rank=0, timeout=5.0, say_here=lambda: said.append("here"), roll_call=lambda: silent
-    )
-    error = domain.failure()
+    said: list[object] = []
+    error = failed(cause, silent, said, monkeypatch).failure()
     assert type(error) is kind
     assert getattr(error, "ranks", None) == (tuple(silent) if silent else None)
     assert said == [("rail", True), ("dispatch", told), *([] if told else ["here"])]
+
+
+def test_nothing_is_launched_in_the_node_once_it_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever waits for an event of a buffer that is gone still learns what has failed; the arena may be gone, too."""
+    said: list[object] = []
+    domain = failed("their rows", [3], said, monkeypatch)
+    domain._is_closed = True
+    assert isinstance(domain.failure(), PeerTimeoutError)
+    assert said == [("rail", True)]
+    with pytest.raises(DeepEPError, match="destroyed"), domain.operation(None, "dispatch"):
+        pass
+
+
+def test_an_event_may_be_waited_for_when_the_buffer_is_gone() -> None:
+    domain = object.__new__(NvlinkDomain)
+    domain.peers = SimpleNamespace(check=lambda: None)  # type: ignore[assignment]
+    domain._comm = SimpleNamespace(is_well=lambda: True, cuda_error=lambda _: "")
+    domain._stream = lambda: 0  # type: ignore[method-assign]
+    domain.check()
