@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from deepep_train import DeepEPError, PeerTimeoutError
-from deepep_train.engines.nvlink_domain import NvlinkDomain
+from deepep_train.engines.nvlink import NvlinkEngine
 from deepep_train.engines.rail_domain import RailDomain
 
 
@@ -64,7 +64,7 @@ def test_nothing_is_launched_in_the_node_once_it_is_closed(monkeypatch: pytest.M
 
 
 def test_an_event_may_be_waited_for_when_the_buffer_is_gone() -> None:
-    domain = object.__new__(NvlinkDomain)
+    domain = object.__new__(NvlinkEngine)
     domain.peers = SimpleNamespace(check=lambda: None)  # type: ignore[assignment]
     domain._comm = SimpleNamespace(is_well=lambda: True, cuda_error=lambda _: "")
     domain._stream = lambda: 0  # type: ignore[method-assign]
