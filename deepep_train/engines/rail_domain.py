@@ -243,9 +243,9 @@ class RailDomain:
 
     def close(self) -> None:
         with self._lock:
-            self._is_closed = True
             if self.low_latency is not None:
-                self.low_latency.close()
+                self.low_latency.close()  # which launches
+            self._is_closed = True
             self.comm.close(self.arena.was_captured)
             del self.arena, self.low_latency
             torch.cuda.empty_cache()  # which the arena's memory is in, unless tensors still use it

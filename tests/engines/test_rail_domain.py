@@ -63,6 +63,21 @@ def test_nothing_is_launched_in_the_node_once_it_is_closed(monkeypatch: pytest.M
         pass
 
 
+def test_low_latency_spaces_are_closed_before_the_domain_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[object] = []
+    domain = failed("their rows", [], said, monkeypatch)
+    domain.arena = SimpleNamespace(was_captured=True, begin_operation=lambda: None)  # type: ignore[assignment]
+    domain.comm = SimpleNamespace(enter=lambda _: None, leave=lambda _: None, close=lambda keep: said.append(("closed", keep)))
+
+    def close_spaces() -> None:
+        with domain._ordered():
+            said.append("spaces")
+
+    domain.low_latency = SimpleNamespace(close=close_spaces)  # type: ignore[assignment]
+    domain.close()
+    assert said == ["spaces", ("closed", True)]
+
+
 def test_an_event_may_be_waited_for_when_the_buffer_is_gone() -> None:
     domain = object.__new__(NvlinkEngine)
     domain.peers = SimpleNamespace(check=lambda: None)  # type: ignore[assignment]
