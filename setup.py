@@ -24,7 +24,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-# sm_80 takes the plain-load path, sm_90 and later the bulk copies; no "a" features, so PTX serves later GPUs.
+# sm_80 takes the plain-load path, sm_90 and later the bulk copies; no "a" features, so that PTX, where TORCH_CUDA_ARCH_LIST
+# asks for it ("9.0+PTX"), serves later GPUs.
 DEFAULT_ARCHITECTURES = ("80", "90", "100")
 RDMA = "deepep_train._rdma"
 RDMA_FROM = 90  # older GPUs have no cards that they could drive

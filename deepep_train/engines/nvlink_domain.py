@@ -67,6 +67,7 @@ class NvlinkDomain(Engine):
     def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device | None) -> Tensor:
         need_own_device(device, self.device)
         with self._lock, self._here():
+            self._need_open()
             try:
                 return self._arena.empty(shape, dtype)
             except ArenaFull as full:
@@ -74,7 +75,13 @@ class NvlinkDomain(Engine):
 
     def memory_stats(self) -> dict[str, int]:
         with self._lock:
+            self._need_open()
             return self._arena.stats()
+
+    def _need_open(self) -> None:
+        """Under the lock, where another thread may have destroyed the buffer while this one waited."""
+        if self._is_destroyed:
+            raise DeepEPError("this Buffer has been destroyed")
 
     def _operation(self) -> _Operation:
         return _Operation(self)
@@ -83,6 +90,7 @@ class NvlinkDomain(Engine):
     def _ordered(self) -> Iterator[int]:
         """Around launches and uses of the arena that nobody waits for at once; as `_operation` else."""
         with self._lock, self._here():
+            self._need_open()
             stream = self._stream()
             self._comm.enter(stream)
             try:
@@ -118,8 +126,10 @@ class NvlinkDomain(Engine):
     def destroy(self) -> None:
         with self._lock:
             try:
-                self.low_latency.close()
-                self._comm.close(self._arena.was_captured)
+                try:
+                    self.low_latency.close()
+                finally:
+                    self._comm.close(self._arena.was_captured)
             except RuntimeError as error:
                 self._check_cuda(error)
                 raise
@@ -143,9 +153,11 @@ class _Operation:
     def __enter__(self) -> int:
         domain = self._domain
         domain._lock.acquire()
-        if domain._is_destroyed:  # by another thread, while this one waited
+        try:
+            domain._need_open()
+        except DeepEPError:
             domain._lock.release()
-            raise DeepEPError("this Buffer has been destroyed")
+            raise
         self._here = domain._here()
         self._here.__enter__()
         try:

@@ -150,8 +150,7 @@ class RailDomain:
         ranks are told that the rest will not come.
         """
         with self._lock, torch.cuda.device(self.device):
-            if self._is_closed:  # by another thread, while this one waited
-                raise DeepEPError("this Buffer has been destroyed")
+            self._need_open()
             stream = self.stream()
             self.comm.enter(stream)
             self.arena.begin_operation()
@@ -177,6 +176,11 @@ class RailDomain:
             finally:
                 self.comm.leave(stream)
 
+    def _need_open(self) -> None:
+        """Under the lock, where another thread may have destroyed the buffer while this one waited."""
+        if self._is_closed:
+            raise DeepEPError("this Buffer has been destroyed")
+
     def _ordered(self) -> AbstractContextManager[int]:
         return self.operation(None)
 
@@ -195,6 +199,7 @@ class RailDomain:
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         with self._lock, torch.cuda.device(self.device):
+            self._need_open()
             try:
                 return self.arena.empty(shape, dtype)
             except ArenaFull as full:
@@ -202,6 +207,7 @@ class RailDomain:
 
     def stats(self) -> dict[str, int]:
         with self._lock:
+            self._need_open()
             put = self.end.put_bytes + (0 if self.low_latency is None else self.low_latency.put_bytes())
             return self.arena.stats() | {"rail": 2 * self.nodes * self.end.segment_bytes, "network bytes put": put}
 
@@ -243,9 +249,11 @@ class RailDomain:
 
     def close(self) -> None:
         with self._lock:
-            if self.low_latency is not None:
-                self.low_latency.close()  # which launches
-            self._is_closed = True
-            self.comm.close(self.arena.was_captured)
+            try:
+                if self.low_latency is not None:
+                    self.low_latency.close()  # which launches
+            finally:
+                self._is_closed = True
+                self.comm.close(self.arena.was_captured)
             del self.arena, self.low_latency
             torch.cuda.empty_cache()  # which the arena's memory is in, unless tensors still use it

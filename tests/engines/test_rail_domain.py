@@ -61,6 +61,9 @@ def test_nothing_is_launched_in_the_node_once_it_is_closed(monkeypatch: pytest.M
     assert said == [("rail", True)]
     with pytest.raises(DeepEPError, match="destroyed"), domain.operation(None, "dispatch"):
         pass
+    for call in (domain.stats, lambda: domain.empty((1,), torch.uint8)):
+        with pytest.raises(DeepEPError, match="destroyed"):
+            call()
 
 
 def test_low_latency_spaces_are_closed_before_the_domain_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,3 +87,11 @@ def test_an_event_may_be_waited_for_when_the_buffer_is_gone() -> None:
     domain._comm = SimpleNamespace(is_well=lambda: True, cuda_error=lambda _: "")
     domain._stream = lambda: 0  # type: ignore[method-assign]
     domain.check()
+    domain._lock, domain.device, domain._is_destroyed = threading.RLock(), torch.device("cuda"), True
+    domain._here = nullcontext  # type: ignore[method-assign]
+    for call in (domain.memory_stats, lambda: domain.empty((1,), torch.uint8, None), domain._ordered().__enter__):
+        with pytest.raises(DeepEPError, match="destroyed"):
+            call()
+    with pytest.raises(DeepEPError, match="destroyed"), domain._operation():
+        pass
+    assert domain._lock.acquire(blocking=False)

@@ -7,7 +7,7 @@
 # Ranks are processes that share the GPU. Parts whose ranks must run at once come under MPS, which is started for them here; without it
 # processes take turns, which failures and sanitizers are looked at with. A summary ends the output.
 #
-#   PARTS="rdma bench"     only these; all, in this order: nvlink rdma stages ll scripts generate bench kills stops
+#   PARTS="rdma bench"     only these; all, in this order: nvlink rdma stages ll scripts generate bench turns kills stops
 #                          streams sanitizers debug
 #   LIMIT=3400             seconds for everything
 #   GPU=0                  which; two of these scripts may run on two GPUs of one machine
@@ -17,7 +17,7 @@ cd "$(dirname "$0")/../.." || exit
 out=${1:-runs/one_gpu}
 pack=${PACK:-$out.tar.gz}
 limit=${LIMIT:-3400}
-parts=${PARTS:-nvlink rdma stages ll scripts generate bench kills stops streams sanitizers debug}
+parts=${PARTS:-nvlink rdma stages ll scripts generate bench turns kills stops streams sanitizers debug}
 gpu=${GPU:-0}
 . tests/gpu/parts.sh
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 OMP_NUM_THREADS=2
@@ -72,10 +72,11 @@ part bench-rdma 60 python3 -m deepep_train bench --table rdma --ranks 8 --num-lo
 part bench-ll 60 python3 -m deepep_train bench --table low-latency --ranks 8 --out "$out/low_latency"
 DEEPEP_TRAIN_KILLS=3 part kills-mps 90 "${tests[@]}" tests/gpu/test_nvlink_failures.py -k killed # last: it takes MPS down for seconds
 mps end
+part turns 240 "${tests[@]}" tests/gpu/test_nvlink.py # processes that take turns on the GPU
 DEEPEP_TRAIN_KILLS=20 part kills 360 "${tests[@]}" tests/gpu/test_nvlink_failures.py -k killed
 part kills-rdma 120 "${tests[@]}" tests/gpu/test_rdma.py -k killed
 DEEPEP_TRAIN_STOPS=5 part stops 170 "${tests[@]}" tests/gpu/test_nvlink_failures.py -k stopped
-part streams 160 "${tests[@]}" tests/gpu/test_in_process.py -k streams
+part streams 200 "${tests[@]}" tests/gpu/test_in_process.py -k "streams or late_rank"
 part sanitizers-race 300 "${tests[@]}" tests/gpu/test_in_process.py -k racecheck
 part sanitizers-memory 300 "${tests[@]}" tests/gpu/test_in_process.py -k memcheck
 part sanitizers-rdma 280 "${tests[@]}" tests/gpu/test_rdma_training.py -k memcheck
