@@ -61,7 +61,8 @@ def test_gloo_traffic_beside() -> None:
 
 
 def two_threads(rank: int, size: int, group: dist.ProcessGroup) -> None:
-    """Two threads take turns on one buffer, each on its own stream; nothing but the order of the calls is common."""
+    """Two threads take turns on one buffer, each on its own stream; nothing but the order of the calls is common. A third one
+    makes, all the while, the calls that ask no other rank."""
     buffer = shared.buffer_of(group)
     expected = [pair(buffer, rank, size, seed) for seed in range(4)]
     torch.cuda.synchronize()
@@ -84,12 +85,32 @@ def two_threads(rank: int, size: int, group: dist.ProcessGroup) -> None:
             errors.append(error)
             raise
 
+    over, asked = threading.Event(), []
+    picks = torch.arange(12, device="cuda").view(4, 3) % (2 * size)
+    counts = buffer.get_dispatch_layout(picks, 2 * size)[2]
+
+    def ask() -> None:
+        try:
+            with torch.cuda.stream(torch.cuda.Stream()):
+                while not over.is_set():
+                    kept = buffer.empty((64, 32), torch.int32).fill_(len(asked))
+                    assert torch.equal(buffer.get_dispatch_layout(picks, 2 * size)[2], counts)
+                    assert bool((kept == len(asked)).all())
+                    asked.append(buffer.memory_stats()["arena used"])
+        except BaseException as error:
+            errors.append(error)
+            raise
+
     threads = [threading.Thread(target=work, args=(me,)) for me in (0, 1)]
-    for thread in threads:
+    beside = threading.Thread(target=ask)
+    for thread in (*threads, beside):
         thread.start()
     for thread in threads:
         thread.join()
+    over.set()
+    beside.join()
     assert not errors, errors
+    assert asked and min(asked) > 0
 
 
 def test_two_threads_on_one_buffer() -> None:
