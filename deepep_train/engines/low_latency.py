@@ -221,7 +221,8 @@ class LowLatency:
 
     def combine_buffer(self, buffer: Any, handle: Any) -> Tensor:
         handle = handle_of(buffer, handle)
-        return self._spaces.combine_buffer(handle.space, handle.set)
+        with self._ordered():
+            return self._spaces.combine_buffer(handle.space, handle.set)
 
     # Masks -------------------------------------------------------------------------------------------------------------
 

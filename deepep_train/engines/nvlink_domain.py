@@ -115,8 +115,9 @@ class NvlinkDomain(Engine):
         if not self._comm.is_well():
             raise device_error(self._comm.failure(), self.rank, self.peers.timeout, self._processes)
         self._check_cuda()
-        if self.low_latency is not None:  # an event of a call may be waited for when the buffer is gone
-            self.low_latency.check()
+        low_latency = self.low_latency  # None once the buffer is gone, whose events may still be waited for
+        if low_latency is not None:
+            low_latency.check()
 
     def _check_cuda(self, error: BaseException | None = None) -> None:
         """Raise if CUDA has failed for good."""

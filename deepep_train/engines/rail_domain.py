@@ -250,10 +250,12 @@ class RailDomain:
     def close(self) -> None:
         with self._lock:
             try:
-                if self.low_latency is not None:
-                    self.low_latency.close()  # which launches
+                try:
+                    if self.low_latency is not None:
+                        self.low_latency.close()  # which launches
+                finally:
+                    self._is_closed = True
+                    self.comm.close(self.arena.was_captured)
             finally:
-                self._is_closed = True
-                self.comm.close(self.arena.was_captured)
-            del self.arena, self.low_latency
-            torch.cuda.empty_cache()  # which the arena's memory is in, unless tensors still use it
+                del self.arena, self.low_latency
+                torch.cuda.empty_cache()  # which the arena's memory is in, unless tensors still use it

@@ -327,13 +327,16 @@ class RdmaEngine(CollectiveEngine):
         if (failure := self.rails.failure()) is not None:
             self.peers.failure = failure
             raise failure
-        if self.low_latency is not None:
-            self.low_latency.check()
+        low_latency = self.low_latency
+        if low_latency is not None:
+            low_latency.check()
 
     def destroy(self) -> None:
         self.low_latency = None
-        self.rails.close()
-        super().destroy()
+        try:
+            self.rails.close()
+        finally:
+            super().destroy()
 
 
 def _widest(request: DispatchRequest, num_ranks: int) -> int:

@@ -43,9 +43,11 @@ def is_there(address: int) -> bool:
 
 
 def dispatch(engine: NvlinkEngine) -> None:
-    x, idx = torch.ones(64, 512, dtype=torch.bfloat16, device="cuda"), torch.zeros(64, 1, dtype=torch.int64, device="cuda")
-    request = DispatchRequest(Payload(x), engine.layout(idx, 2), idx, None, 2, "rank", 1, 0)
-    engine.dispatch(Prepared(lambda: request))
+    with torch.cuda.device(engine.device):  # the ranks may have a GPU each
+        x = torch.ones(64, 512, dtype=torch.bfloat16, device="cuda")
+        idx = torch.zeros(64, 1, dtype=torch.int64, device="cuda")
+        request = DispatchRequest(Payload(x), engine.layout(idx, 2), idx, None, 2, "rank", 1, 0)
+        engine.dispatch(Prepared(lambda: request))
 
 
 def late_call() -> None:

@@ -36,7 +36,7 @@ mps() { # start | end
     CUDA_VISIBLE_DEVICES=$gpu "$control" -d && sleep 1
     export CUDA_VISIBLE_DEVICES=0
   else
-    echo quit | "$control"
+    echo quit | timeout 30 "$control"
     export CUDA_MPS_PIPE_DIRECTORY=/nonexistent CUDA_VISIBLE_DEVICES=$gpu
   fi
 }

@@ -31,5 +31,8 @@ part() {
 # The summary; false if a part failed, was stopped or not run, but for those called rest-*, which get what time is left.
 finish() {
   printf '%s\n' "${summary[@]}" "$SECONDS s in all; everything is in $out and $pack"
-  ! printf '%s\n' "${summary[@]}" | grep -v '^rest-.*\(STOPPED\|NOT RUN\)' | grep -qE "FAILED|STOPPED|NOT RUN"
+  ! {
+    printf '%s\n' "${summary[@]}" | grep -E '^[^:]+: FAILED|[0-9]+ (failed|error)'
+    printf '%s\n' "${summary[@]}" | grep -v '^rest-' | grep -E 'STOPPED|NOT RUN'
+  } | grep -q .
 }

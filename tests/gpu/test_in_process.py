@@ -22,6 +22,7 @@ def run(*arguments: str, before: tuple[str, ...] = (), seconds: int = 150, loadi
     """Threads must not load kernels while others' wait for theirs; processes may, and do not load all of torch's."""
     environment = os.environ | {"CUDA_MODULE_LOADING": loading, "CUDA_DEVICE_MAX_CONNECTIONS": "32"}
     environment |= {"CUDA_MPS_PIPE_DIRECTORY": "/nonexistent"}
+    environment.pop("DEEPEP_TRAIN_ONLY_RANKS", None)  # of tests, not of these scripts
     environment["PYTHONPATH"] = ":".join(
         (str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "gpu"), os.environ.get("PYTHONPATH", ""))
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
@@ -30,6 +31,17 @@ def pair(buffer: dt.Buffer, rank: int, size: int, seed: int) -> list[Tensor]:
     return [out.x, dt.combine(out.x * 2, out.handle)]
 
 
+def on_this_gpu(work: Callable[..., None]) -> Callable[..., None]:
+    """For a thread, which begins on GPU 0."""
+    device = torch.cuda.current_device()
+
+    def run(*args: Any) -> None:
+        torch.cuda.set_device(device)
+        work(*args)
+
+    return run
+
+
 def gloo_beside(rank: int, size: int, group: dist.ProcessGroup) -> None:
     """Another thread sums CUDA tensors over gloo all the while, on its own stream. (NCCL refuses ranks that share a GPU.)"""
     buffer = shared.buffer_of(group)
@@ -45,7 +57,7 @@ def gloo_beside(rank: int, size: int, group: dist.ProcessGroup) -> None:
                 sums.append(t)
             torch.cuda.current_stream().synchronize()
 
-    thread = threading.Thread(target=traffic)
+    thread = threading.Thread(target=on_this_gpu(traffic))
     thread.start()
     for i in range(ROUNDS):
         for got, want in zip(pair(buffer, rank, size, i % 4), expected[i % 4], strict=True):
@@ -88,6 +100,7 @@ def two_threads(rank: int, size: int, group: dist.ProcessGroup) -> None:
     over, asked = threading.Event(), []
     picks = torch.arange(12, device="cuda").view(4, 3) % (2 * size)
     counts = buffer.get_dispatch_layout(picks, 2 * size)[2]
+    torch.cuda.synchronize()
 
     def ask() -> None:
         try:
@@ -101,8 +114,8 @@ def two_threads(rank: int, size: int, group: dist.ProcessGroup) -> None:
             errors.append(error)
             raise
 
-    threads = [threading.Thread(target=work, args=(me,)) for me in (0, 1)]
-    beside = threading.Thread(target=ask)
+    threads = [threading.Thread(target=on_this_gpu(work), args=(me,)) for me in (0, 1)]
+    beside = threading.Thread(target=on_this_gpu(ask))
     for thread in (*threads, beside):
         thread.start()
     for thread in threads:
@@ -135,7 +148,7 @@ def a_buffer_each(rank: int, size: int, group: dist.ProcessGroup) -> None:
             errors.append(error)
             raise
 
-    threads = [threading.Thread(target=work, args=(buffer,)) for buffer in buffers]
+    threads = [threading.Thread(target=on_this_gpu(work), args=(buffer,)) for buffer in buffers]
     for thread in threads:
         thread.start()
     for thread in threads:
