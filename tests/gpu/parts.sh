@@ -5,12 +5,12 @@
 mkdir -p "$out"
 summary=()
 
-# part NAME SECONDS COMMAND...: runs it, if `parts` has NAME up to its first "-", within its limit and what is left of the whole.
+# part NAME SECONDS COMMAND...: runs it, if `parts` has NAME, or NAME up to its first "-", within its limit and what is left of the whole.
 # What fails or finds no time left loses nothing of the others.
 part() {
   local name=$1 seconds=$2 left=$((limit - SECONDS)) began=$SECONDS status=0
   shift 2
-  [[ " $parts " == *" ${name%%-*} "* ]] || return 0
+  [[ " $parts " == *" ${name%%-*} "* || " $parts " == *" $name "* ]] || return 0
   if ((left < 15)); then
     summary+=("$name: NOT RUN, no time left")
     return 0
