@@ -7,12 +7,14 @@
 #include <array>
 
 #include "common/closings.hpp"
+#include "common/on_device.hpp"
 #include "fp8/kernels.hpp"
 #include "low_latency/kernels.hpp"
 #include "nvlink/beside.hpp"
 #include "nvlink/communicator.hpp"
 
 namespace py = pybind11;
+using deepep_train::as_stream;
 using namespace deepep_train::nvlink;
 
 namespace {
@@ -121,7 +123,6 @@ void bind_low_latency(py::module_ m) {
         ParamsBinding<P, ll::Common>(m, "CombineParams") DT_FIELD(y) DT_FIELD(zero_copy) DT_FIELD(logfmt) DT_FIELD(out)
             DT_FIELD(topk_idx) DT_FIELD(topk_weights) DT_FIELD(pick_index) DT_FIELD(wait_ns) DT_FIELD(num_tokens);
     }
-    const auto as_stream = [](uint64_t stream) { return reinterpret_cast<cudaStream_t>(stream); };
     m.def("space_bytes", &ll::space_bytes);
     m.def("control_bytes", &ll::control_bytes);
     m.def("closed_offset", &ll::closed_offset);
@@ -150,7 +151,6 @@ void bind_fp8(py::module_ m) {
             DT_FIELD(hidden) DT_FIELD(scale_row_stride) DT_FIELD(scale_step) DT_FIELD(values_per_scale) DT_FIELD(dtype)
                 DT_FIELD(e5m2);
     }
-    const auto as_stream = [](uint64_t stream) { return reinterpret_cast<cudaStream_t>(stream); };
     m.def("quantize", [=](const fp8::QuantizeParams& p, uint64_t s) { fp8::launch_quantize(p, as_stream(s)); });
     m.def("dequantize", [=](const fp8::DequantizeParams& p, uint64_t s) { fp8::launch_dequantize(p, as_stream(s)); });
 }

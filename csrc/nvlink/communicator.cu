@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "../common/check.hpp"
+#include "../common/on_device.hpp"
 #include "../common/relaxed.hpp"
 #include "kernels.hpp"
 #include "protocol.cuh"
@@ -39,8 +40,6 @@ std::vector<int> ranks_in(uint64_t mask) {
     return ranks;
 }
 
-cudaStream_t as_stream(uint64_t stream) { return reinterpret_cast<cudaStream_t>(stream); }
-
 // The capture that the stream takes part in; 0: none.
 unsigned long long capture_of(cudaStream_t stream) {
     cudaStreamCaptureStatus status;
@@ -54,39 +53,6 @@ unsigned long long id_of(cudaStream_t stream) {
     DT_CUDA(cudaStreamGetId(stream, &id));
     return id;
 }
-
-LayoutParams layout_params(const Tables& t, uint64_t topk_idx) {
-    LayoutParams p;
-    p.topk_idx = topk_idx;
-    p.num_tokens = t.num_tokens;
-    p.top_k = t.top_k;
-    p.num_experts = t.num_experts;
-    p.num_ranks = t.num_ranks;
-    p.num_tokens_per_rank = t.num_tokens_per_rank;
-    p.num_tokens_per_expert = t.num_tokens_per_expert;
-    p.out_of_range = t.checked;
-    p.send_index = t.checked + sizeof(int32_t);
-    p.is_token_in_rank = t.is_token_in_rank;
-    return p;
-}
-
-// Launches on a stream want its device to be current, whatever the caller's is.
-class OnDevice {
-public:
-    // Throws nothing, since destructors use it: if this fails, so does what follows.
-    explicit OnDevice(int device) {
-        if (cudaGetDevice(&before_) == cudaSuccess && before_ != device) changed_ = cudaSetDevice(device) == cudaSuccess;
-    }
-    ~OnDevice() {
-        if (changed_) cudaSetDevice(before_);
-    }
-    OnDevice(const OnDevice&) = delete;
-    OnDevice& operator=(const OnDevice&) = delete;
-
-private:
-    int before_ = 0;
-    bool changed_ = false;
-};
 
 }  // namespace
 
@@ -138,7 +104,7 @@ Communicator::~Communicator() {
     // No collective, no exception, no waiting: a process may be on its way out. What a kernel may still use is kept.
     const OnDevice on(device_);
     const RelaxedCapture relaxed;
-    if (!closed_ && state_->kept && arena_) {
+    if (arena_ && state_->kept) {
         // A graph of this buffer may live on: as after `close`, its replays touch no peer, and no table that is gone.
         cudaStream_t stream = nullptr;
         auto* control = reinterpret_cast<Control*>(arena_->base());
@@ -148,13 +114,13 @@ Communicator::~Communicator() {
         }
         cudaGetLastError();
     }
-    if (!closed_ && state_->any_eager && cudaEventQuery(state_->eager) != cudaSuccess) {
+    if (arena_ && state_->any_eager && cudaEventQuery(state_->eager) != cudaSuccess) {
         cudaGetLastError();
         state_->kept = true;
     }
     if (!state_->kept) {
         for (void* memory : opened_) cudaIpcCloseMemHandle(memory);
-        if (closings_ && !closed_) closings_->say(rank_);
+        if (closings_ && arena_) closings_->say(rank_);
     }
     if (arena_) arena_->retire(state_->kept || (state_->host != nullptr && state_->host->failed != 0));
     if (state_->eager != nullptr) cudaEventDestroy(state_->eager);
@@ -225,10 +191,11 @@ void Communicator::close(bool keep) {
         opened_.pop_back();
         DT_CUDA(cudaIpcCloseMemHandle(memory));
     }
-    closed_ = true;  // if anything before this throws, the destructor does what it can
     if (closings_) closings_->say(rank_);
     arena_->retire(state_->kept || failed || state_->host->failed != 0);
-    arena_.reset();  // whoever keeps a buffer that is destroyed keeps no memory; what must stay is in the registry
+    // From here on it is closed: if anything before this throws, the destructor does what it can. Whoever keeps a buffer that
+    // is destroyed keeps no memory; what must stay is in the registry.
+    arena_.reset();
 }
 
 const Domain& Communicator::domain() const {
@@ -273,68 +240,6 @@ void Communicator::leave(uint64_t stream) {
     }
 }
 
-void Communicator::layout(uint64_t topk_idx, int num_tokens, int top_k, int num_experts, int num_ranks, uint64_t results,
-                          uint64_t stream) const {
-    Tables t(num_tokens, top_k, num_experts, num_ranks, false, true);
-    t.num_tokens_per_rank = results;
-    t.num_tokens_per_expert = t.num_tokens_per_rank + sizeof(int32_t) * num_ranks;
-    t.checked = t.num_tokens_per_expert + sizeof(int32_t) * num_experts;
-    t.is_token_in_rank = t.checked + sizeof(int32_t) * (1 + int64_t{num_tokens} * num_ranks);
-    const OnDevice on(device_);
-    launch_layout(layout_params(t, topk_idx), as_stream(stream));
-}
-
-uint32_t Communicator::route(const Tables& t, uint64_t topk_idx, int alignment, int64_t bound, int64_t signature,
-                             uint64_t stream) {
-    const OnDevice on(device_);
-    if (t.counts_tokens) launch_layout(layout_params(t, topk_idx), as_stream(stream));
-    CountParams c;
-    c.num_tokens_per_rank = t.num_tokens_per_rank;
-    c.num_tokens_per_expert = t.num_tokens_per_expert;
-    c.out_of_range = t.checked;
-    c.tokens_per_expert = t.tokens_per_expert;
-    c.rank_prefix_matrix = t.rank_prefix_matrix;
-    c.send_base = t.send_base;
-    c.num_received = t.num_received;
-    c.num_several = t.num_several;
-    c.num_summed = t.num_summed;
-    c.expert_base = t.expert_base;
-    c.result_words = t.result_words();
-    c.signature = signature;
-    c.bound = bound;
-    c.num_experts = t.num_experts;
-    c.alignment = alignment;
-    c.expert_layout = t.expert_layout;
-    c.ticket = ++tickets_;
-    launch_count(domain(), c, as_stream(stream));
-    PlaceParams p;
-    p.topk_idx = topk_idx;
-    p.send_index = t.checked + sizeof(int32_t);
-    p.send_base = t.send_base;
-    p.expert_base = t.expert_layout ? t.expert_base : 0;
-    p.send_slot = t.send_slot;
-    p.send_row = t.send_row;
-    p.pull_row = t.pull_row;
-    p.pick_row = t.pick_row;
-    p.pick_rank = t.pick_rank;
-    p.chunk_counts = t.chunk_counts;
-    p.num_tokens = t.num_tokens;
-    p.top_k = t.top_k;
-    p.num_experts = t.num_experts;
-    p.num_ranks = num_ranks_;
-    launch_place(p, as_stream(stream));
-    return c.ticket;
-}
-
-uint32_t Communicator::route_nothing(uint64_t stream) {
-    const OnDevice on(device_);
-    CountParams c;
-    c.status = 1;
-    c.ticket = ++tickets_;
-    launch_count(domain(), c, as_stream(stream));
-    return c.ticket;
-}
-
 bool Communicator::counts_come(uint32_t ticket, double microseconds) const {
     const auto until = std::chrono::steady_clock::now() + std::chrono::duration<double, std::micro>(microseconds);
     while (static_cast<int32_t>(state_->host->ticket - ticket) < 0)
@@ -371,65 +276,6 @@ std::optional<CountResult> Communicator::counts(int num_local_experts) const {
     }
     for (int e = 0; e < num_local_experts; ++e) result.per_expert.push_back(page->per_expert[e]);
     return result;
-}
-
-void Communicator::dispatch(const DispatchParams& p, uint64_t stream) const {
-    const OnDevice on(device_);
-    launch_dispatch(domain(), p, as_stream(stream));
-}
-
-void Communicator::refuse(const std::string& operation, int64_t bytes, uint64_t stream) const {
-    const OnDevice on(device_);
-    const int64_t reason = bytes == 0 ? kRefusesArguments : bytes < 0 ? kRefusesRail : kRefusesMemory;
-    launch_refuse(domain(), operation == "combine" ? kCombine : kDispatch, reason, bytes, as_stream(stream));
-}
-
-void Communicator::arrange(const Tables& t, int64_t num_rows, int num_sms, uint64_t stream) const {
-    const OnDevice on(device_);
-    ArrangeParams p;
-    p.rows_of = t.rows_of;
-    p.row_slot = t.row_slot;
-    p.several = t.several;
-    p.num_several = t.num_several;
-    p.summed = t.summed;
-    p.num_summed = t.num_summed;
-    p.num_received = t.num_received;
-    p.own_first = t.send_base + sizeof(int32_t) * rank_;
-    p.num_own = t.num_tokens_per_rank + sizeof(int32_t) * rank_;
-    p.num_rows = num_rows;
-    p.top_k = t.top_k;
-    p.num_sms = num_sms;
-    launch_arrange(domain(), p, as_stream(stream));
-}
-
-void Communicator::place_picks(const PlaceParams& p, uint64_t stream) const {
-    const OnDevice on(device_);
-    launch_place(p, as_stream(stream));
-}
-
-void Communicator::arrange_rows(const ArrangeParams& p, uint64_t stream) const {
-    const OnDevice on(device_);
-    launch_arrange(domain(), p, as_stream(stream));
-}
-
-void Communicator::expand(const ExpandParams& p, uint64_t stream) const {
-    const OnDevice on(device_);
-    launch_expand(domain(), p, as_stream(stream));
-}
-
-void Communicator::scales(const ScalesParams& p, uint64_t stream) const {
-    const OnDevice on(device_);
-    launch_scales(domain(), p, as_stream(stream));
-}
-
-void Communicator::reduce(const ReduceParams& p, uint64_t stream) const {
-    const OnDevice on(device_);
-    launch_reduce(domain(), p, as_stream(stream));
-}
-
-void Communicator::combine(const CombineParams& p, uint64_t stream) const {
-    const OnDevice on(device_);
-    launch_combine(domain(), p, as_stream(stream));
 }
 
 std::string Communicator::obstacle(int device) {

@@ -131,8 +131,7 @@ private:
     int device_, rank_, num_ranks_;
     double timeout_seconds_;
     uint32_t tickets_ = 0;
-    bool closed_ = false;
-    std::shared_ptr<Arena> arena_;
+    std::shared_ptr<Arena> arena_;  // null once it is closed
     std::shared_ptr<Closings> closings_;
     std::unique_ptr<State> state_;
     std::vector<void*> opened_;

@@ -6,6 +6,7 @@
 #include <stdexcept>
 
 #include "../common/check.hpp"
+#include "../common/on_device.hpp"
 #include "kernels.hpp"
 
 namespace deepep_train::rdma {
@@ -51,7 +52,7 @@ Endpoint::Endpoint(int device, int rank, int num_ranks, int num_local_ranks, int
 
 void Endpoint::rail(const RailParams& p, uint64_t stream) const {
     DT_CUDA(cudaSetDevice(device_));
-    launch_rail(end_, p, reinterpret_cast<cudaStream_t>(stream));
+    launch_rail(end_, p, as_stream(stream));
 }
 
 void Endpoint::resize(int64_t segment_bytes) {
@@ -64,57 +65,57 @@ void Endpoint::resize(int64_t segment_bytes) {
 
 void Endpoint::refuse(bool for_good, uint64_t stream) const {
     DT_CUDA(cudaSetDevice(device_));
-    launch_refuse(end_, for_good, reinterpret_cast<cudaStream_t>(stream));
+    launch_refuse(end_, for_good, as_stream(stream));
 }
 
 void Endpoint::sum(const SumParams& p, uint64_t stream) const {
     DT_CUDA(cudaSetDevice(device_));
-    launch_sum(end_, p, reinterpret_cast<cudaStream_t>(stream));
+    launch_sum(end_, p, as_stream(stream));
 }
 
 void Endpoint::tell(const TellParams& p, uint64_t stream) const {
     DT_CUDA(cudaSetDevice(device_));
-    launch_tell(p, reinterpret_cast<cudaStream_t>(stream));
+    launch_tell(p, as_stream(stream));
 }
 
 void Endpoint::digest(const DigestParams& p, uint64_t stream) const {
     DT_CUDA(cudaSetDevice(device_));
-    launch_digest(end_, p, reinterpret_cast<cudaStream_t>(stream));
+    launch_digest(end_, p, as_stream(stream));
 }
 
 void Endpoint::pack_words(const PackParams& p, uint64_t stream) const {
     DT_CUDA(cudaSetDevice(device_));
-    launch_pack_words(p, reinterpret_cast<cudaStream_t>(stream));
+    launch_pack_words(p, as_stream(stream));
 }
 
 void Endpoint::find_slots(const SlotParams& p, uint64_t stream) const {
     DT_CUDA(cudaSetDevice(device_));
-    launch_find_slots(p, reinterpret_cast<cudaStream_t>(stream));
+    launch_find_slots(p, as_stream(stream));
 }
 
 void Endpoint::unpack_words(const UnpackParams& p, uint64_t stream) const {
     DT_CUDA(cudaSetDevice(device_));
-    launch_unpack_words(end_, p, reinterpret_cast<cudaStream_t>(stream));
+    launch_unpack_words(end_, p, as_stream(stream));
 }
 
 void Endpoint::move_weights(const WeightParams& p, uint64_t stream) const {
     DT_CUDA(cudaSetDevice(device_));
-    launch_move_weights(end_, p, reinterpret_cast<cudaStream_t>(stream));
+    launch_move_weights(end_, p, as_stream(stream));
 }
 
 void Endpoint::put_dispatch(const low_latency::DispatchParams& p, uint64_t stream) const {
     DT_CUDA(cudaSetDevice(device_));
-    launch_put_dispatch({end_.qps, end_.num_qps}, p, reinterpret_cast<cudaStream_t>(stream));
+    launch_put_dispatch({end_.qps, end_.num_qps}, p, as_stream(stream));
 }
 
 void Endpoint::put_combine(const low_latency::CombineParams& p, uint64_t stream) const {
     DT_CUDA(cudaSetDevice(device_));
-    launch_put_combine({end_.qps, end_.num_qps}, p, reinterpret_cast<cudaStream_t>(stream));
+    launch_put_combine({end_.qps, end_.num_qps}, p, as_stream(stream));
 }
 
 void Endpoint::answer(const low_latency::Common& c, bool is_combine, uint64_t stream) const {
     DT_CUDA(cudaSetDevice(device_));
-    launch_answer({end_.qps, end_.num_qps}, c, is_combine, reinterpret_cast<cudaStream_t>(stream));
+    launch_answer({end_.qps, end_.num_qps}, c, is_combine, as_stream(stream));
 }
 
 std::optional<Failure> Endpoint::failure() const {

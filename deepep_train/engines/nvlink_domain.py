@@ -154,14 +154,12 @@ class _Operation:
     def __enter__(self) -> int:
         domain = self._domain
         domain._lock.acquire()
+        self._here = _NOTHING
         try:
             domain._need_open()
-        except DeepEPError:
-            domain._lock.release()
-            raise
-        self._here = domain._here()
-        self._here.__enter__()
-        try:
+            here = domain._here()
+            here.__enter__()
+            self._here = here
             self._stream = domain._stream()
             domain._is_capturing = domain._comm.enter(self._stream)
         except BaseException:
