@@ -127,6 +127,8 @@ void bind_low_latency(py::module_ m) {
     m.def("control_bytes", &ll::control_bytes);
     m.def("closed_offset", &ll::closed_offset);
     m.def("forget", [=](const ll::Common& c, int peer, uint64_t s) { ll::launch_forget(c, peer, as_stream(s)); });
+    m.attr("slice_bytes") = ll::kSlice;
+    m.attr("slices_in_flight") = ll::kTurns;
     m.attr("max_ranks") = ll::kMaxRanks;
     m.attr("max_experts") = ll::kMaxExperts;
     m.attr("max_top_k") = ll::kMaxTopK;
@@ -134,6 +136,8 @@ void bind_low_latency(py::module_ m) {
     m.def("dispatch_send", [=](const ll::DispatchParams& p, uint64_t s) { ll::launch_dispatch_send(p, as_stream(s)); });
     m.def("dispatch_receive", [=](const ll::DispatchParams& p, uint64_t s) { ll::launch_dispatch_receive(p, as_stream(s)); });
     m.def("combine_send", [=](const ll::CombineParams& p, uint64_t s) { ll::launch_combine_send(p, as_stream(s)); });
+    m.def("combine_slices", [=](const ll::CombineParams& p, uint64_t s) { ll::launch_combine_slices(p, as_stream(s)); });
+    m.def("most_tokens_in_slices", &ll::most_tokens_in_slices);
     m.def("combine_receive", [=](const ll::CombineParams& p, uint64_t s) { ll::launch_combine_receive(p, as_stream(s)); });
 }
 
@@ -244,6 +248,7 @@ PYBIND11_MODULE(_C, m) {
         .def(py::init<int, int, int, int64_t, double>(), py::arg("device"), py::arg("rank"), py::arg("num_ranks"),
              py::arg("arena_bytes"), py::arg("timeout_seconds"))
         .def_static("control_bytes", &C::control_bytes)
+        .def_static("has_mps", &Communicator::has_mps)
         .def_static("obstacle", &C::obstacle)
         .def("ipc_handle", [](const C& c) { return py::bytes(c.ipc_handle()); })
         .def_property_readonly("base", &C::base)

@@ -40,6 +40,27 @@ DT_DEVICE uint32_t add_acq_rel_gpu(uint32_t* address, uint32_t value) {
     return old;
 }
 
+DT_DEVICE void add_release_sys(uint32_t* address, uint32_t value) {
+    asm volatile("red.release.sys.global.add.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
+}
+
+// Between the warps of a block, in shared memory.
+DT_DEVICE uint32_t shared_address(const void* pointer) { return static_cast<uint32_t>(__cvta_generic_to_shared(pointer)); }
+
+DT_DEVICE uint32_t load_acquire_shared(const uint32_t* address) {
+    uint32_t value;
+    asm volatile("ld.acquire.cta.shared.u32 %0, [%1];" : "=r"(value) : "r"(shared_address(address)) : "memory");
+    return value;
+}
+
+DT_DEVICE void store_release_shared(uint32_t* address, uint32_t value) {
+    asm volatile("st.release.cta.shared.u32 [%0], %1;" ::"r"(shared_address(address)), "r"(value) : "memory");
+}
+
+DT_DEVICE void add_release_shared(uint32_t* address, uint32_t value) {
+    asm volatile("red.release.cta.shared.add.u32 [%0], %1;" ::"r"(shared_address(address)), "r"(value) : "memory");
+}
+
 // Nanoseconds of a clock that runs at one rate whatever the SM's frequency does.
 DT_DEVICE uint64_t global_timer() {
     uint64_t value;
@@ -104,9 +125,17 @@ DT_DEVICE void store_row_last(void* address, uint4 v) {
                  : "memory");
 }
 
-// The bulk copy engine (sm_90 and later) --------------------------------------------------------------------------------
+// For rows that are read soon, and written over when they have been: what the L2 cache keeps longest, until it is read by
+// `load_row_last`.
+DT_DEVICE void store_row_kept(void* address, uint4 v) {
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+    asm volatile("st.global.L1::no_allocate.L2::cache_hint.v4.u32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(address), "r"(v.x),
+                 "r"(v.y), "r"(v.z), "r"(v.w), "l"(policy)
+                 : "memory");
+}
 
-DT_DEVICE uint32_t shared_address(const void* pointer) { return static_cast<uint32_t>(__cvta_generic_to_shared(pointer)); }
+// The bulk copy engine (sm_90 and later) --------------------------------------------------------------------------------
 
 DT_DEVICE void barrier_init(uint64_t* barrier, uint32_t arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");

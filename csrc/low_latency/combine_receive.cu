@@ -15,7 +15,7 @@ __global__ void __launch_bounds__(kThreads, 1) combine_receive_kernel(const __gr
     Control* mine = own_control(p);
     const uint32_t number = mine->combines[p.set];
     if (mine->closed != 0) return;
-    if (threadIdx.x < 32) find_rows(p, mine, number, blockIdx.x == 0 ? p.wait_ns : 0, shared);
+    if (threadIdx.x < 32) find_rows(p, mine, number, blockIdx.x == 0 ? p.wait_ns : 0, true, shared);
     __syncthreads();
     const Items items(p);
     const int lane = threadIdx.x % 32, groups = ((items.parts + items.shares - 1) / items.shares + kNear - 1) / kNear;
@@ -27,10 +27,11 @@ __global__ void __launch_bounds__(kThreads, 1) combine_receive_kernel(const __gr
             const int item = unit / kNear % count;
             const int part = shared.share[item] + (unit / kNear / count * kNear + unit % kNear) * items.shares;
             if (part >= items.parts) continue;
+            const int at = part * kPart + lane * 16;
             if (shared.coded != 0)
-                pull_part<true>(p, shared.picks[item], shared.token[item], part * kPart + lane * 16);
+                pull_part<true>(p, shared.picks[item], shared.token[item], at, at / kSlice);
             else
-                pull_part<false>(p, shared.picks[item], shared.token[item], part * kPart + lane * 16);
+                pull_part<false>(p, shared.picks[item], shared.token[item], at, at / kSlice);
         }
         __syncthreads();
     }

@@ -17,6 +17,10 @@ void launch_dispatch_send(const DispatchParams& p, cudaStream_t stream);
 void launch_dispatch_receive(const DispatchParams& p, cudaStream_t stream);
 void launch_combine_send(const CombineParams& p, cudaStream_t stream);
 void launch_combine_receive(const CombineParams& p, cudaStream_t stream);
+// Both phases in one launch, slice by slice: for rows of a multiple of `kSlice` bytes, as they are, of ranks that share a GPU
+// and run at the same time; `most_tokens`: that `num_sms` blocks take.
+void launch_combine_slices(const CombineParams& p, cudaStream_t stream);
+int most_tokens_in_slices(int num_sms);
 void launch_forget(const Common& c, int peer, cudaStream_t stream);
 
 }  // namespace deepep_train::low_latency

@@ -12,6 +12,8 @@ constexpr int kMaxRanks = 64;
 constexpr int kMaxExperts = 1024;
 constexpr int kMaxTopK = 16;
 constexpr int kMaxHidden = 16384;
+constexpr int kSlice = 1024;  // bytes of a row that a combine in slices moves at once
+constexpr int kTurns = 3;     // its slices that are in memory at the same time
 
 // What the ranks of a group share for calls of one shape, as one of them sees it.
 struct Common {

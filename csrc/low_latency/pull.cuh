@@ -15,8 +15,10 @@ constexpr int kBatch = 32;
 // A pick of a token: where its row is; null: nowhere.
 struct Pick {
     const char* row;
+    int64_t step;  // bytes from one `kSlice` of it to the next
     float weight;
-    int32_t logfmt;
+    int16_t logfmt;
+    int16_t rank;
 };
 
 struct Pulling {
@@ -28,8 +30,30 @@ struct Pulling {
     Pick picks[kBatch][kMaxTopK];
 };
 
-// By one warp: waits until every peer's rows may be pulled, and looks where they are.
-DT_DEVICE void find_rows(const CombineParams& p, Control* mine, uint32_t number, uint64_t wait_ns, Pulling& shared) {
+// What the counts of a peer's slices will be, which it has said when it showed its rows.
+DT_DEVICE uint32_t slices_of(const CombineParams& p, const Control* mine, int peer) {
+    return static_cast<uint32_t>(*static_cast<const volatile int64_t*>(&mine->shown_at[p.set][peer]));
+}
+
+// By a thread: waits for the last of a peer's slices, which its blocks show in order; if they do not come, the peer is masked.
+DT_DEVICE bool wait_for_slices(const CombineParams& p, const Control* mine, int peer) {
+    const uint64_t start = global_timer();
+    const uint32_t wanted = slices_of(p, mine, peer);
+    const uint32_t* count = &mine->slices_shown[p.set].at[peer][2 * p.hidden / kSlice - 1];
+    while (!reached(load_acquire_sys(count), wanted)) {
+        if (global_timer() - start > p.timeout_ns) {
+            give_up(p, peer);
+            return false;
+        }
+        __nanosleep(50);
+    }
+    return true;
+}
+
+// By one warp: waits until every peer's rows may be pulled, or, unless `waits_for_slices`, those in slices announced; looks
+// where they are. Returns the peers that came.
+DT_DEVICE uint64_t find_rows(const CombineParams& p, Control* mine, uint32_t number, uint64_t wait_ns, bool waits_for_slices,
+                             Pulling& shared) {
     const uint64_t present = wait_for_peers(p, mine->shown[p.set], number, mine->decided[p.set][1], number, wait_ns);
     const uint32_t dispatch = mine->dispatches[p.set];
     const Layout layout(p);
@@ -45,17 +69,21 @@ DT_DEVICE void find_rows(const CombineParams& p, Control* mine, uint32_t number,
             rows = arena_of(p, peer) + mine->shown_at[p.set][peer];
         else
             rows = space_of(p, peer) + layout.rows + p.set * layout.rows_bytes;
+        if (how == kSliced && waits_for_slices && is_in(present, peer) && rows != nullptr && peer != p.rank &&
+            !wait_for_slices(p, mine, peer))
+            rows = nullptr;
         shared.rows[peer] = is_in(present, peer) ? rows : nullptr;
         shared.how[peer] = how;
         coded |= shared.rows[peer] != nullptr && how == kCompactLogfmt;
     }
     coded = __any_sync(0xffffffffu, coded);
     if (threadIdx.x % 32 == 0) shared.coded = coded;
+    return present;
 }
 
 // A pick of token t.
 DT_DEVICE Pick find_pick(const CombineParams& p, const Pulling& shared, const Place* places, int64_t t, int k) {
-    Pick found{nullptr, 0.0f, 0};
+    Pick found{nullptr, kSlice, 0.0f, 0, 0};
     if (k >= p.top_k) return found;
     const int64_t pick = t * p.top_k + k, e = reinterpret_cast<const int64_t*>(p.topk_idx)[pick];
     const int index = reinterpret_cast<const int32_t*>(p.pick_index)[pick];
@@ -63,6 +91,7 @@ DT_DEVICE Pick find_pick(const CombineParams& p, const Pulling& shared, const Pl
     if (e < 0 || e >= p.num_experts || index < 0) return found;
     const int local = p.num_experts / p.num_ranks, rank = static_cast<int>(e) / local;
     if (shared.rows[rank] == nullptr) return found;
+    found.rank = static_cast<int16_t>(rank);
     found.logfmt = shared.how[rank] == kCompactLogfmt;
     if (!is_local(p, rank)) {
         found.row = shared.rows[rank] + pick * p.hidden * 2;
@@ -71,6 +100,11 @@ DT_DEVICE Pick find_pick(const CombineParams& p, const Pulling& shared, const Pl
     const Place place = places[e];
     const int64_t slots = int64_t{p.num_ranks} * p.max_tokens;
     const int64_t first = shared.how[rank] == kSpread ? e % local * slots + place.begin : place.compact;
+    if (shared.how[rank] == kSliced) {
+        found.step = Layout(p).slice_bytes(p);
+        found.row = shared.rows[rank] + (first + index) * kSlice;
+        return found;
+    }
     found.row = shared.rows[rank] + (first + index) * (found.logfmt != 0 ? Logfmt::row_bytes(p.hidden) : p.hidden * 2);
     return found;
 }
@@ -91,8 +125,9 @@ DT_DEVICE uint32_t rounded(float low, float high) {
 }
 
 // By a warp: 16 bytes a lane of a token's sum; `at`: this lane's place in the row. Without `kLogfmt` no row is in LogFMT.
-template <bool kLogfmt>
-DT_DEVICE void pull_part(const CombineParams& p, const Pick* picks, int64_t t, int at) {
+// `turn`: which slice's place that of a sliced row is at. With `kAgain`, places that others' slices will come to.
+template <bool kLogfmt, bool kAgain = false>
+DT_DEVICE void pull_part(const CombineParams& p, const Pick* picks, int64_t t, int at, int turn) {
     constexpr int kTogether = kLogfmt ? 1 : 8;  // rows that are loaded at once
     const int row_bytes = 2 * p.hidden;
     const bool inside = at < row_bytes;
@@ -112,7 +147,9 @@ DT_DEVICE void pull_part(const CombineParams& p, const Pick* picks, int64_t t, i
                 continue;
             }
             there |= 1u << k;
-            if (inside) bits[k] = load_row_last(pick.row + at);
+            const int64_t slice = pick.step == kSlice ? at / kSlice : turn;
+            const char* from = pick.row + slice * pick.step + at % kSlice;
+            if (inside) bits[k] = kAgain ? load_row(from) : load_row_last(from);
         }
 #pragma unroll
         for (int k = 0; k < kTogether; ++k)

@@ -17,10 +17,15 @@
 namespace deepep_train::low_latency {
 
 constexpr int kBlock = 128;  // values with one scale
+constexpr int kMaxSlices = 2 * kMaxHidden / kSlice;
 constexpr uint32_t kNoPlace = 0xffffffffu;
 constexpr int kIndexBits = 22;  // of a pick's place: local expert << kIndexBits | its number among the source's picks of it
 
 struct Control {
+    // For each slice, what blocks of one rank have added.
+    struct alignas(128) Slices {
+        uint32_t at[kMaxRanks][kMaxSlices];
+    };
     // Written by peer p at index p. Flags have 64 bits, as NVSHMEM's signals: the number is the lower half.
     struct alignas(128) Flags {
         uint64_t at[kMaxRanks];
@@ -28,12 +33,16 @@ struct Control {
     struct alignas(128) Numbers {
         uint32_t at[kMaxRanks];
     };
-    Flags sent[2];                                // its rows are here
-    Flags taken[2];                               // it has read the rows sent to it
-    Flags shown[2];                               // its experts' rows may be pulled; upper half: enum Shown
-    Flags pulled[2];                              // it has pulled this rank's rows
-    Numbers placed[2];                            // the dispatch for which it has written `Place`s; of this node
-    alignas(128) int64_t shown_at[2][kMaxRanks];  // where in its arena they lie, if they are `kSpread`
+    Flags sent[2];      // its rows are here
+    Flags taken[2];     // it has read the rows sent to it
+    Flags shown[2];     // its experts' rows may be pulled; upper half: enum Shown
+    Flags pulled[2];    // it has pulled this rank's rows
+    Numbers placed[2];  // the dispatch for which it has written `Place`s; of this node
+    // Where in its arena they lie, if they are `kSpread`; if `kSliced`, what the counts of its slices will be after this
+    // combine.
+    alignas(128) int64_t shown_at[2][kMaxRanks];
+    Slices slices_shown[2];   // its experts' rows may be pulled
+    Slices slices_pulled[2];  // it has pulled this rank's rows
     // Written by the owner.
     alignas(128) uint32_t closed;  // the buffer has been destroyed
     uint32_t dispatches[2];        // sent so far
@@ -42,13 +51,16 @@ struct Control {
     Numbers decided[2][2];   // by phase and source: number << 1 | 1 if it was given up
     Numbers sent_to[2];      // the last dispatch that went to a peer
     Numbers shown_to[2];
+    Numbers sliced_to[2];  // combines in slices that a peer has been given, each of whose slices counts `kCombineInSlices`
     alignas(128) int32_t num_rows[2][kMaxExperts];  // received, by local expert
 };
 
 enum Phase { kDispatchSend, kDispatchReceive, kCombineSend, kCombineReceive, kDispatchPut, kCombinePut };
 // How rows lie: as the experts have left them; one after another in the set; those in LogFMT. Of another node they come alone,
-// to the place of their pick. Nowhere: the dispatch did not come.
-enum Shown : uint32_t { kSpread, kCompact, kCompactLogfmt, kNowhere };
+// to the place of their pick. Nowhere: the dispatch did not come. Sliced: slice by slice (combine_slices.cu).
+enum Shown : uint32_t { kSpread, kCompact, kCompactLogfmt, kNowhere, kSliced };
+
+constexpr uint32_t kCombineInSlices = 256;  // more than a rank has blocks
 
 // Where a source's rows of one expert begin: among that expert's rows, and among all rows of the expert's rank.
 struct Place {
@@ -89,6 +101,8 @@ struct Layout {
         if (c.num_local < c.num_ranks) end = came + 2 * came_bytes;
     }
 
+    // Between a slice of the rows and the next.
+    DT_BOTH int64_t slice_bytes(const Common& c) const { return rows_bytes / (2 * c.hidden) * kSlice; }
     DT_BOTH int64_t list(int set, int source) const { return lists + (set * ranks + source) * list_bytes; }
     DT_BOTH int64_t slot(int set, int source, int64_t token) const {
         return slots + ((int64_t{set} * ranks + source) * tokens + token) * slot_bytes;
@@ -133,6 +147,7 @@ DT_DEVICE Place* begins_of(const Common& c, const Layout& layout, int source) {
            source * (c.num_experts / c.num_ranks);
 }
 
+DT_DEVICE bool reached(uint32_t count, uint32_t number) { return static_cast<int32_t>(count - number) >= 0; }
 DT_DEVICE bool reached(uint64_t flag, uint32_t number) {
     return static_cast<int32_t>(static_cast<uint32_t>(flag) - number) >= 0;
 }

@@ -74,13 +74,11 @@ Communicator::Communicator(int device, int rank, int num_ranks, int64_t arena_by
     DT_CUDA(cudaMalloc(&state_->peers, kMaxRanks * sizeof(char*)));
     void* device_page = nullptr;
     DT_CUDA(cudaHostGetDevicePointer(&device_page, page, 0));
-    int mps = 0;
-    DT_CUDA(cudaDeviceGetAttribute(&mps, cudaDevAttrMpsEnabled, device));
     Domain& domain = state_->domain;
     domain.rank = rank;
     domain.num_ranks = num_ranks;
     domain.timeout_ns = static_cast<uint64_t>(std::max(timeout_seconds, 1e-6) * 1e9);
-    domain.tells_missing = mps == 0;
+    domain.tells_missing = !has_mps(device);
     domain.has_bulk_copies = has_bulk_copies;
     domain.peers = state_->peers;
     domain.host = static_cast<HostPage*>(device_page);
@@ -291,6 +289,12 @@ std::string Communicator::obstacle(int device) {
         return error.what();
     }
     return {};
+}
+
+bool Communicator::has_mps(int device) {
+    int mps = 0;
+    DT_CUDA(cudaDeviceGetAttribute(&mps, cudaDevAttrMpsEnabled, device));
+    return mps != 0;
 }
 
 uint64_t Communicator::failed_flag() const { return base() + offsetof(Control, failed); }

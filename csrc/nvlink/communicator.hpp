@@ -61,6 +61,9 @@ public:
     // Why the kernels cannot run on this GPU, as far as it can tell without running them; empty if they can.
     static std::string obstacle(int device);
 
+    // Whether kernels of several processes run on this GPU at the same time, instead of taking turns.
+    static bool has_mps(int device);
+
     // Maps the peers' arenas; index `rank` is ignored. To be followed by a barrier of all ranks before the first operation.
     void open(const std::vector<PeerAddress>& peers);
     // Every rank's arena, as this process maps it; after `open`.

@@ -9,7 +9,7 @@ import ctypes
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -51,6 +51,11 @@ class LowLatency:
         one_gpu: whether all ranks of this node share one; may be changed at any time, for this rank alone.
         ordered: a context in which launches follow each other, whatever streams they are on; gives the stream.
         far: how ranks of other nodes are reached; None: there are none.
+        at_once: whether the kernels of all ranks run on one GPU at the same time.
+
+    Attributes:
+        in_slices: whether a combine that can be one launch, slice by slice, is; None: if it is faster. May be changed at any
+            time, for this rank alone.
     """
 
     def __init__(
@@ -63,9 +68,12 @@ class LowLatency:
         ordered: Callable[[], AbstractContextManager[int]],
         device: torch.device,
         far: OtherNodes | None = None,
+        at_once: bool = False,
     ) -> None:
         self._peers, self._arena, self._far = peers, arena, far
         self._num_sms, self.one_gpu, self._ordered, self._device = num_sms, one_gpu, ordered, device
+        self._at_once, self.in_slices = at_once, cast("bool | None", None)
+        self._l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
         self._spaces = Spaces(peers, arena, addresses, ordered, device, far)
         self._mask = torch.zeros(peers.size, dtype=torch.int32, device=device)
         self._bad_index = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
@@ -169,13 +177,38 @@ class LowLatency:
         p.y, p.zero_copy, p.logfmt = x.data_ptr(), int(zero_copy), int(use_logfmt)
         p.out, p.topk_idx, p.topk_weights = out.data_ptr(), topk_idx.data_ptr(), topk_weights.data_ptr()
         p.pick_index, p.wait_ns, p.num_tokens = handle.pick_index.data_ptr(), address_of(wait_stats), num_tokens
-        hook = self._launch("combine", p, handle, (out, topk_idx, topk_weights, wait_stats, x), with_hook)
-        return out, hook
+        used = (out, topk_idx, topk_weights, wait_stats, x)
+        if not (with_hook or zero_copy or use_logfmt) and self._takes_slices(space.shape, num_tokens):
+            self._launch("combine", p, handle, used, False, ("_slices",))
+            return out, None
+        return out, self._launch("combine", p, handle, used, with_hook)
+
+    def _takes_slices(self, shape: Shape, num_tokens: int) -> bool:
+        """Of a combine of rows as they are, that are copied, and without a hook: whether it is one launch.
+
+        The copies of all ranks then stay in the L2 cache, which otherwise they would not (docs/low_latency.md). Ranks need not
+        agree.
+        """
+        row_bytes, rows = 2 * shape.hidden, self._peers.size * num_tokens * shape.top_k
+        if self._far is not None or row_bytes % _C.low_latency.slice_bytes:
+            return False
+        if num_tokens > _C.low_latency.most_tokens_in_slices(self._num_sms):
+            return False
+        if self.in_slices is not None:
+            return self.in_slices
+        fits = rows * _C.low_latency.slice_bytes * _C.low_latency.slices_in_flight < 0.6 * self._l2_bytes
+        return self._at_once and rows * row_bytes > self._l2_bytes and fits
 
     def _launch(
-        self, name: str, p: Any, handle: KernelHandle, used: tuple[Tensor | None, ...], with_hook: bool
+        self,
+        name: str,
+        p: Any,
+        handle: KernelHandle,
+        used: tuple[Tensor | None, ...],
+        with_hook: bool,
+        phases: tuple[str, ...] = ("_send", "_receive"),
     ) -> Callable[[], None] | None:
-        """The send phase, and the receive phase, now or as a hook."""
+        """The phases now, or the last as a hook."""
         space, slots = handle.space, handle.set
 
         def received() -> None:
@@ -190,9 +223,8 @@ class LowLatency:
                 self._far.follow(name + phase, p, stream)
 
         with self._ordered() as stream:
-            launch("_send", stream)
-            if not with_hook:
-                launch("_receive", stream)
+            for phase in phases[:1] if with_hook else phases:
+                launch(phase, stream)
             if torch.cuda.is_current_stream_capturing():
                 self._arena.keep((space, handle.pick_index))
                 space.was_captured = True
@@ -212,7 +244,7 @@ class LowLatency:
                     if t is not None:
                         t.record_stream(here)
             with self._ordered() as stream:
-                launch("_receive", stream)
+                launch(phases[-1], stream)
                 space.was_captured |= torch.cuda.is_current_stream_capturing()
             space.waiting[slots] = None
             received()

@@ -7,7 +7,7 @@ from deepep_train.engines.low_latency_arguments import LIMITS, Shape
 from deepep_train.routing import round_up
 
 SETS = 2  # of slots, hence of results that may be alive
-_CONTROL_BYTES = 32 << 10  # at least what csrc/low_latency/space.cuh's Control has
+_CONTROL_BYTES = 64 << 10  # at least what csrc/low_latency/space.cuh's Control has
 
 
 def space_bytes(shape: Shape, num_ranks: int) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deepep_train import _C  # type: ignore[attr-defined]
 from deepep_train.engines.arena import ArenaFull
 from deepep_train.engines.base import MAX_NVLINK_RANKS, Engine, need_own_device
 from deepep_train.engines.low_latency import LowLatency, weakly
@@ -52,14 +53,16 @@ class NvlinkDomain(Engine):
         memory = map_memory(peers, range(size), arena_bytes, self.device)
         self._comm, self._arena, self._processes = memory.comm, memory.arena, memory.processes
         self._max_sms, self._default_sms = memory.max_sms, memory.default_sms
+        one_gpu, one_process = (len(set(map(str, of))) == 1 for of in (memory.gpus, memory.processes))
         self.low_latency = LowLatency(
             self.peers,
             self._arena,
             self._comm.addresses(),
             self._max_sms,
-            len(set(memory.gpus)) == 1,
+            one_gpu,
             weakly(self._ordered),
             self.device,
+            at_once=one_gpu and (one_process or _C.Communicator.has_mps(self.device.index)),
         )
 
     # Memory ------------------------------------------------------------------------------------------------------------
@@ -154,7 +157,7 @@ class _Operation:
     def __enter__(self) -> int:
         domain = self._domain
         domain._lock.acquire()
-        self._here = _NOTHING
+        self._here: AbstractContextManager[Any] = _NOTHING
         try:
             domain._need_open()
             here = domain._here()

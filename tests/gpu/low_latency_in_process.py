@@ -42,7 +42,7 @@ def cases_of(size: int, count: int) -> list[Case]:
         Case(
             tokens[i],
             9,
-            (128, 512, 640)[i % 3] if i % 4 != 3 else 512,
+            (128, 2560, 640)[i % 3] if i % 4 != 3 else 512,
             2 * size,
             2,
             STYLES[i % 6],
@@ -60,7 +60,8 @@ def main(size: int, count: int) -> None:
         calls = Calls(Threads(rank, size, meeting, table) if size > 1 else Peers(None, 60.0))
         fill_cache()
         meeting.wait()
-        for case in cases_of(size, count):
+        for number, case in enumerate(cases_of(size, count)):
+            calls._engine.low_latency.in_slices = number % 2 == 0
             errors = round_trip(calls, rank, case, "cuda")
             torch.cuda.current_stream().synchronize()
             assert not errors, f"{case}: {errors[:3]}"
@@ -70,6 +71,7 @@ def main(size: int, count: int) -> None:
     torch.set_printoptions(threshold=16)  # of wrong rows, so that all errors fit into what pytest shows
     # With one rank, which waits for nobody: sanitizers stop the device when they first meet a kernel.
     first = Calls(Peers(None, 60.0))
+    first._engine.low_latency.in_slices = True
     for case in cases_of(1, count):
         errors = round_trip(first, 0, case, "cuda")
         assert not errors, f"{case}: {errors[:3]}"

@@ -39,6 +39,7 @@ def buffer_of(group: dist.ProcessGroup, local: int | None = None) -> dt.Buffer:
 def new_buffer(group: dist.ProcessGroup, num_bytes: int, timeout: float, local: int | None) -> dt.Buffer:
     made = dt.Buffer(group, num_nvl_bytes=num_bytes, low_latency_mode=True, timeout=timeout, num_local_ranks=local)
     assert made.engine == ("low_latency" if local is None else "rdma"), made.engine_reasons
+    made._engine.low_latency.in_slices = True  # wherever it can be: of small rows no combine would be
     return made
 
 
@@ -46,13 +47,29 @@ def round_trips(rank: int, size: int, group: dist.ProcessGroup, cases: Sequence[
     buffer = buffer_of(group, local)
     errors = []
     calls = buffer._engine.low_latency
-    here = calls.one_gpu
+    here = calls.one_gpu, calls.in_slices
     for number, case in enumerate(cases):
         # With a hook, rows wait at their source if the ranks share a GPU, else they are pushed: each rank as it likes.
         calls.one_gpu = (number + rank) % 3 != 0
+        # All combine in slices, none, or each as it likes.
+        calls.in_slices = (True, False, rank % 2 == 0)[number % 3]
         errors += [f"{case}: {error}" for error in round_trip(buffer, rank, case, "cuda")]
-    calls.one_gpu = here
+    calls.one_gpu, calls.in_slices = here
     torch.cuda.synchronize()
+    buffer.check()
+    return errors
+
+
+def in_slices(rank: int, size: int, group: dist.ProcessGroup, cases: Sequence[Case]) -> list[str]:
+    """Combines in slices: of all ranks; beside ranks that pull by a hook, and late; beside ranks that copy nothing."""
+    buffer = buffer_of(group)
+    errors = []
+    for number, of_all in enumerate(cases):
+        other = number % 3 if (rank + number) % 2 else 0
+        case = replace(of_all, hook=other == 1, zero_copy=other == 2)
+        time.sleep(0.003 * ((rank + number) % 3))
+        for _ in range(2):
+            errors += [f"{case}: {error}" for error in round_trip(buffer, rank, case, "cuda")]
     buffer.check()
     return errors
 

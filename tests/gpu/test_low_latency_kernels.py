@@ -22,7 +22,7 @@ def cases_of(size: int, count: int, seed: int) -> list[Case]:
         most, local = r.choice((1, 7, 33, 128)), r.choice((1, 2, 5))
         tokens = tuple(r.choice((0, most, r.randint(0, most))) for _ in range(size))
         top_k = min(r.choice((1, 2, 3, 8, 16)), local * size)
-        hidden = r.choice((128, 384, 640)) if i % 4 != 3 else r.choice((512, 1024))
+        hidden = r.choice((128, 384, 1536)) if i % 4 != 3 else r.choice((512, 1024))
         cases.append(
             Case(
                 tokens, most, hidden, local * size, top_k, r.choice(STYLES), KINDS[i % 4], r.random() < 0.5, r.random() < 0.5, i
@@ -39,6 +39,20 @@ def none_wrong(results: list[list[str]]) -> None:
 @pytest.mark.parametrize("size", SIZES)
 def test_random_exchanges(size: int) -> None:
     none_wrong(run_ranks(size, ranks.round_trips, cases_of(size, 24, size), timeout=90))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
+def test_combines_in_slices(size: int) -> None:
+    """From one slice to more than take turns; from no rows, and more than a warp has lanes, to one rank."""
+    r = random.Random(size)
+    cases = []
+    for i in range(18):
+        most = r.choice((5, 40, 128))
+        tokens = tuple(r.choice((0, most, r.randint(0, most))) for _ in range(size))
+        hidden, style = r.choice((512, 1024, 1536, 2048, 3584)), STYLES[(i + i // 6) % len(STYLES)]
+        cases.append(Case(tokens, most, hidden, r.choice((1, 3, 8)) * size, r.choice((1, 2, 8)), style, KINDS[i % 4], seed=i))
+    cases = [replace(case, top_k=min(case.top_k, case.num_experts)) for case in cases]
+    none_wrong(run_ranks(size, ranks.in_slices, cases, timeout=90))
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -60,7 +74,7 @@ def test_the_models_shapes(size: int) -> None:
 
 @pytest.mark.parametrize("size", [2, 4, 8])
 def test_the_same_bits_every_time(size: int) -> None:
-    case = Case(tuple(32 - r for r in range(size)), 32, 512, 4 * size, 4, "skewed", "fp8")
+    case = Case(tuple(32 - r for r in range(size)), 32, 3072, 4 * size, 4, "skewed", "fp8")
     for seen, errors in run_ranks(size, ranks.soak, case, 1000, timeout=90):
         assert len(seen) == 1 and not errors, (len(seen), errors[:3])
 
@@ -68,7 +82,7 @@ def test_the_same_bits_every_time(size: int) -> None:
 @pytest.mark.parametrize("hook", [False, True])
 @pytest.mark.parametrize("size", [2, 4, 8])
 def test_graphs(size: int, hook: bool) -> None:
-    cases = [Case((16,) * size, 20, 512, 2 * size, 2, style, "ue8m0", hook, seed=i) for i, style in enumerate(STYLES)]
+    cases = [Case((16,) * size, 20, 2048, 2 * size, 2, style, "ue8m0", hook, seed=i) for i, style in enumerate(STYLES)]
     none_wrong(run_ranks(size, ranks.graphs, cases, timeout=90))
 
 
@@ -81,12 +95,12 @@ def test_two_results_in_flight_and_late_hooks(size: int) -> None:
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_a_rank_that_is_masked_and_comes_back(size: int) -> None:
-    none_wrong(run_ranks(size, ranks.left_out, Case((8,) * size, 8, 256, 2 * size, 2), fresh=True, timeout=60))
+    none_wrong(run_ranks(size, ranks.left_out, Case((8,) * size, 8, 2560, 2 * size, 2), fresh=True, timeout=60))
 
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_a_rank_that_stops(size: int) -> None:
-    none_wrong(run_ranks(size, ranks.stopped, Case((8,) * size, 8, 256, 2 * size, 2, kind="bf16"), fresh=True, timeout=60))
+    none_wrong(run_ranks(size, ranks.stopped, Case((8,) * size, 8, 2560, 2 * size, 2, kind="bf16"), fresh=True, timeout=60))
 
 
 def test_the_layer_uses_them() -> None:

@@ -1,0 +1,299 @@
+// Combine in one launch, for ranks that share a GPU: rows are copied, pulled and written over slice by slice, so that the
+// copies live and die in the L2 cache instead of crossing the memory twice. See docs/low_latency.md.
+//
+// A slice is `kSlice` bytes of every row. Of each block some warps copy its share of this rank's rows, some pull its share of
+// the tokens, two announce what all of its warps have done, and one watches what the peers announce. If all ranks are in a
+// launch like this, slices take turns in `kTurns` places; a peer that pulls later, by a hook, would hold up all, so then each
+// has its own.
+#include "../common/check.hpp"
+#include "kernels.hpp"
+#include "pull.cuh"
+
+namespace deepep_train::low_latency {
+
+namespace {
+
+constexpr int kCopiers = 8, kPullers = 8;  // warps
+constexpr int kAnnouncers = kCopiers + kPullers, kWatcher = kAnnouncers + 2;
+constexpr int kThreads = 32 * (kWatcher + 1);
+constexpr int kTogether = 4;                          // rows of which a copier loads a slice at once
+constexpr int kVectors = kSlice / 512;                // of 16 bytes a lane
+enum Barriers : int { kRowsFound = 1, kPicksFound };  // 0: all threads
+
+struct Shared {
+    Pulling pulling;
+    int32_t first[kMaxExperts + 1];  // its first row among all, without those for this rank itself, which are not copied
+    int32_t own_begin[kMaxExperts], own_count[kMaxExperts];  // those, among the expert's rows
+    int32_t compact[kMaxExperts];                            // its first row among all
+    uint32_t done[2][kMaxSlices];                            // by `Work`: warps that have finished a slice
+    uint32_t shown;                                          // slices that all peers have shown
+    uint32_t free;                                           // slices that all peers have pulled
+    uint32_t takes_turns;                                    // valid once `free` is not 0
+};
+enum Work : int { kCopied, kPulled };
+
+DT_DEVICE void meet(Barriers barrier, int warps) {
+    asm volatile("bar.sync %0, %1;" ::"r"(static_cast<int>(barrier)), "r"(32 * warps) : "memory");
+}
+
+DT_DEVICE void wait_shared(const uint32_t* count, uint32_t value) {
+    while (load_acquire_shared(count) < value) {
+    }
+    __syncwarp();
+}
+
+// By every thread: where the rows lie; and that the peers have pulled what was copied before.
+DT_DEVICE void prepare(const CombineParams& p, Control* mine, uint32_t number, Shared& shared) {
+    const int local = p.num_experts / p.num_ranks;
+    const Layout layout(p);
+    const auto* places = reinterpret_cast<const Place*>(own_space(p) + layout.places + p.set * layout.place_bytes);
+    const List own(own_space(p) + layout.list(p.set, p.rank), p);
+    for (int e = threadIdx.x; e < local; e += kThreads) {
+        const Place place = places[p.rank * local + e];
+        shared.own_begin[e] = place.begin;
+        shared.own_count[e] = own.counts[e];
+        shared.compact[e] = place.compact - place.begin;
+        shared.first[e + 1] = mine->num_rows[p.set][e] - own.counts[e];
+    }
+    for (int i = threadIdx.x; i < 2 * kMaxSlices; i += kThreads) shared.done[i / kMaxSlices][i % kMaxSlices] = 0;
+    if (threadIdx.x == 0) shared.first[0] = shared.shown = shared.free = 0;
+    if (threadIdx.x < 32) {
+        wait_for_answers(p, mine->shown_to[p.set], mine->pulled[p.set]);
+        for (int peer = threadIdx.x; blockIdx.x == 0 && peer < p.num_ranks; peer += 32) {
+            if (is_masked(p, peer)) continue;
+            Control* there = control_of(p, peer);
+            there->shown_at[p.set][p.rank] = (mine->sliced_to[p.set].at[peer] + 1) * kCombineInSlices;
+            store_release_sys(&there->shown[p.set].at[p.rank], uint64_t{kSliced} << 32 | number);
+        }
+    }
+    __syncthreads();
+    if (threadIdx.x < 32) sum_up(shared.first + 1, local);
+    __syncthreads();
+}
+
+// By the copiers. A lane knows where a row is and where it goes: of 32 of this warp's rows, from its `group` on.
+DT_DEVICE void copy_rows(const CombineParams& p, Shared& shared) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, local = p.num_experts / p.num_ranks;
+    const int total = shared.first[local], stride = gridDim.x * kCopiers, start = blockIdx.x + warp * gridDim.x;
+    const int mine = start < total ? (total - start - 1) / stride + 1 : 0, num_slices = 2 * p.hidden / kSlice;
+    const int64_t slots = int64_t{p.num_ranks} * p.max_tokens;
+    const Layout layout(p);
+    char* rows = own_space(p) + layout.rows + p.set * layout.rows_bytes;
+    const char* from = nullptr;
+    char* to = nullptr;
+    for (int slice = 0; slice < num_slices; ++slice) {
+        bool is_free = slice < kTurns;
+        int turn = slice;
+        for (int group = 0; group < mine; group += 32) {
+            if (const int row = start + (group + lane) * stride; row < total && (slice == 0 || mine > 32)) {
+                int e = 0;  // the last expert that begins at this row or before, and has it
+                for (int step = kMaxExperts / 2; step != 0; step /= 2)
+                    if (e + step < local && shared.first[e + step] <= row) e += step;
+                int among = row - shared.first[e];
+                if (among >= shared.own_begin[e]) among += shared.own_count[e];
+                from = reinterpret_cast<const char*>(p.y) + (e * slots + among) * 2 * p.hidden;
+                to = rows + int64_t{shared.compact[e] + among} * kSlice;
+            }
+            const int count = min(mine - group, 32);
+            for (int base = 0; base < count; base += kTogether) {
+                uint4 v[kTogether][kVectors];
+#pragma unroll
+                for (int i = 0; i < kTogether; ++i) {
+                    const auto row = reinterpret_cast<uint64_t>(from);
+                    const char* at = reinterpret_cast<const char*>(__shfl_sync(0xffffffffu, row, (base + i) % 32)) +
+                                     slice * kSlice + lane * 16;
+#pragma unroll
+                    for (int j = 0; j < kVectors; ++j)
+                        if (base + i < count) v[i][j] = load_row_last(at + j * 512);
+                }
+                if (!is_free) {
+                    wait_shared(&shared.free, slice - kTurns + 1);
+                    is_free = true;
+                    if (shared.takes_turns != 0) turn = slice % kTurns;
+                }
+#pragma unroll
+                for (int i = 0; i < kTogether; ++i) {
+                    const auto row = reinterpret_cast<uint64_t>(to);
+                    char* at = reinterpret_cast<char*>(__shfl_sync(0xffffffffu, row, (base + i) % 32)) +
+                               turn * layout.slice_bytes(p) + lane * 16;
+#pragma unroll
+                    for (int j = 0; j < kVectors; ++j)
+                        if (base + i < count) store_row_kept(at + j * 512, v[i][j]);
+                }
+            }
+        }
+        __syncwarp();
+        if (lane == 0) add_release_shared(&shared.done[kCopied][slice], 1);
+    }
+}
+
+// By the pullers.
+DT_DEVICE void pull_rows(const CombineParams& p, Shared& shared) {
+    const int warp = threadIdx.x / 32 - kCopiers, lane = threadIdx.x % 32, num_slices = 2 * p.hidden / kSlice;
+    const int blocks = gridDim.x, first = blockIdx.x;
+    const int count = first < p.num_tokens ? (p.num_tokens - first - 1) / blocks + 1 : 0;
+    meet(kRowsFound, kPullers + 1);
+    const Layout layout(p);
+    const auto* places = reinterpret_cast<const Place*>(own_space(p) + layout.places + p.set * layout.place_bytes);
+    for (int i = warp * 32 + lane; i < count * kMaxTopK; i += kPullers * 32) {
+        const int t = first + i / kMaxTopK * blocks;
+        shared.pulling.picks[i / kMaxTopK][i % kMaxTopK] = find_pick(p, shared.pulling, places, t, i % kMaxTopK);
+    }
+    meet(kPicksFound, kPullers + 1);
+    for (int slice = 0; slice < num_slices; ++slice) {
+        wait_shared(&shared.shown, slice + 1);
+        const bool again = shared.takes_turns != 0 && slice + kTurns < num_slices;
+        const int turn = shared.takes_turns != 0 ? slice % kTurns : slice;
+        for (int unit = warp; unit < count * (kSlice / kPart); unit += kPullers) {
+            const int item = unit / (kSlice / kPart);
+            const int at = slice * kSlice + unit % (kSlice / kPart) * kPart + lane * 16;
+            const Pick* picks = shared.pulling.picks[item];
+            if (shared.pulling.coded != 0)
+                pull_part<true>(p, picks, first + item * blocks, at, turn);
+            else if (again)
+                pull_part<false, true>(p, picks, first + item * blocks, at, turn);
+            else
+                pull_part<false>(p, picks, first + item * blocks, at, turn);
+        }
+        __syncwarp();
+        if (lane == 0) add_release_shared(&shared.done[kPulled][slice], 1);
+    }
+}
+
+// By a warp: tells the peers of every slice with which all of this block's warps have done. What the blocks of a rank add is
+// `kCombineInSlices`, however many they are.
+DT_DEVICE void announce(const CombineParams& p, Work work, Shared& shared) {
+    const uint32_t warps = work == kCopied ? kCopiers : kPullers;
+    const uint32_t share = blockIdx.x == 0 ? kCombineInSlices - (gridDim.x - 1) : 1;
+    for (int slice = 0; slice < 2 * p.hidden / kSlice; ++slice) {
+        delay_at_random(slice);
+        wait_shared(&shared.done[work][slice], warps);
+        for (int peer = threadIdx.x % 32; peer < p.num_ranks; peer += 32) {
+            if (peer == p.rank || is_masked(p, peer)) continue;
+            Control* there = control_of(p, peer);
+            auto& counts = work == kCopied ? there->slices_shown[p.set] : there->slices_pulled[p.set];
+            add_release_sys(&counts.at[p.rank][slice], share);
+        }
+    }
+}
+
+// By a warp: of the peers whose slices are waited for, a lane's two, and what their counts must be.
+struct Watched {
+    int peer[2];
+    uint32_t wanted[2];
+};
+
+// The lane's peers that have not come so far with this slice.
+DT_DEVICE uint32_t missing(const Control::Slices& counts, const Watched& w, int slice) {
+    uint32_t found = 0;
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+        if (w.peer[i] >= 0 && !reached(load_acquire_sys(&counts.at[w.peer[i]][slice]), w.wanted[i])) found |= 1u << i;
+    return found;
+}
+
+// By the watcher.
+DT_DEVICE void watch(const CombineParams& p, Control* mine, uint32_t number, Shared& shared) {
+    const int lane = threadIdx.x % 32, num_slices = 2 * p.hidden / kSlice;
+    const uint64_t present = find_rows(p, mine, number, blockIdx.x == 0 ? p.wait_ns : 0, false, shared.pulling);
+    Watched watched{{-1, -1}, {0, 0}};
+    bool all = true;  // of those that are there, in a launch like this
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const int peer = lane + 32 * i;
+        if (peer >= p.num_ranks || peer == p.rank || !is_in(present, peer)) continue;
+        if (shared.pulling.how[peer] == kSliced) {
+            watched.peer[i] = peer;
+            watched.wanted[i] = slices_of(p, mine, peer);
+        } else {
+            all = false;
+        }
+    }
+    const bool takes_turns = __all_sync(0xffffffffu, all);
+    if (lane == 0) {
+        if (shared.pulling.rows[p.rank] != nullptr) shared.pulling.rows[p.rank] = reinterpret_cast<const char*>(p.y);
+        shared.pulling.how[p.rank] = kSpread;
+        shared.takes_turns = takes_turns;
+    }
+    __syncwarp();
+    meet(kRowsFound, kPullers + 1);
+    meet(kPicksFound, kPullers + 1);  // `drop` writes to them
+    int shown = 0, free = 0;
+    if (!takes_turns) {
+        free = num_slices;
+        if (lane == 0) store_release_shared(&shared.free, num_slices);
+    }
+    uint64_t start = global_timer();
+    while (shown < num_slices || free + kTurns < num_slices) {
+        delay_at_random(shown);
+        uint32_t late = 0;
+        if (shown < num_slices) {
+            late = missing(mine->slices_shown[p.set], watched, shown);
+            if (__all_sync(0xffffffffu, late == 0)) {
+                ++shown;
+                if (lane == 0) store_release_shared(&shared.shown, shown);
+                start = global_timer();
+            }
+        }
+        if (free + kTurns < num_slices) {
+            const uint32_t slow = missing(mine->slices_pulled[p.set], watched, free);
+            late |= slow;
+            if (__all_sync(0xffffffffu, slow == 0)) {
+                ++free;
+                if (lane == 0) store_release_shared(&shared.free, free);
+                start = global_timer();
+            }
+        }
+        if (__any_sync(0xffffffffu, global_timer() - start > p.timeout_ns)) {
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                if ((late >> i & 1) == 0) continue;
+                const int peer = watched.peer[i];
+                give_up(p, peer);
+                watched.peer[i] = -1;
+                for (int pick = 0; pick < kBatch * kMaxTopK; ++pick) {
+                    Pick& found = shared.pulling.picks[pick / kMaxTopK][pick % kMaxTopK];
+                    if (found.rank == peer) *static_cast<const char* volatile*>(&found.row) = nullptr;
+                }
+            }
+            __syncwarp();
+            start = global_timer();
+        }
+    }
+}
+
+__global__ void __launch_bounds__(kThreads, 1) combine_slices_kernel(const __grid_constant__ CombineParams p) {
+    __shared__ Shared shared;
+    Control* mine = own_control(p);
+    const uint32_t number = mine->combines[p.set] + 1;
+    if (mine->closed != 0) return;
+    prepare(p, mine, number, shared);
+    const int warp = threadIdx.x / 32;
+    if (warp < kCopiers)
+        copy_rows(p, shared);
+    else if (warp < kAnnouncers)
+        pull_rows(p, shared);
+    else if (warp < kWatcher)
+        announce(p, static_cast<Work>(warp - kAnnouncers), shared);
+    else
+        watch(p, mine, number, shared);
+    if (!is_last_block(mine, p, kCombineReceive)) return;
+    tell_pulled(p, mine, number);
+    for (int peer = threadIdx.x; peer < p.num_ranks; peer += kThreads) {
+        if (is_masked(p, peer)) continue;
+        mine->shown_to[p.set].at[peer] = number;
+        ++mine->sliced_to[p.set].at[peer];
+    }
+    if (threadIdx.x == 0) mine->combines[p.set] = number;
+}
+
+}  // namespace
+
+int most_tokens_in_slices(int num_sms) { return kBatch * num_sms; }
+
+void launch_combine_slices(const CombineParams& p, cudaStream_t stream) {
+    combine_slices_kernel<<<p.num_sms, kThreads, 0, stream>>>(p);
+    DT_CUDA(cudaGetLastError());
+}
+
+}  // namespace deepep_train::low_latency
