@@ -14,11 +14,13 @@ namespace deepep_train::low_latency {
 namespace {
 
 constexpr int kCopiers = 8, kPullers = 8;  // warps
-constexpr int kAnnouncers = kCopiers + kPullers, kWatcher = kAnnouncers + 2;
-constexpr int kThreads = 32 * (kWatcher + 1);
+constexpr int kAnnouncers = kCopiers + kPullers, kWatchers = kAnnouncers + 2;
+constexpr int kThreads = 32 * (kWatchers + 2);
 constexpr int kTogether = 4;                          // rows of which a copier loads a slice at once
 constexpr int kVectors = kSlice / 512;                // of 16 bytes a lane
 enum Barriers : int { kRowsFound = 1, kPicksFound };  // 0: all threads
+
+enum Work : int { kCopied, kPulled };
 
 struct Shared {
     Pulling pulling;
@@ -26,11 +28,10 @@ struct Shared {
     int32_t own_begin[kMaxExperts], own_count[kMaxExperts];  // those, among the expert's rows
     int32_t compact[kMaxExperts];                            // its first row among all
     uint32_t done[2][kMaxSlices];                            // by `Work`: warps that have finished a slice
-    uint32_t shown;                                          // slices that all peers have shown
-    uint32_t free;                                           // slices that all peers have pulled
-    uint32_t takes_turns;                                    // valid once `free` is not 0
+    uint32_t seen[2];                                        // by `Work`: slices with which all peers have
+    uint64_t present;                                        // peers that came
+    bool takes_turns;
 };
-enum Work : int { kCopied, kPulled };
 
 DT_DEVICE void meet(Barriers barrier, int warps) {
     asm volatile("bar.sync %0, %1;" ::"r"(static_cast<int>(barrier)), "r"(32 * warps) : "memory");
@@ -56,7 +57,7 @@ DT_DEVICE void prepare(const CombineParams& p, Control* mine, uint32_t number, S
         shared.first[e + 1] = mine->num_rows[p.set][e] - own.counts[e];
     }
     for (int i = threadIdx.x; i < 2 * kMaxSlices; i += kThreads) shared.done[i / kMaxSlices][i % kMaxSlices] = 0;
-    if (threadIdx.x == 0) shared.first[0] = shared.shown = shared.free = 0;
+    if (threadIdx.x == 0) shared.first[0] = shared.seen[kCopied] = shared.seen[kPulled] = 0;
     if (threadIdx.x < 32) {
         wait_for_answers(p, mine->shown_to[p.set], mine->pulled[p.set]);
         for (int peer = threadIdx.x; blockIdx.x == 0 && peer < p.num_ranks; peer += 32) {
@@ -107,15 +108,15 @@ DT_DEVICE void copy_rows(const CombineParams& p, Shared& shared) {
                         if (base + i < count) v[i][j] = load_row_last(at + j * 512);
                 }
                 if (!is_free) {
-                    wait_shared(&shared.free, slice - kTurns + 1);
+                    wait_shared(&shared.seen[kPulled], slice - kTurns + 1);
                     is_free = true;
-                    if (shared.takes_turns != 0) turn = slice % kTurns;
+                    if (shared.takes_turns) turn = slice % kTurns;
                 }
 #pragma unroll
                 for (int i = 0; i < kTogether; ++i) {
                     const auto row = reinterpret_cast<uint64_t>(to);
                     char* at = reinterpret_cast<char*>(__shfl_sync(0xffffffffu, row, (base + i) % 32)) +
-                               turn * layout.slice_bytes(p) + lane * 16;
+                               turn * layout.slice_bytes + lane * 16;
 #pragma unroll
                     for (int j = 0; j < kVectors; ++j)
                         if (base + i < count) store_row_kept(at + j * 512, v[i][j]);
@@ -132,18 +133,18 @@ DT_DEVICE void pull_rows(const CombineParams& p, Shared& shared) {
     const int warp = threadIdx.x / 32 - kCopiers, lane = threadIdx.x % 32, num_slices = 2 * p.hidden / kSlice;
     const int blocks = gridDim.x, first = blockIdx.x;
     const int count = first < p.num_tokens ? (p.num_tokens - first - 1) / blocks + 1 : 0;
-    meet(kRowsFound, kPullers + 1);
+    meet(kRowsFound, kPullers + 2);
     const Layout layout(p);
     const auto* places = reinterpret_cast<const Place*>(own_space(p) + layout.places + p.set * layout.place_bytes);
     for (int i = warp * 32 + lane; i < count * kMaxTopK; i += kPullers * 32) {
         const int t = first + i / kMaxTopK * blocks;
         shared.pulling.picks[i / kMaxTopK][i % kMaxTopK] = find_pick(p, shared.pulling, places, t, i % kMaxTopK);
     }
-    meet(kPicksFound, kPullers + 1);
+    meet(kPicksFound, kPullers + 2);
     for (int slice = 0; slice < num_slices; ++slice) {
-        wait_shared(&shared.shown, slice + 1);
-        const bool again = shared.takes_turns != 0 && slice + kTurns < num_slices;
-        const int turn = shared.takes_turns != 0 ? slice % kTurns : slice;
+        wait_shared(&shared.seen[kCopied], slice + 1);
+        const bool again = shared.takes_turns && slice + kTurns < num_slices;
+        const int turn = shared.takes_turns ? slice % kTurns : slice;
         for (int unit = warp; unit < count * (kSlice / kPart); unit += kPullers) {
             const int item = unit / (kSlice / kPart);
             const int at = slice * kSlice + unit % (kSlice / kPart) * kPart + lane * 16;
@@ -157,6 +158,14 @@ DT_DEVICE void pull_rows(const CombineParams& p, Shared& shared) {
         }
         __syncwarp();
         if (lane == 0) add_release_shared(&shared.done[kPulled][slice], 1);
+    }
+}
+
+// By a thread. Pulling warps may see it at any time: they look at each pick once for a part of a row.
+DT_DEVICE void leave_out(int peer, Shared& shared) {
+    for (int i = 0; i < kBatch * kMaxTopK; ++i) {
+        Pick& pick = shared.pulling.picks[i / kMaxTopK][i % kMaxTopK];
+        if (pick.rank == peer) *static_cast<const char* volatile*>(&pick.row) = nullptr;
     }
 }
 
@@ -177,89 +186,58 @@ DT_DEVICE void announce(const CombineParams& p, Work work, Shared& shared) {
     }
 }
 
-// By a warp: of the peers whose slices are waited for, a lane's two, and what their counts must be.
-struct Watched {
-    int peer[2];
+// By a warp: waits for what peers announce, and passes it on to the other warps, up to slice `last`. A peer that does not come
+// in time is masked, and its rows are left out of what has not been pulled yet.
+DT_DEVICE void watch(const CombineParams& p, const Control* mine, Work work, int last, Shared& shared) {
+    const auto& counts = work == kCopied ? mine->slices_shown[p.set] : mine->slices_pulled[p.set];
+    int peers[2];  // of this lane; -1: none
     uint32_t wanted[2];
-};
-
-// The lane's peers that have not come so far with this slice.
-DT_DEVICE uint32_t missing(const Control::Slices& counts, const Watched& w, int slice) {
-    uint32_t found = 0;
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-        if (w.peer[i] >= 0 && !reached(load_acquire_sys(&counts.at[w.peer[i]][slice]), w.wanted[i])) found |= 1u << i;
-    return found;
-}
-
-// By the watcher.
-DT_DEVICE void watch(const CombineParams& p, Control* mine, uint32_t number, Shared& shared) {
-    const int lane = threadIdx.x % 32, num_slices = 2 * p.hidden / kSlice;
-    const uint64_t present = find_rows(p, mine, number, blockIdx.x == 0 ? p.wait_ns : 0, false, shared.pulling);
-    Watched watched{{-1, -1}, {0, 0}};
-    bool all = true;  // of those that are there, in a launch like this
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-        const int peer = lane + 32 * i;
-        if (peer >= p.num_ranks || peer == p.rank || !is_in(present, peer)) continue;
-        if (shared.pulling.how[peer] == kSliced) {
-            watched.peer[i] = peer;
-            watched.wanted[i] = slices_of(p, mine, peer);
-        } else {
-            all = false;
-        }
-    }
-    const bool takes_turns = __all_sync(0xffffffffu, all);
-    if (lane == 0) {
-        if (shared.pulling.rows[p.rank] != nullptr) shared.pulling.rows[p.rank] = reinterpret_cast<const char*>(p.y);
-        shared.pulling.how[p.rank] = kSpread;
-        shared.takes_turns = takes_turns;
-    }
-    __syncwarp();
-    meet(kRowsFound, kPullers + 1);
-    meet(kPicksFound, kPullers + 1);  // `drop` writes to them
-    int shown = 0, free = 0;
-    if (!takes_turns) {
-        free = num_slices;
-        if (lane == 0) store_release_shared(&shared.free, num_slices);
+        const int peer = threadIdx.x % 32 + 32 * i;
+        const bool counts_slices = peer < p.num_ranks && peer != p.rank && shared.pulling.how[peer] == kSliced;
+        peers[i] = counts_slices && is_in(shared.present, peer) ? peer : -1;
+        wanted[i] = counts_slices ? slices_of(p, mine, peer) : 0;
     }
     uint64_t start = global_timer();
-    while (shown < num_slices || free + kTurns < num_slices) {
-        delay_at_random(shown);
+    for (int slice = 0; slice < last;) {
+        delay_at_random(slice);
         uint32_t late = 0;
-        if (shown < num_slices) {
-            late = missing(mine->slices_shown[p.set], watched, shown);
-            if (__all_sync(0xffffffffu, late == 0)) {
-                ++shown;
-                if (lane == 0) store_release_shared(&shared.shown, shown);
-                start = global_timer();
-            }
-        }
-        if (free + kTurns < num_slices) {
-            const uint32_t slow = missing(mine->slices_pulled[p.set], watched, free);
-            late |= slow;
-            if (__all_sync(0xffffffffu, slow == 0)) {
-                ++free;
-                if (lane == 0) store_release_shared(&shared.free, free);
-                start = global_timer();
-            }
-        }
-        if (__any_sync(0xffffffffu, global_timer() - start > p.timeout_ns)) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+            if (peers[i] >= 0 && !reached(load_acquire_sys(&counts.at[peers[i]][slice]), wanted[i])) late |= 1u << i;
+        if (__all_sync(0xffffffffu, late == 0)) {
+            ++slice;
+            if (threadIdx.x % 32 == 0) store_release_shared(&shared.seen[work], slice);
+            start = global_timer();
+        } else if (__any_sync(0xffffffffu, global_timer() - start > p.timeout_ns)) {
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 if ((late >> i & 1) == 0) continue;
-                const int peer = watched.peer[i];
-                give_up(p, peer);
-                watched.peer[i] = -1;
-                for (int pick = 0; pick < kBatch * kMaxTopK; ++pick) {
-                    Pick& found = shared.pulling.picks[pick / kMaxTopK][pick % kMaxTopK];
-                    if (found.rank == peer) *static_cast<const char* volatile*>(&found.row) = nullptr;
-                }
+                give_up(p, peers[i]);
+                leave_out(peers[i], shared);
+                peers[i] = -1;
             }
             __syncwarp();
             start = global_timer();
         }
     }
+}
+
+// By the first watcher: where the peers' rows are, and whether slices take turns.
+DT_DEVICE void find_all_rows(const CombineParams& p, Control* mine, uint32_t number, Shared& shared) {
+    const uint64_t present = find_rows(p, mine, number, blockIdx.x == 0 ? p.wait_ns : 0, false, shared.pulling);
+    bool all = true;  // that are there, in a launch like this
+    for (int peer = threadIdx.x % 32; peer < p.num_ranks; peer += 32)
+        all &= !is_in(present, peer) || shared.pulling.how[peer] == kSliced;
+    all = __all_sync(0xffffffffu, all);
+    __syncwarp();
+    if (threadIdx.x % 32 != 0) return;
+    shared.present = present;
+    shared.takes_turns = all;
+    // Its own are pulled from where the experts left them.
+    if (shared.pulling.rows[p.rank] != nullptr) shared.pulling.rows[p.rank] = reinterpret_cast<const char*>(p.y);
+    shared.pulling.how[p.rank] = kSpread;
 }
 
 __global__ void __launch_bounds__(kThreads, 1) combine_slices_kernel(const __grid_constant__ CombineParams p) {
@@ -268,15 +246,26 @@ __global__ void __launch_bounds__(kThreads, 1) combine_slices_kernel(const __gri
     const uint32_t number = mine->combines[p.set] + 1;
     if (mine->closed != 0) return;
     prepare(p, mine, number, shared);
-    const int warp = threadIdx.x / 32;
-    if (warp < kCopiers)
+    const int warp = threadIdx.x / 32, num_slices = 2 * p.hidden / kSlice;
+    if (warp < kCopiers) {
         copy_rows(p, shared);
-    else if (warp < kAnnouncers)
+    } else if (warp < kAnnouncers) {
         pull_rows(p, shared);
-    else if (warp < kWatcher)
+    } else if (warp < kWatchers) {
         announce(p, static_cast<Work>(warp - kAnnouncers), shared);
-    else
-        watch(p, mine, number, shared);
+    } else if (warp == kWatchers) {
+        find_all_rows(p, mine, number, shared);
+        meet(kRowsFound, kPullers + 2);
+        meet(kPicksFound, kPullers + 2);
+        watch(p, mine, kCopied, num_slices, shared);
+    } else {
+        meet(kRowsFound, kPullers + 2);
+        meet(kPicksFound, kPullers + 2);  // `leave_out` writes to them
+        if (shared.takes_turns)
+            watch(p, mine, kPulled, num_slices - kTurns, shared);
+        else if (threadIdx.x % 32 == 0)
+            store_release_shared(&shared.seen[kPulled], num_slices);
+    }
     if (!is_last_block(mine, p, kCombineReceive)) return;
     tell_pulled(p, mine, number);
     for (int peer = threadIdx.x; peer < p.num_ranks; peer += kThreads) {

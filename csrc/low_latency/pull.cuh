@@ -101,7 +101,7 @@ DT_DEVICE Pick find_pick(const CombineParams& p, const Pulling& shared, const Pl
     const int64_t slots = int64_t{p.num_ranks} * p.max_tokens;
     const int64_t first = shared.how[rank] == kSpread ? e % local * slots + place.begin : place.compact;
     if (shared.how[rank] == kSliced) {
-        found.step = Layout(p).slice_bytes(p);
+        found.step = Layout(p).slice_bytes;
         found.row = shared.rows[rank] + (first + index) * kSlice;
         return found;
     }

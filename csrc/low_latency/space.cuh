@@ -75,6 +75,7 @@ DT_BOTH int64_t aligned(int64_t bytes) { return (bytes + 127) / 128 * 128; }
 // Offsets in a space.
 struct Layout {
     int64_t list_bytes, slot_bytes, place_bytes, rows_bytes;
+    int64_t slice_bytes;  // between a slice of the rows and the next, if they lie in slices
     int64_t came_bytes;
     int64_t lists, slots, places, rows;
     int64_t outgoing, begins, came;  // only with ranks on other nodes
@@ -89,6 +90,7 @@ struct Layout {
         slot_bytes = aligned(2 * int64_t{c.hidden});                                    // FP8 and its scales need less
         place_bytes = aligned(int64_t{c.num_experts} * sizeof(Place));
         rows_bytes = int64_t{c.num_ranks} * c.max_tokens * picks * 2 * c.hidden;
+        slice_bytes = int64_t{c.num_ranks} * c.max_tokens * picks * kSlice;
         lists = aligned(sizeof(Control));
         slots = lists + 2 * ranks * list_bytes;
         places = slots + 2 * ranks * tokens * slot_bytes;
@@ -101,8 +103,6 @@ struct Layout {
         if (c.num_local < c.num_ranks) end = came + 2 * came_bytes;
     }
 
-    // Between a slice of the rows and the next.
-    DT_BOTH int64_t slice_bytes(const Common& c) const { return rows_bytes / (2 * c.hidden) * kSlice; }
     DT_BOTH int64_t list(int set, int source) const { return lists + (set * ranks + source) * list_bytes; }
     DT_BOTH int64_t slot(int set, int source, int64_t token) const {
         return slots + ((int64_t{set} * ranks + source) * tokens + token) * slot_bytes;
