@@ -54,12 +54,13 @@ def test_moe_lm_learns_alike_over_either_engine(mesh: tuple[int, int]) -> None:
 
 
 @pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="there is no compute-sanitizer on PATH")
-def test_memcheck_finds_nothing() -> None:
-    """Four processes as two nodes; racecheck would not see the races that matter, which are between ranks."""
-    before = ("compute-sanitizer", "--target-processes", "all", "--tool", "memcheck", "--error-exitcode", "9")
+@pytest.mark.parametrize("tool", ["racecheck", "synccheck"])
+def test_sanitizers_find_nothing_over_rdma(tool: str) -> None:
+    """Four processes as two nodes. Not memcheck: under it NVSHMEM 3.8 does not start (docs/rdma.md)."""
+    before = ("compute-sanitizer", "--target-processes", "all", "--tool", tool, "--error-exitcode", "9")
     before += ("--report-api-errors", "no")  # NVSHMEM asks the driver for functions that it may lack; ours are exceptions
     before += ("--kernel-name", "kernel_substring=deepep_train")  # not torch's, nor NVSHMEM's own: what is inlined into ours is
     text = run(str(Path(__file__).with_name("two_nodes.py")), before=before, seconds=250, loading="LAZY")
-    summaries = re.findall(r"ERROR SUMMARY: (\d+)", text)  # of every process
+    summaries = re.findall(r"SUMMARY: (\d+)", text)  # of every process
     assert summaries and set(summaries) == {"0"}, text[-2000:]
     assert "fine" in text
