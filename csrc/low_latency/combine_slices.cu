@@ -2,9 +2,11 @@
 // copies live and die in the L2 cache instead of crossing the memory twice. See docs/low_latency.md.
 //
 // A slice is `kSlice` bytes of every row. Of each block some warps copy its share of this rank's rows, some pull its share of
-// the tokens, two announce what all of its warps have done, and one watches what the peers announce. If all ranks are in a
-// launch like this, slices take turns in `kTurns` places; a peer that pulls later, by a hook, would hold up all, so then each
-// has its own.
+// the tokens, two announce what all of its warps have done, and two watch what the peers announce. If all ranks that come are
+// in a launch like this, slices take turns in `kTurns` places; a peer that pulls later, by a hook, would hold up all, so then
+// each has its own. Each rank decides that for its own, and says it: masks, and so who comes, are each rank's own, too.
+#include <stdexcept>
+
 #include "../common/check.hpp"
 #include "kernels.hpp"
 #include "pull.cuh"
@@ -16,6 +18,7 @@ namespace {
 constexpr int kCopiers = 8, kPullers = 8;  // warps
 constexpr int kAnnouncers = kCopiers + kPullers, kWatchers = kAnnouncers + 2;
 constexpr int kThreads = 32 * (kWatchers + 2);
+constexpr int kMeetings = kPullers + 3;               // warps: these, the watchers, and the announcer of copies
 constexpr int kTogether = 4;                          // rows of which a copier loads a slice at once
 constexpr int kVectors = kSlice / 512;                // of 16 bytes a lane
 enum Barriers : int { kRowsFound = 1, kPicksFound };  // 0: all threads
@@ -30,6 +33,8 @@ struct Shared {
     uint32_t done[2][kMaxSlices];                            // by `Work`: warps that have finished a slice
     uint32_t seen[2];                                        // by `Work`: slices with which all peers have
     uint64_t present;                                        // peers that came
+    unsigned long long
+        left_out;  // to whom nothing is announced: the mask, which takes longer to look at, as this block knows it
     bool takes_turns;
 };
 
@@ -59,7 +64,8 @@ DT_DEVICE void prepare(const CombineParams& p, Control* mine, uint32_t number, S
     for (int i = threadIdx.x; i < 2 * kMaxSlices; i += kThreads) shared.done[i / kMaxSlices][i % kMaxSlices] = 0;
     if (threadIdx.x == 0) shared.first[0] = shared.seen[kCopied] = shared.seen[kPulled] = 0;
     if (threadIdx.x < 32) {
-        wait_for_answers(p, mine->shown_to[p.set], mine->pulled[p.set]);
+        const uint64_t answered = wait_for_answers(p, mine->shown_to[p.set], mine->pulled[p.set]);
+        if (threadIdx.x == 0) shared.left_out = ~answered | 1ull << p.rank;
         for (int peer = threadIdx.x; blockIdx.x == 0 && peer < p.num_ranks; peer += 32) {
             if (is_masked(p, peer)) continue;
             Control* there = control_of(p, peer);
@@ -133,7 +139,7 @@ DT_DEVICE void pull_rows(const CombineParams& p, Shared& shared) {
     const int warp = threadIdx.x / 32 - kCopiers, lane = threadIdx.x % 32, num_slices = 2 * p.hidden / kSlice;
     const int blocks = gridDim.x, first = blockIdx.x;
     const int count = first < p.num_tokens ? (p.num_tokens - first - 1) / blocks + 1 : 0;
-    meet(kRowsFound, kPullers + 2);
+    meet(kRowsFound, kMeetings);
     const Layout layout(p);
     const auto* places = reinterpret_cast<const Place*>(own_space(p) + layout.places + p.set * layout.place_bytes);
     for (int i = warp * 32 + lane; i < count * kMaxTopK; i += kPullers * 32) {
@@ -144,7 +150,7 @@ DT_DEVICE void pull_rows(const CombineParams& p, Shared& shared) {
     for (int slice = 0; slice < num_slices; ++slice) {
         wait_shared(&shared.seen[kCopied], slice + 1);
         const bool again = shared.takes_turns && slice + kTurns < num_slices;
-        const int turn = shared.takes_turns ? slice % kTurns : slice;
+        const int turn = slice % kTurns;
         for (int unit = warp; unit < count * (kSlice / kPart); unit += kPullers) {
             const int item = unit / (kSlice / kPart);
             const int at = slice * kSlice + unit % (kSlice / kPart) * kPart + lane * 16;
@@ -161,65 +167,130 @@ DT_DEVICE void pull_rows(const CombineParams& p, Shared& shared) {
     }
 }
 
-// By a thread. Pulling warps may see it at any time: they look at each pick once for a part of a row.
-DT_DEVICE void leave_out(int peer, Shared& shared) {
-    for (int i = 0; i < kBatch * kMaxTopK; ++i) {
-        Pick& pick = shared.pulling.picks[i / kMaxTopK][i % kMaxTopK];
-        if (pick.rank == peer) *static_cast<const char* volatile*>(&pick.row) = nullptr;
-    }
-}
-
 // By a warp: tells the peers of every slice with which all of this block's warps have done. What the blocks of a rank add is
-// `kCombineInSlices`, however many they are.
+// `kCombineInSlices`, however many they are. Whoever has been given up may be dead, and may come late and find other slices: it
+// is told nothing, hence of no copy before it is known who has come.
 DT_DEVICE void announce(const CombineParams& p, Work work, Shared& shared) {
     const uint32_t warps = work == kCopied ? kCopiers : kPullers;
     const uint32_t share = blockIdx.x == 0 ? kCombineInSlices - (gridDim.x - 1) : 1;
+    if (work == kCopied) meet(kRowsFound, kMeetings);
     for (int slice = 0; slice < 2 * p.hidden / kSlice; ++slice) {
         delay_at_random(slice);
         wait_shared(&shared.done[work][slice], warps);
         for (int peer = threadIdx.x % 32; peer < p.num_ranks; peer += 32) {
-            if (peer == p.rank || is_masked(p, peer)) continue;
+            if (is_in(*static_cast<volatile unsigned long long*>(&shared.left_out), peer)) continue;
             Control* there = control_of(p, peer);
+            if (work == kCopied && slice == kTurns) there->takes_turns[p.set].at[p.rank] = shared.takes_turns;
             auto& counts = work == kCopied ? there->slices_shown[p.set] : there->slices_pulled[p.set];
             add_release_sys(&counts.at[p.rank][slice], share);
         }
     }
 }
 
-// By a warp: waits for what peers announce, and passes it on to the other warps, up to slice `last`. A peer that does not come
-// in time is masked, and its rows are left out of what has not been pulled yet.
+// By a warp, for the peers in `turns`: their slices from now on lie where earlier ones were.
+DT_DEVICE void take_turns(uint64_t turns, Shared& shared) {
+    for (int i = threadIdx.x % 32; i < kBatch * kMaxTopK; i += 32) {
+        Pick& pick = shared.pulling.picks[i / kMaxTopK][i % kMaxTopK];
+        if (pick.row != nullptr && is_in(turns, pick.rank)) pick.takes_turns = 1;
+    }
+}
+
+// By a thread. Pulling warps may see it at any time.
+DT_DEVICE void leave_out(const CombineParams& p, int peer, Shared& shared) {
+    give_up(p, peer);
+    atomicOr(&shared.left_out, 1ull << peer);
+    for (int i = 0; i < kBatch * kMaxTopK; ++i) {
+        Pick& pick = shared.pulling.picks[i / kMaxTopK][i % kMaxTopK];
+        if (pick.rank == peer) *static_cast<const char* volatile*>(&pick.row) = nullptr;
+    }
+}
+
+// Which of its tasks a peer has not done. A copy of slice s waits for all ranks' pulls of s - `kTurns`, a pull of s for all
+// copies of it; numbered so that each waits for lower numbers alone, the lowest of all ranks' waits for nobody, so that its
+// rank has stopped.
+DT_DEVICE uint32_t next_task(const CombineParams& p, const Control* mine, int peer, uint32_t wanted) {
+    const int num_slices = 2 * p.hidden / kSlice;
+    int copied = 0, pulled = 0;
+    while (copied < num_slices && reached(load_acquire_sys(&mine->slices_shown[p.set].at[peer][copied]), wanted)) ++copied;
+    while (pulled < num_slices && reached(load_acquire_sys(&mine->slices_pulled[p.set].at[peer][pulled]), wanted)) ++pulled;
+    uint32_t next = 0xffffffffu;
+    if (copied < num_slices) next = 2 * copied;
+    if (pulled < num_slices) next = min(next, 2u * pulled + kTurns);
+    return next;
+}
+
+// The peers that a watching lane looks at; -1: none.
+struct Watched {
+    int peer[2];
+    uint32_t wanted[2];
+};
+
+// By a warp, when a slice is long in coming: peers that another block has given up are left out; if `is_over`, those that have
+// stopped as well. Others may be late only because they wait for these.
+DT_DEVICE void leave_out_stopped(const CombineParams& p, const Control* mine, bool is_over, Watched& watched, Shared& shared) {
+    uint32_t next[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const int peer = watched.peer[i];
+        next[i] = 0xffffffffu;
+        if (peer >= 0 && is_over) next[i] = next_task(p, mine, peer, watched.wanted[i]);
+    }
+    const uint32_t least = __reduce_min_sync(0xffffffffu, min(next[0], next[1]));
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const int peer = watched.peer[i];
+        if (peer < 0 || !(is_masked(p, peer) || (least != 0xffffffffu && next[i] == least))) continue;
+        leave_out(p, peer, shared);
+        watched.peer[i] = -1;
+    }
+    __syncwarp();
+}
+
+// By a warp: waits for what peers announce, and passes it on to the other warps, up to slice `last`. A peer that stops is
+// masked, and its rows are left out of what has not been pulled yet. That takes two deadlines: peers may wait for one before
+// they begin.
 DT_DEVICE void watch(const CombineParams& p, const Control* mine, Work work, int last, Shared& shared) {
     const auto& counts = work == kCopied ? mine->slices_shown[p.set] : mine->slices_pulled[p.set];
-    int peers[2];  // of this lane; -1: none
-    uint32_t wanted[2];
+    Watched watched;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
         const int peer = threadIdx.x % 32 + 32 * i;
         const bool counts_slices = peer < p.num_ranks && peer != p.rank && shared.pulling.how[peer] == kSliced;
-        peers[i] = counts_slices && is_in(shared.present, peer) ? peer : -1;
-        wanted[i] = counts_slices ? slices_of(p, mine, peer) : 0;
+        watched.peer[i] = counts_slices && is_in(shared.present, peer) ? peer : -1;
+        watched.wanted[i] = counts_slices ? slices_of(p, mine, peer) : 0;
     }
-    uint64_t start = global_timer();
+    uint64_t start = 0;  // when the clock was first looked at for this slice; which takes longer than to look at a flag
+    uint32_t polls = 0;
     for (int slice = 0; slice < last;) {
         delay_at_random(slice);
-        uint32_t late = 0;
+        bool late = false;
 #pragma unroll
-        for (int i = 0; i < 2; ++i)
-            if (peers[i] >= 0 && !reached(load_acquire_sys(&counts.at[peers[i]][slice]), wanted[i])) late |= 1u << i;
-        if (__all_sync(0xffffffffu, late == 0)) {
-            ++slice;
-            if (threadIdx.x % 32 == 0) store_release_shared(&shared.seen[work], slice);
-            start = global_timer();
-        } else if (__any_sync(0xffffffffu, global_timer() - start > p.timeout_ns)) {
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                if ((late >> i & 1) == 0) continue;
-                give_up(p, peers[i]);
-                leave_out(peers[i], shared);
-                peers[i] = -1;
-            }
+        for (int i = 0; i < 2; ++i) {
+            const int peer = watched.peer[i];
+            late |= peer >= 0 && !reached(load_acquire_sys(&counts.at[peer][slice]), watched.wanted[i]);
+        }
+        if (!__any_sync(0xffffffffu, late)) {
             __syncwarp();
-            start = global_timer();
+            if (work == kCopied && slice == kTurns) {
+                uint64_t turns = 0;
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    const auto* says = static_cast<const volatile uint32_t*>(mine->takes_turns[p.set].at);
+                    const bool does = watched.peer[i] >= 0 && says[watched.peer[i]] != 0;
+                    turns |= static_cast<uint64_t>(__ballot_sync(0xffffffffu, does)) << 32 * i;
+                }
+                take_turns(turns, shared);
+                __syncwarp();
+            }
+            ++slice;
+            if (threadIdx.x % 32 == 0) add_release_shared(&shared.seen[work], 1);
+            start = 0;
+        } else if (++polls % 256 == 0) {
+            const uint64_t now = global_timer();
+            if (start == 0) start = now;
+            const bool is_over = __any_sync(0xffffffffu, now - start > 2 * p.timeout_ns);
+            leave_out_stopped(p, mine, is_over, watched, shared);
+            if (is_over) start = 0;
         }
     }
 }
@@ -234,6 +305,7 @@ DT_DEVICE void find_all_rows(const CombineParams& p, Control* mine, uint32_t num
     __syncwarp();
     if (threadIdx.x % 32 != 0) return;
     shared.present = present;
+    atomicOr(&shared.left_out, ~present);
     shared.takes_turns = all;
     // Its own are pulled from where the experts left them.
     if (shared.pulling.rows[p.rank] != nullptr) shared.pulling.rows[p.rank] = reinterpret_cast<const char*>(p.y);
@@ -255,16 +327,16 @@ __global__ void __launch_bounds__(kThreads, 1) combine_slices_kernel(const __gri
         announce(p, static_cast<Work>(warp - kAnnouncers), shared);
     } else if (warp == kWatchers) {
         find_all_rows(p, mine, number, shared);
-        meet(kRowsFound, kPullers + 2);
-        meet(kPicksFound, kPullers + 2);
+        meet(kRowsFound, kMeetings);
+        meet(kPicksFound, kPullers + 2);  // `leave_out` writes to them
         watch(p, mine, kCopied, num_slices, shared);
     } else {
-        meet(kRowsFound, kPullers + 2);
-        meet(kPicksFound, kPullers + 2);  // `leave_out` writes to them
+        meet(kRowsFound, kMeetings);
+        meet(kPicksFound, kPullers + 2);
         if (shared.takes_turns)
             watch(p, mine, kPulled, num_slices - kTurns, shared);
         else if (threadIdx.x % 32 == 0)
-            store_release_shared(&shared.seen[kPulled], num_slices);
+            add_release_shared(&shared.seen[kPulled], num_slices);
     }
     if (!is_last_block(mine, p, kCombineReceive)) return;
     tell_pulled(p, mine, number);
@@ -281,6 +353,8 @@ __global__ void __launch_bounds__(kThreads, 1) combine_slices_kernel(const __gri
 int most_tokens_in_slices(int num_sms) { return kBatch * num_sms; }
 
 void launch_combine_slices(const CombineParams& p, cudaStream_t stream) {
+    if (p.num_sms > static_cast<int>(kCombineInSlices))
+        throw std::invalid_argument("more blocks than a combine in slices counts");
     combine_slices_kernel<<<p.num_sms, kThreads, 0, stream>>>(p);
     DT_CUDA(cudaGetLastError());
 }

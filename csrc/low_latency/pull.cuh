@@ -17,7 +17,8 @@ struct Pick {
     const char* row;
     int64_t step;  // bytes from one `kSlice` of it to the next
     float weight;
-    int16_t logfmt;
+    int8_t logfmt;
+    int8_t takes_turns;  // its slices do, in `kTurns` places
     int16_t rank;
 };
 
@@ -35,17 +36,19 @@ DT_DEVICE uint32_t slices_of(const CombineParams& p, const Control* mine, int pe
     return static_cast<uint32_t>(*static_cast<const volatile int64_t*>(&mine->shown_at[p.set][peer]));
 }
 
-// By a thread: waits for the last of a peer's slices, which its blocks show in order; if they do not come, the peer is masked.
+// By a thread: waits for a peer's slices; if one does not come, the peer is masked. It may itself wait so long for `shown`, and
+// then for a slice of a rank that stops: hence the three.
 DT_DEVICE bool wait_for_slices(const CombineParams& p, const Control* mine, int peer) {
-    const uint64_t start = global_timer();
     const uint32_t wanted = slices_of(p, mine, peer);
-    const uint32_t* count = &mine->slices_shown[p.set].at[peer][2 * p.hidden / kSlice - 1];
-    while (!reached(load_acquire_sys(count), wanted)) {
-        if (global_timer() - start > p.timeout_ns) {
-            give_up(p, peer);
-            return false;
+    for (int slice = 0; slice < 2 * p.hidden / kSlice; ++slice) {
+        const uint64_t start = global_timer();
+        while (!reached(load_acquire_sys(&mine->slices_shown[p.set].at[peer][slice]), wanted)) {
+            if (global_timer() - start > 3 * p.timeout_ns) {
+                give_up(p, peer);
+                return false;
+            }
+            __nanosleep(50);
         }
-        __nanosleep(50);
     }
     return true;
 }
@@ -83,7 +86,7 @@ DT_DEVICE uint64_t find_rows(const CombineParams& p, Control* mine, uint32_t num
 
 // A pick of token t.
 DT_DEVICE Pick find_pick(const CombineParams& p, const Pulling& shared, const Place* places, int64_t t, int k) {
-    Pick found{nullptr, kSlice, 0.0f, 0, 0};
+    Pick found{nullptr, kSlice, 0.0f, 0, 0, 0};
     if (k >= p.top_k) return found;
     const int64_t pick = t * p.top_k + k, e = reinterpret_cast<const int64_t*>(p.topk_idx)[pick];
     const int index = reinterpret_cast<const int32_t*>(p.pick_index)[pick];
@@ -125,7 +128,8 @@ DT_DEVICE uint32_t rounded(float low, float high) {
 }
 
 // By a warp: 16 bytes a lane of a token's sum; `at`: this lane's place in the row. Without `kLogfmt` no row is in LogFMT.
-// `turn`: which slice's place that of a sliced row is at. With `kAgain`, places that others' slices will come to.
+// `turn`: which slice's place this one is at, if the row's slices take turns. With `kAgain`, places that others' slices will
+// come to.
 template <bool kLogfmt, bool kAgain = false>
 DT_DEVICE void pull_part(const CombineParams& p, const Pick* picks, int64_t t, int at, int turn) {
     constexpr int kTogether = kLogfmt ? 1 : 8;  // rows that are loaded at once
@@ -138,17 +142,17 @@ DT_DEVICE void pull_part(const CombineParams& p, const Pick* picks, int64_t t, i
 #pragma unroll
         for (int k = 0; k < kTogether; ++k) {
             const Pick pick = picks[base + k];
-            if (pick.row == nullptr) continue;
+            const char* row = *static_cast<const char* const volatile*>(&picks[base + k].row);  // it may become null
+            if (row == nullptr) continue;
             if (kLogfmt && pick.logfmt != 0) {
                 if (!inside) continue;
-                const Logfmt::Coded coded = Logfmt::load(pick.row + at / 256 * Logfmt::kBytes);
+                const Logfmt::Coded coded = Logfmt::load(row + at / 256 * Logfmt::kBytes);
 #pragma unroll
                 for (int i = 0; i < 8; ++i) sum[i] = __fadd_rn(sum[i], __fmul_rn(pick.weight, Logfmt::decode(coded, i)));
                 continue;
             }
             there |= 1u << k;
-            const int64_t slice = pick.step == kSlice ? at / kSlice : turn;
-            const char* from = pick.row + slice * pick.step + at % kSlice;
+            const char* from = row + (pick.takes_turns != 0 ? turn : at / kSlice) * pick.step + at % kSlice;
             if (inside) bits[k] = kAgain ? load_row(from) : load_row_last(from);
         }
 #pragma unroll

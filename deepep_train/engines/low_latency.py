@@ -40,6 +40,11 @@ def weakly(method: Callable[[], T]) -> Callable[[], T]:
     return call
 
 
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Of contiguous tensors."""
+    return a.data_ptr() < b.data_ptr() + b.nbytes and b.data_ptr() < a.data_ptr() + a.nbytes
+
+
 class LowLatency:
     """See the module.
 
@@ -55,7 +60,7 @@ class LowLatency:
 
     Attributes:
         in_slices: whether a combine that can be one launch, slice by slice, is; None: if it is faster. May be changed at any
-            time, for this rank alone.
+            time, for this rank alone. Not before its newest version has run on a GPU (docs/gpu_runs.md).
     """
 
     def __init__(
@@ -72,7 +77,7 @@ class LowLatency:
     ) -> None:
         self._peers, self._arena, self._far = peers, arena, far
         self._num_sms, self.one_gpu, self._ordered, self._device = num_sms, one_gpu, ordered, device
-        self._at_once, self.in_slices = at_once, cast("bool | None", None)
+        self._at_once, self.in_slices = at_once, cast("bool | None", False)
         self._l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
         self._spaces = Spaces(peers, arena, addresses, ordered, device, far)
         self._mask = torch.zeros(peers.size, dtype=torch.int32, device=device)
@@ -178,7 +183,8 @@ class LowLatency:
         p.out, p.topk_idx, p.topk_weights = out.data_ptr(), topk_idx.data_ptr(), topk_weights.data_ptr()
         p.pick_index, p.wait_ns, p.num_tokens = handle.pick_index.data_ptr(), address_of(wait_stats), num_tokens
         used = (out, topk_idx, topk_weights, wait_stats, x)
-        if not (with_hook or zero_copy or use_logfmt) and self._takes_slices(space.shape, num_tokens):
+        as_they_are = not (with_hook or zero_copy or use_logfmt or _overlap(x, out))
+        if as_they_are and self._takes_slices(space.shape, num_tokens):
             self._launch("combine", p, handle, used, False, ("_slices",))
             return out, None
         return out, self._launch("combine", p, handle, used, with_hook)
