@@ -110,14 +110,23 @@ DT_DEVICE uint64_t evict_first() {
     return policy;
 }
 
-DT_DEVICE uint4 load_row_last(const void* address) {
+// The cache's own rule.
+DT_DEVICE uint64_t evict_normal() {
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
+DT_DEVICE uint4 load_row_by(const void* address, uint64_t policy) {
     uint4 v;
     asm volatile("ld.global.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "l"(address), "l"(evict_first())
+                 : "l"(address), "l"(policy)
                  : "memory");
     return v;
 }
+
+DT_DEVICE uint4 load_row_last(const void* address) { return load_row_by(address, evict_first()); }
 
 DT_DEVICE void store_row_last(void* address, uint4 v) {
     asm volatile("st.global.L1::no_allocate.L2::cache_hint.v4.u32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(address), "r"(v.x),

@@ -29,9 +29,9 @@ __global__ void __launch_bounds__(kThreads, 1) combine_receive_kernel(const __gr
             if (part >= items.parts) continue;
             const int at = part * kPart + lane * 16;
             if (shared.coded != 0)
-                pull_part<true>(p, shared.picks[item], shared.token[item], at, at / kSlice);
+                pull_part<true>(p, shared.picks[item], shared.token[item], at, 0, 0, evict_first());
             else
-                pull_part<false>(p, shared.picks[item], shared.token[item], at, at / kSlice);
+                pull_part<false>(p, shared.picks[item], shared.token[item], at, 0, 0, evict_first());
         }
         __syncthreads();
     }

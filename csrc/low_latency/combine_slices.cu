@@ -34,11 +34,14 @@ struct Shared {
     uint32_t seen[2];                                        // by `Work`: slices with which all peers have
     uint64_t present;                                        // peers that came
     unsigned long long
-        left_out;  // to whom nothing is announced: the mask, which takes longer to look at, as this block knows it
-    bool takes_turns;
+        left_out;              // to whom nothing is announced: the mask, which takes longer to look at, as this block knows it
+    unsigned long long turns;  // peers whose slices take turns, from slice `kTurns` on
+    uint32_t found;            // 1: it is known who has come
+    bool takes_turns;          // this rank's
 };
 
 DT_DEVICE void meet(Barriers barrier, int warps) {
+    __syncwarp();
     asm volatile("bar.sync %0, %1;" ::"r"(static_cast<int>(barrier)), "r"(32 * warps) : "memory");
 }
 
@@ -62,7 +65,7 @@ DT_DEVICE void prepare(const CombineParams& p, Control* mine, uint32_t number, S
         shared.first[e + 1] = mine->num_rows[p.set][e] - own.counts[e];
     }
     for (int i = threadIdx.x; i < 2 * kMaxSlices; i += kThreads) shared.done[i / kMaxSlices][i % kMaxSlices] = 0;
-    if (threadIdx.x == 0) shared.first[0] = shared.seen[kCopied] = shared.seen[kPulled] = 0;
+    if (threadIdx.x == 0) shared.first[0] = shared.seen[kCopied] = shared.seen[kPulled] = shared.turns = shared.found = 0;
     if (threadIdx.x < 32) {
         const uint64_t answered = wait_for_answers(p, mine->shown_to[p.set], mine->pulled[p.set]);
         if (threadIdx.x == 0) shared.left_out = ~answered | 1ull << p.rank;
@@ -149,18 +152,18 @@ DT_DEVICE void pull_rows(const CombineParams& p, Shared& shared) {
     meet(kPicksFound, kPullers + 2);
     for (int slice = 0; slice < num_slices; ++slice) {
         wait_shared(&shared.seen[kCopied], slice + 1);
-        const bool again = shared.takes_turns && slice + kTurns < num_slices;
+        // Places that a later slice comes to stay in the cache.
+        const uint64_t policy = shared.takes_turns && slice + kTurns < num_slices ? evict_normal() : evict_first();
         const int turn = slice % kTurns;
+        const uint64_t turns = *static_cast<const volatile unsigned long long*>(&shared.turns);
         for (int unit = warp; unit < count * (kSlice / kPart); unit += kPullers) {
             const int item = unit / (kSlice / kPart);
             const int at = slice * kSlice + unit % (kSlice / kPart) * kPart + lane * 16;
             const Pick* picks = shared.pulling.picks[item];
             if (shared.pulling.coded != 0)
-                pull_part<true>(p, picks, first + item * blocks, at, turn);
-            else if (again)
-                pull_part<false, true>(p, picks, first + item * blocks, at, turn);
+                pull_part<true>(p, picks, first + item * blocks, at, turns, turn, policy);
             else
-                pull_part<false>(p, picks, first + item * blocks, at, turn);
+                pull_part<false>(p, picks, first + item * blocks, at, turns, turn, policy);
         }
         __syncwarp();
         if (lane == 0) add_release_shared(&shared.done[kPulled][slice], 1);
@@ -187,14 +190,6 @@ DT_DEVICE void announce(const CombineParams& p, Work work, Shared& shared) {
     }
 }
 
-// By a warp, for the peers in `turns`: their slices from now on lie where earlier ones were.
-DT_DEVICE void take_turns(uint64_t turns, Shared& shared) {
-    for (int i = threadIdx.x % 32; i < kBatch * kMaxTopK; i += 32) {
-        Pick& pick = shared.pulling.picks[i / kMaxTopK][i % kMaxTopK];
-        if (pick.row != nullptr && is_in(turns, pick.rank)) pick.takes_turns = 1;
-    }
-}
-
 // By a thread. Pulling warps may see it at any time.
 DT_DEVICE void leave_out(const CombineParams& p, int peer, Shared& shared) {
     give_up(p, peer);
@@ -205,92 +200,60 @@ DT_DEVICE void leave_out(const CombineParams& p, int peer, Shared& shared) {
     }
 }
 
-// Which of its tasks a peer has not done. A copy of slice s waits for all ranks' pulls of s - `kTurns`, a pull of s for all
-// copies of it; numbered so that each waits for lower numbers alone, the lowest of all ranks' waits for nobody, so that its
-// rank has stopped.
-DT_DEVICE uint32_t next_task(const CombineParams& p, const Control* mine, int peer, uint32_t wanted) {
-    const int num_slices = 2 * p.hidden / kSlice;
-    int copied = 0, pulled = 0;
-    while (copied < num_slices && reached(load_acquire_sys(&mine->slices_shown[p.set].at[peer][copied]), wanted)) ++copied;
-    while (pulled < num_slices && reached(load_acquire_sys(&mine->slices_pulled[p.set].at[peer][pulled]), wanted)) ++pulled;
-    uint32_t next = 0xffffffffu;
-    if (copied < num_slices) next = 2 * copied;
-    if (pulled < num_slices) next = min(next, 2u * pulled + kTurns);
-    return next;
-}
-
-// The peers that a watching lane looks at; -1: none.
-struct Watched {
-    int peer[2];
-    uint32_t wanted[2];
-};
-
-// By a warp, when a slice is long in coming: peers that another block has given up are left out; if `is_over`, those that have
-// stopped as well. Others may be late only because they wait for these.
-DT_DEVICE void leave_out_stopped(const CombineParams& p, const Control* mine, bool is_over, Watched& watched, Shared& shared) {
-    uint32_t next[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        const int peer = watched.peer[i];
-        next[i] = 0xffffffffu;
-        if (peer >= 0 && is_over) next[i] = next_task(p, mine, peer, watched.wanted[i]);
-    }
-    const uint32_t least = __reduce_min_sync(0xffffffffu, min(next[0], next[1]));
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        const int peer = watched.peer[i];
-        if (peer < 0 || !(is_masked(p, peer) || (least != 0xffffffffu && next[i] == least))) continue;
-        leave_out(p, peer, shared);
-        watched.peer[i] = -1;
-    }
+// By a warp of the first block, now and then while it waits: tells the peers that this rank runs.
+DT_DEVICE void tell_alive(const CombineParams& p, Shared& shared) {
+    if (blockIdx.x != 0) return;
+    const auto word = static_cast<uint32_t>(global_timer());
+    for (int peer = threadIdx.x % 32; peer < p.num_ranks; peer += 32)
+        if (!is_in(*static_cast<volatile unsigned long long*>(&shared.left_out), peer))
+            store_release_sys(&control_of(p, peer)->alive[p.set].at[p.rank], word);
     __syncwarp();
 }
 
 // By a warp: waits for what peers announce, and passes it on to the other warps, up to slice `last`. A peer that stops is
-// masked, and its rows are left out of what has not been pulled yet. That takes two deadlines: peers may wait for one before
-// they begin.
+// masked, and its rows are left out of what has not been pulled yet. Others are late because they wait for it: they say that
+// they run.
 DT_DEVICE void watch(const CombineParams& p, const Control* mine, Work work, int last, Shared& shared) {
     const auto& counts = work == kCopied ? mine->slices_shown[p.set] : mine->slices_pulled[p.set];
-    Watched watched;
+    int peers[2];  // of this lane; -1: none
+    uint32_t wanted[2];
+    Silence silence[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
         const int peer = threadIdx.x % 32 + 32 * i;
         const bool counts_slices = peer < p.num_ranks && peer != p.rank && shared.pulling.how[peer] == kSliced;
-        watched.peer[i] = counts_slices && is_in(shared.present, peer) ? peer : -1;
-        watched.wanted[i] = counts_slices ? slices_of(p, mine, peer) : 0;
+        peers[i] = counts_slices && is_in(shared.present, peer) ? peer : -1;
+        wanted[i] = counts_slices ? slices_of(p, mine, peer) : 0;
     }
-    uint64_t start = 0;  // when the clock was first looked at for this slice; which takes longer than to look at a flag
     uint32_t polls = 0;
     for (int slice = 0; slice < last;) {
         delay_at_random(slice);
-        bool late = false;
+        bool late[2];
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const int peer = watched.peer[i];
-            late |= peer >= 0 && !reached(load_acquire_sys(&counts.at[peer][slice]), watched.wanted[i]);
-        }
-        if (!__any_sync(0xffffffffu, late)) {
+        for (int i = 0; i < 2; ++i)
+            late[i] = peers[i] >= 0 && !reached(load_acquire_sys(&counts.at[peers[i]][slice]), wanted[i]);
+        if (!__any_sync(0xffffffffu, late[0] || late[1])) {
             __syncwarp();
             if (work == kCopied && slice == kTurns) {
-                uint64_t turns = 0;
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
                     const auto* says = static_cast<const volatile uint32_t*>(mine->takes_turns[p.set].at);
-                    const bool does = watched.peer[i] >= 0 && says[watched.peer[i]] != 0;
-                    turns |= static_cast<uint64_t>(__ballot_sync(0xffffffffu, does)) << 32 * i;
+                    if (peers[i] >= 0 && says[peers[i]] != 0) atomicOr(&shared.turns, 1ull << peers[i]);
                 }
-                take_turns(turns, shared);
                 __syncwarp();
             }
             ++slice;
             if (threadIdx.x % 32 == 0) add_release_shared(&shared.seen[work], 1);
-            start = 0;
-        } else if (++polls % 256 == 0) {
-            const uint64_t now = global_timer();
-            if (start == 0) start = now;
-            const bool is_over = __any_sync(0xffffffffu, now - start > 2 * p.timeout_ns);
-            leave_out_stopped(p, mine, is_over, watched, shared);
-            if (is_over) start = 0;
+            silence[0] = silence[1] = Silence();
+        } else if (++polls % 256 == 0) {  // the clock takes longer to look at than a flag
+            tell_alive(p, shared);
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                if (!late[i] || !(is_masked(p, peers[i]) || silence[i].is_over(p, mine, peers[i]))) continue;
+                leave_out(p, peers[i], shared);  // as another block has, or first
+                peers[i] = -1;
+            }
+            __syncwarp();
         }
     }
 }
@@ -310,6 +273,7 @@ DT_DEVICE void find_all_rows(const CombineParams& p, Control* mine, uint32_t num
     // Its own are pulled from where the experts left them.
     if (shared.pulling.rows[p.rank] != nullptr) shared.pulling.rows[p.rank] = reinterpret_cast<const char*>(p.y);
     shared.pulling.how[p.rank] = kSpread;
+    add_release_shared(&shared.found, 1);
 }
 
 __global__ void __launch_bounds__(kThreads, 1) combine_slices_kernel(const __grid_constant__ CombineParams p) {
@@ -325,16 +289,15 @@ __global__ void __launch_bounds__(kThreads, 1) combine_slices_kernel(const __gri
         pull_rows(p, shared);
     } else if (warp < kWatchers) {
         announce(p, static_cast<Work>(warp - kAnnouncers), shared);
-    } else if (warp == kWatchers) {
-        find_all_rows(p, mine, number, shared);
+    } else {
+        const Work work = warp == kWatchers ? kCopied : kPulled;
+        if (work == kCopied) find_all_rows(p, mine, number, shared);
+        for (uint32_t polls = 1; work == kPulled && load_acquire_shared(&shared.found) == 0; ++polls)
+            if (polls % 4096 == 0) tell_alive(p, shared);
         meet(kRowsFound, kMeetings);
         meet(kPicksFound, kPullers + 2);  // `leave_out` writes to them
-        watch(p, mine, kCopied, num_slices, shared);
-    } else {
-        meet(kRowsFound, kMeetings);
-        meet(kPicksFound, kPullers + 2);
-        if (shared.takes_turns)
-            watch(p, mine, kPulled, num_slices - kTurns, shared);
+        if (work == kCopied || shared.takes_turns)
+            watch(p, mine, work, work == kCopied ? num_slices : num_slices - kTurns, shared);
         else if (threadIdx.x % 32 == 0)
             add_release_shared(&shared.seen[kPulled], num_slices);
     }

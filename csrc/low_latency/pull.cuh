@@ -17,8 +17,7 @@ struct Pick {
     const char* row;
     int64_t step;  // bytes from one `kSlice` of it to the next
     float weight;
-    int8_t logfmt;
-    int8_t takes_turns;  // its slices do, in `kTurns` places
+    int16_t logfmt;
     int16_t rank;
 };
 
@@ -36,19 +35,33 @@ DT_DEVICE uint32_t slices_of(const CombineParams& p, const Control* mine, int pe
     return static_cast<uint32_t>(*static_cast<const volatile int64_t*>(&mine->shown_at[p.set][peer]));
 }
 
-// By a thread: waits for a peer's slices; if one does not come, the peer is masked. It may itself wait so long for `shown`, and
-// then for a slice of a rank that stops: hence the three.
+// For how long a peer that is late has been silent.
+struct Silence {
+    uint64_t since = 0, late_since = 0;  // 0: it has not been looked at
+    uint32_t heard = 0;
+
+    // Whether it has stopped: it says nothing for a deadline, or, whatever it says, is late for eight.
+    DT_DEVICE bool is_over(const CombineParams& p, const Control* mine, int peer) {
+        const uint64_t now = global_timer();
+        const uint32_t word = static_cast<uint32_t>(load_acquire_sys(&mine->alive[p.set].at[peer]));
+        if (since == 0 || word != heard) since = now;
+        if (late_since == 0) late_since = now;
+        heard = word;
+        return now - since > p.timeout_ns || now - late_since > 8 * p.timeout_ns;
+    }
+};
+
+// By a thread: waits for the last of a peer's slices, which its blocks show in order; if the peer stops, it is masked.
 DT_DEVICE bool wait_for_slices(const CombineParams& p, const Control* mine, int peer) {
     const uint32_t wanted = slices_of(p, mine, peer);
-    for (int slice = 0; slice < 2 * p.hidden / kSlice; ++slice) {
-        const uint64_t start = global_timer();
-        while (!reached(load_acquire_sys(&mine->slices_shown[p.set].at[peer][slice]), wanted)) {
-            if (global_timer() - start > 3 * p.timeout_ns) {
-                give_up(p, peer);
-                return false;
-            }
-            __nanosleep(50);
+    const uint32_t* count = &mine->slices_shown[p.set].at[peer][2 * p.hidden / kSlice - 1];
+    Silence silence;
+    for (uint32_t polls = 0; !reached(load_acquire_sys(count), wanted); ++polls) {
+        if (polls % 256 == 255 && silence.is_over(p, mine, peer)) {
+            give_up(p, peer);
+            return false;
         }
+        __nanosleep(50);
     }
     return true;
 }
@@ -86,7 +99,7 @@ DT_DEVICE uint64_t find_rows(const CombineParams& p, Control* mine, uint32_t num
 
 // A pick of token t.
 DT_DEVICE Pick find_pick(const CombineParams& p, const Pulling& shared, const Place* places, int64_t t, int k) {
-    Pick found{nullptr, kSlice, 0.0f, 0, 0, 0};
+    Pick found{nullptr, kSlice, 0.0f, 0, 0};
     if (k >= p.top_k) return found;
     const int64_t pick = t * p.top_k + k, e = reinterpret_cast<const int64_t*>(p.topk_idx)[pick];
     const int index = reinterpret_cast<const int32_t*>(p.pick_index)[pick];
@@ -128,10 +141,11 @@ DT_DEVICE uint32_t rounded(float low, float high) {
 }
 
 // By a warp: 16 bytes a lane of a token's sum; `at`: this lane's place in the row. Without `kLogfmt` no row is in LogFMT.
-// `turn`: which slice's place this one is at, if the row's slices take turns. With `kAgain`, places that others' slices will
-// come to.
-template <bool kLogfmt, bool kAgain = false>
-DT_DEVICE void pull_part(const CombineParams& p, const Pick* picks, int64_t t, int at, int turn) {
+// `turns`: the ranks whose slices take turns, so that this one is at the place of number `turn`. `policy`: of the L2 cache, for
+// what is read.
+template <bool kLogfmt>
+DT_DEVICE void pull_part(const CombineParams& p, const Pick* picks, int64_t t, int at, uint64_t turns, int turn,
+                         uint64_t policy) {
     constexpr int kTogether = kLogfmt ? 1 : 8;  // rows that are loaded at once
     const int row_bytes = 2 * p.hidden;
     const bool inside = at < row_bytes;
@@ -152,8 +166,8 @@ DT_DEVICE void pull_part(const CombineParams& p, const Pick* picks, int64_t t, i
                 continue;
             }
             there |= 1u << k;
-            const char* from = row + (pick.takes_turns != 0 ? turn : at / kSlice) * pick.step + at % kSlice;
-            if (inside) bits[k] = kAgain ? load_row(from) : load_row_last(from);
+            const char* from = row + (is_in(turns, pick.rank) ? turn : at / kSlice) * pick.step + at % kSlice;
+            if (inside) bits[k] = load_row_by(from, policy);
         }
 #pragma unroll
         for (int k = 0; k < kTogether; ++k)

@@ -43,8 +43,9 @@ struct Control {
     alignas(128) int64_t shown_at[2][kMaxRanks];
     Slices slices_shown[2];   // its experts' rows may be pulled
     Slices slices_pulled[2];  // it has pulled this rank's rows
-    Numbers
-        takes_turns[2];  // whether slices from `kTurns` on lie where earlier ones were; said before the first of these is shown
+    Numbers alive[2];         // changes while it waits for slices: if it is late, then because of others
+    // Whether slices from `kTurns` on lie where earlier ones were; said before the first of these is shown.
+    Numbers takes_turns[2];
     // Written by the owner.
     alignas(128) uint32_t closed;  // the buffer has been destroyed
     uint32_t dispatches[2];        // sent so far

@@ -218,6 +218,25 @@ def left_out(rank: int, size: int, group: dist.ProcessGroup, case: Case, local: 
     return errors
 
 
+def masked_apart(rank: int, size: int, group: dist.ProcessGroup, case: Case) -> list[str]:
+    """Ranks 0 and 2 mask each other, nobody else: those that combine in slices see different ranks, of which one does not."""
+    buffer = new_buffer(group, 64 << 20, 10, None)
+    errors = round_trip(buffer, rank, case, "cuda")
+    torch.cuda.synchronize()
+    dist.barrier(group)
+    without: frozenset[int] = frozenset()
+    if rank in (0, 2):
+        buffer.low_latency_update_mask_buffer(2 - rank, True)
+        without = frozenset({2 - rank})
+    for number in range(6):
+        buffer._engine.low_latency.in_slices = rank != 2 or number % 3 == 0
+        errors += round_trip(buffer, rank, replace(case, seed=number), "cuda", without)
+    torch.cuda.synchronize()
+    dist.barrier(group)
+    buffer.destroy()
+    return errors
+
+
 def stopped(rank: int, size: int, group: dist.ProcessGroup, case: Case, local: int | None = None) -> list[str]:
     """The last rank stops coming: the others go on without it, and say so."""
     buffer = new_buffer(group, 64 << 20, 3.0, local)

@@ -98,6 +98,11 @@ def test_a_rank_that_is_masked_and_comes_back(size: int) -> None:
     none_wrong(run_ranks(size, ranks.left_out, Case((8,) * size, 8, 2560, 2 * size, 2), fresh=True, timeout=60))
 
 
+@pytest.mark.parametrize("size", [3, 4])
+def test_ranks_whose_masks_differ(size: int) -> None:
+    none_wrong(run_ranks(size, ranks.masked_apart, Case((8,) * size, 8, 2560, 2 * size, 2), fresh=True, timeout=60))
+
+
 @pytest.mark.parametrize("size", [2, 4])
 def test_a_rank_that_stops(size: int) -> None:
     none_wrong(run_ranks(size, ranks.stopped, Case((8,) * size, 8, 2560, 2 * size, 2, kind="bf16"), fresh=True, timeout=60))
