@@ -74,6 +74,7 @@ DEEPEP_TRAIN_KILLS=3 part kills-mps 90 "${tests[@]}" tests/gpu/test_nvlink_failu
 mps end
 part turns 240 "${tests[@]}" tests/gpu/test_nvlink.py # processes that take turns on the GPU
 DEEPEP_TRAIN_KILLS=20 part kills 360 "${tests[@]}" tests/gpu/test_nvlink_failures.py -k killed
+DEEPEP_TRAIN_KILLS=6 part kills-ll 400 "${tests[@]}" tests/gpu/test_low_latency_failures.py
 part kills-rdma 120 "${tests[@]}" tests/gpu/test_rdma.py -k killed
 DEEPEP_TRAIN_STOPS=5 part stops 170 "${tests[@]}" tests/gpu/test_nvlink_failures.py -k stopped
 part streams 200 "${tests[@]}" tests/gpu/test_in_process.py -k "streams or late_rank"
