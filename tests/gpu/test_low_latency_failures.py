@@ -32,10 +32,11 @@ def survive(rank: int, size: int, group: dist.ProcessGroup, victim: int, at: int
     case = Case((40,) * size, 40, 3584, 2 * size, 2, kind="bf16")  # seven slices
     if form == "hook" and rank == (victim + 1) % size:
         case = replace(case, hook=True)
+    errors = []
     for timeout in (60.0, TIMEOUT):  # a process's first kernels may take seconds to load
         buffer = dt.Buffer(group, num_nvl_bytes=128 << 20, low_latency_mode=True, timeout=timeout)
         buffer._engine.low_latency.in_slices = form != "two launches"
-        errors = round_trip(buffer, rank, case, "cuda")
+        errors += round_trip(buffer, rank, case, "cuda")
         if timeout != TIMEOUT:
             buffer.destroy()
     dist.barrier(group)
@@ -49,12 +50,14 @@ def survive(rank: int, size: int, group: dist.ProcessGroup, victim: int, at: int
             threading.Thread(target=strike, daemon=True).start()
         is_after = number >= CALLS - 3
         found = round_trip(buffer, rank, replace(case, seed=number), "cuda", frozenset({victim}) if is_after else frozenset())
-        if number < at or is_after:
+        if number < at - 1 or is_after:  # of the call before, the victim may leave while others still pull its rows
             errors += [f"call {number}: {error}" for error in found]
     status = torch.zeros(size, dtype=torch.int32, device="cuda")
     buffer.low_latency_query_mask_buffer(status)
     if status.tolist() != [int(r == victim) for r in range(size)]:
         errors.append(f"rank {victim} was killed, the mask is {status.tolist()}")
+    rest = [r for r in range(size) if r != victim]
+    dist.barrier(dist.new_group(rest, use_local_synchronization=True))  # its memory is read until then
     return errors
 
 
