@@ -7,9 +7,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 if importlib.util.find_spec("deepep_train._C") is None:
     pytest.skip("the package was built without nvcc, so it has no kernels", allow_module_level=True)
+
+from low_latency_stand_ins import BUFFER, Kernels, X, combine, dispatch
 
 from deepep_train.engines.low_latency import LowLatency
 from deepep_train.engines.low_latency_arguments import Shape
@@ -54,3 +57,24 @@ def test_what_the_kernel_cannot_is_not_even_if_it_is_asked_for(forced: bool | No
 def test_either_can_be_asked_for() -> None:
     assert takes(num_tokens=1, size=1, at_once=False, forced=True)
     assert not takes(forced=False)
+
+
+def test_one_launch_or_two(engine: LowLatency, kernels: Kernels) -> None:
+    """Hooks, rows that peers reach, LogFMT, and an output that lies in the input want two; each rank's own setting decides."""
+    handle = dispatch(engine)[2]
+    inside = torch.zeros(5, 4, 512, dtype=torch.bfloat16)
+    two = ["combine_send", "combine_receive"]
+
+    def launched(**how: Any) -> list[str]:
+        kernels.launched.clear()
+        _, hook = combine(engine, handle, **how)
+        if hook is not None:
+            hook()
+        return [name for name, _ in kernels.launched]
+
+    assert launched() == two  # its first setting
+    engine.in_slices = True
+    assert launched() == launched(out=torch.empty_like(X)) == ["combine_slices"]
+    assert launched(with_hook=True) == launched(use_logfmt=True) == two
+    assert launched(zero_copy=True, y=engine.combine_buffer(BUFFER, handle)) == two
+    assert launched(y=inside, out=inside[4, 1:]) == two
