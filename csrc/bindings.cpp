@@ -248,7 +248,7 @@ PYBIND11_MODULE(_C, m) {
         .def(py::init<int, int, int, int64_t, double>(), py::arg("device"), py::arg("rank"), py::arg("num_ranks"),
              py::arg("arena_bytes"), py::arg("timeout_seconds"))
         .def_static("control_bytes", &C::control_bytes)
-        .def_static("has_mps", &Communicator::has_mps)
+        .def_static("has_mps", &C::has_mps)
         .def_static("obstacle", &C::obstacle)
         .def("ipc_handle", [](const C& c) { return py::bytes(c.ipc_handle()); })
         .def_property_readonly("base", &C::base)

@@ -53,10 +53,6 @@ DT_DEVICE uint32_t load_acquire_shared(const uint32_t* address) {
     return value;
 }
 
-DT_DEVICE void store_release_shared(uint32_t* address, uint32_t value) {
-    asm volatile("st.release.cta.shared.u32 [%0], %1;" ::"r"(shared_address(address)), "r"(value) : "memory");
-}
-
 DT_DEVICE void add_release_shared(uint32_t* address, uint32_t value) {
     asm volatile("red.release.cta.shared.add.u32 [%0], %1;" ::"r"(shared_address(address)), "r"(value) : "memory");
 }

@@ -27,14 +27,15 @@ enum Work : int { kCopied, kPulled };
 
 struct Shared {
     Pulling pulling;
+    // By local expert.
     int32_t first[kMaxExperts + 1];  // its first row among all, without those for this rank itself, which are not copied
     int32_t own_begin[kMaxExperts], own_count[kMaxExperts];  // those, among the expert's rows
     int32_t compact[kMaxExperts];                            // its first row among all
     uint32_t done[2][kMaxSlices];                            // by `Work`: warps that have finished a slice
     uint32_t seen[2];                                        // by `Work`: slices with which all peers have
     uint64_t present;                                        // peers that came
-    unsigned long long
-        left_out;              // to whom nothing is announced: the mask, which takes longer to look at, as this block knows it
+    // To whom nothing is announced: the mask, which takes longer to look at, as this block knows it.
+    unsigned long long left_out;
     unsigned long long turns;  // peers whose slices take turns, from slice `kTurns` on
     uint32_t found;            // 1: it is known who has come
     bool takes_turns;          // this rank's

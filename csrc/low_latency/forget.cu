@@ -17,8 +17,8 @@ __global__ void forget_kernel(const __grid_constant__ Common c, const int peer) 
     if (!is_local(c, peer)) return;
     // Where it was masked in the middle of a combine, some slices have been counted there, and some have not.
     Control* there = control_of(c, peer);
+    const uint32_t count = mine->sliced_to[set].at[peer] * kCombineInSlices;
     for (int slice = 0; slice < kMaxSlices; ++slice) {
-        const uint32_t count = mine->sliced_to[set].at[peer] * kCombineInSlices;
         store_release_sys(&there->slices_shown[set].at[c.rank][slice], count);
         store_release_sys(&there->slices_pulled[set].at[c.rank][slice], count);
     }

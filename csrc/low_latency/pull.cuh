@@ -43,7 +43,7 @@ struct Silence {
     // Whether it has stopped: it says nothing for a deadline, or, whatever it says, is late for eight.
     DT_DEVICE bool is_over(const CombineParams& p, const Control* mine, int peer) {
         const uint64_t now = global_timer();
-        const uint32_t word = static_cast<uint32_t>(load_acquire_sys(&mine->alive[p.set].at[peer]));
+        const uint32_t word = load_acquire_sys(&mine->alive[p.set].at[peer]);
         if (since == 0 || word != heard) since = now;
         if (late_since == 0) late_since = now;
         heard = word;

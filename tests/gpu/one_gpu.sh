@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # All that one GPU can show of this library, in one command: tests/gpu, the benchmark's tables, the scripts of DeepEP's users, failures,
-# sanitizers, a soak on the debug build. About an hour; each part has a limit and a log of its own.
+# sanitizers, a soak on the debug build. More than an hour; each part has a limit and a log of its own.
 #
 #   tests/gpu/one_gpu.sh [FOLDER]        default runs/one_gpu; needs the package built in place, torch, pytest
 #

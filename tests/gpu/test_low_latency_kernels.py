@@ -52,6 +52,8 @@ def test_combines_in_slices(size: int) -> None:
         hidden, style = r.choice((512, 1024, 1536, 2048, 3584)), STYLES[(i + i // 6) % len(STYLES)]
         cases.append(Case(tokens, most, hidden, r.choice((1, 3, 8)) * size, r.choice((1, 2, 8)), style, KINDS[i % 4], seed=i))
     cases = [replace(case, top_k=min(case.top_k, case.num_experts)) for case in cases]
+    # Of eight ranks with 16 blocks each, 56 rows for each copying warp of the first.
+    cases.append(Case((128,) * size, 128, 2048, 8 * size, 8, "one rank", seed=18))
     none_wrong(run_ranks(size, ranks.in_slices, cases, timeout=90))
 
 
