@@ -37,7 +37,6 @@ struct Shared {
     // To whom nothing is announced: the mask, which takes longer to look at, as this block knows it.
     unsigned long long left_out;
     unsigned long long turns;  // peers whose slices take turns, from slice `kTurns` on
-    uint32_t found;            // 1: it is known who has come
     bool takes_turns;          // this rank's
 };
 
@@ -66,7 +65,7 @@ DT_DEVICE void prepare(const CombineParams& p, Control* mine, uint32_t number, S
         shared.first[e + 1] = mine->num_rows[p.set][e] - own.counts[e];
     }
     for (int i = threadIdx.x; i < 2 * kMaxSlices; i += kThreads) shared.done[i / kMaxSlices][i % kMaxSlices] = 0;
-    if (threadIdx.x == 0) shared.first[0] = shared.seen[kCopied] = shared.seen[kPulled] = shared.turns = shared.found = 0;
+    if (threadIdx.x == 0) shared.first[0] = shared.seen[kCopied] = shared.seen[kPulled] = shared.turns = 0;
     if (threadIdx.x < 32) {
         const uint64_t answered = wait_for_answers(p, mine->shown_to[p.set], mine->pulled[p.set]);
         if (threadIdx.x == 0) shared.left_out = ~answered | 1ull << p.rank;
@@ -201,16 +200,6 @@ DT_DEVICE void leave_out(const CombineParams& p, int peer, Shared& shared) {
     }
 }
 
-// By a warp of the first block, now and then while it waits: tells the peers that this rank runs.
-DT_DEVICE void tell_alive(const CombineParams& p, Shared& shared) {
-    if (blockIdx.x != 0) return;
-    const auto word = static_cast<uint32_t>(global_timer());
-    for (int peer = threadIdx.x % 32; peer < p.num_ranks; peer += 32)
-        if (!is_in(*static_cast<volatile unsigned long long*>(&shared.left_out), peer))
-            store_release_sys(&control_of(p, peer)->alive[p.set].at[p.rank], word);
-    __syncwarp();
-}
-
 // By a warp: waits for what peers announce, and passes it on to the other warps, up to slice `last`. A peer that stops is
 // masked, and its rows are left out of what has not been pulled yet. Others are late because they wait for it: they say that
 // they run.
@@ -246,11 +235,11 @@ DT_DEVICE void watch(const CombineParams& p, const Control* mine, Work work, int
             ++slice;
             if (threadIdx.x % 32 == 0) add_release_shared(&shared.seen[work], 1);
             silence[0] = silence[1] = Silence();
-        } else if (++polls % 256 == 0) {  // the clock takes longer to look at than a flag
-            tell_alive(p, shared);
+        } else if (++polls % (4 * kPolls) == 0) {
+            tell_alive(p, threadIdx.x % 32, 32);
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                if (!late[i] || !(is_masked(p, peers[i]) || silence[i].is_over(p, mine, peers[i]))) continue;
+                if (!late[i] || !silence[i].is_over(p, peers[i])) continue;
                 leave_out(p, peers[i], shared);  // as another block has, or first
                 peers[i] = -1;
             }
@@ -274,7 +263,6 @@ DT_DEVICE void find_all_rows(const CombineParams& p, Control* mine, uint32_t num
     // Its own are pulled from where the experts left them.
     if (shared.pulling.rows[p.rank] != nullptr) shared.pulling.rows[p.rank] = reinterpret_cast<const char*>(p.y);
     shared.pulling.how[p.rank] = kSpread;
-    add_release_shared(&shared.found, 1);
 }
 
 __global__ void __launch_bounds__(kThreads, 1) combine_slices_kernel(const __grid_constant__ CombineParams p) {
@@ -293,8 +281,6 @@ __global__ void __launch_bounds__(kThreads, 1) combine_slices_kernel(const __gri
     } else {
         const Work work = warp == kWatchers ? kCopied : kPulled;
         if (work == kCopied) find_all_rows(p, mine, number, shared);
-        for (uint32_t polls = 1; work == kPulled && load_acquire_shared(&shared.found) == 0; ++polls)
-            if (polls % 4096 == 0) tell_alive(p, shared);
         meet(kRowsFound, kMeetings);
         meet(kPicksFound, kPullers + 2);  // `leave_out` writes to them
         if (work == kCopied || shared.takes_turns)

@@ -35,31 +35,18 @@ DT_DEVICE uint32_t slices_of(const CombineParams& p, const Control* mine, int pe
     return static_cast<uint32_t>(*static_cast<const volatile int64_t*>(&mine->shown_at[p.set][peer]));
 }
 
-// For how long a peer that is late has been silent.
-struct Silence {
-    uint64_t since = 0, late_since = 0;  // 0: it has not been looked at
-    uint32_t heard = 0;
-
-    // Whether it has stopped: it says nothing for a deadline, or, whatever it says, is late for eight.
-    DT_DEVICE bool is_over(const CombineParams& p, const Control* mine, int peer) {
-        const uint64_t now = global_timer();
-        const uint32_t word = load_acquire_sys(&mine->alive[p.set].at[peer]);
-        if (since == 0 || word != heard) since = now;
-        if (late_since == 0) late_since = now;
-        heard = word;
-        return now - since > p.timeout_ns || now - late_since > 8 * p.timeout_ns;
-    }
-};
-
 // By a thread: waits for the last of a peer's slices, which its blocks show in order; if the peer stops, it is masked.
 DT_DEVICE bool wait_for_slices(const CombineParams& p, const Control* mine, int peer) {
     const uint32_t wanted = slices_of(p, mine, peer);
     const uint32_t* count = &mine->slices_shown[p.set].at[peer][2 * p.hidden / kSlice - 1];
     Silence silence;
-    for (uint32_t polls = 0; !reached(load_acquire_sys(count), wanted); ++polls) {
-        if (polls % 256 == 255 && silence.is_over(p, mine, peer)) {
-            give_up(p, peer);
-            return false;
+    for (uint32_t polls = 1; !reached(load_acquire_sys(count), wanted); ++polls) {
+        if (polls % kPolls == 0) {
+            tell_alive(p);
+            if (silence.is_over(p, peer)) {
+                give_up(p, peer);
+                return false;
+            }
         }
         __nanosleep(50);
     }

@@ -43,7 +43,7 @@ struct Control {
     alignas(128) int64_t shown_at[2][kMaxRanks];
     Slices slices_shown[2];   // its experts' rows may be pulled
     Slices slices_pulled[2];  // it has pulled this rank's rows
-    Numbers alive[2];         // changes while it waits for slices: if it is late, then because of others
+    Numbers alive;            // changes while it waits for others, which may be why it is late
     // Whether slices from `kTurns` on lie where earlier ones were; said before the first of these is shown.
     Numbers takes_turns[2];
     // Written by the owner.
@@ -159,24 +159,52 @@ DT_DEVICE bool is_in(uint64_t ranks, int rank) { return (ranks >> rank & 1) != 0
 DT_DEVICE bool is_masked(const Common& c, int rank) { return reinterpret_cast<const volatile int32_t*>(c.mask)[rank] != 0; }
 DT_DEVICE void give_up(const Common& c, int rank) { reinterpret_cast<volatile int32_t*>(c.mask)[rank] = 1; }
 
+// By who waits, now and then: the first block tells the peers, every `step`-th from `first` on, that this rank runs.
+DT_DEVICE void tell_alive(const Common& c, int first = 0, int step = 1) {
+    if (blockIdx.x != 0) return;
+    const auto word = static_cast<uint32_t>(global_timer());
+    for (int peer = first; peer < c.num_ranks; peer += step)
+        if (is_local(c, peer) && !is_masked(c, peer)) store_release_sys(&control_of(c, peer)->alive.at[c.rank], word);
+}
+
+constexpr uint32_t kPolls = 64;  // the clock and the mask take longer to look at than a flag
+
+// How long one peer has been late, and silent. Who waits for another that has stopped is late itself, as are those that wait
+// for it in turn, but not silent.
+struct Silence {
+    uint64_t since = 0, late_since = 0;  // 0: it has not been looked at
+    uint32_t heard = 0;
+
+    // Whether it has stopped: it is masked by now, or has said nothing for a deadline, or, whatever it says, is late for eight.
+    DT_DEVICE bool is_over(const Common& c, int peer) {
+        const uint64_t now = global_timer();
+        const uint32_t word = load_acquire_sys(&own_control(c)->alive.at[peer]);
+        if (since == 0 || word != heard) since = now;
+        if (late_since == 0) late_since = now;
+        heard = word;
+        return is_masked(c, peer) || now - since > c.timeout_ns || now - late_since > 8 * c.timeout_ns;
+    }
+};
+
 // By one warp: waits until each peer that is not masked has answered what was last given to it, so that it may be overwritten.
 // Peers that do not in time are masked. Returns those that are left.
 DT_DEVICE uint64_t wait_for_answers(const Common& c, const Control::Numbers& given, const Control::Flags& answered) {
-    const uint64_t start = global_timer();
     uint64_t present = 0;
     for (int base = 0; base < c.num_ranks; base += 32) {
         const int peer = base + threadIdx.x % 32;
         bool here = false;
+        delay_at_random(base);
         if (peer < c.num_ranks) {
             const uint32_t number = given.at[peer];
             here = !is_masked(c, peer);
-            delay_at_random(number);
-            uint64_t flag = load_acquire_sys(answered.at + peer);
-            for (; here && !reached(flag, number); flag = load_acquire_sys(answered.at + peer))
-                if (global_timer() - start > c.timeout_ns) {
-                    give_up(c, peer);
-                    here = false;
-                }
+            Silence silence;
+            for (uint32_t polls = 1; here && !reached(load_acquire_sys(answered.at + peer), number); ++polls) {
+                if (polls % kPolls != 0) continue;
+                tell_alive(c);
+                if (!silence.is_over(c, peer)) continue;
+                give_up(c, peer);
+                here = false;
+            }
         }
         __syncwarp();
         present |= static_cast<uint64_t>(__ballot_sync(0xffffffffu, here)) << base;
@@ -194,14 +222,18 @@ DT_DEVICE uint64_t wait_for_peers(const Common& c, const Control::Flags& flags, 
     for (int base = 0; base < c.num_ranks; base += 32) {
         const int peer = base + threadIdx.x % 32;
         bool here = false;
+        delay_at_random(number);
         if (peer < c.num_ranks) {
-            delay_at_random(number);
             const bool masked = is_masked(c, peer);
             uint32_t verdict = *static_cast<volatile uint32_t*>(decided.at + peer);
-            while (!masked && !here) {
+            Silence silence;
+            for (uint32_t polls = 1; !masked; ++polls) {
                 here = reached(load_acquire_sys(flags.at + peer), value);
                 if (here) break;
-                if (global_timer() - start > c.timeout_ns) break;
+                if (polls % kPolls == 0) {
+                    tell_alive(c);
+                    if (silence.is_over(c, peer)) break;
+                }
                 __nanosleep(50);  // so many blocks ask that the answer would have to queue
             }
             const uint64_t waited = global_timer() - start;

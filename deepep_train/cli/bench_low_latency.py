@@ -26,7 +26,7 @@ REPLAYS = 5  # of a round
 GEMM = 4096
 TIMEOUT_SECONDS = 10.0  # after which a rank is masked, and the table given up
 # Microseconds, for 8 ranks on one H100 under MPS, 128 tokens of 7168, top-8 of 256 experts.
-LIMITS = {"dispatch FP8": 55.0, "combine bf16": 110.0, "combine bf16, in slices": 110.0}
+LIMITS = {"dispatch FP8": 55.0, "combine bf16": 110.0}
 LIMIT_SHAPE, LIMIT_RANKS = Shape(128, 7168, 256, 8), 8
 MOST_SLOWED = 0.03
 
@@ -106,8 +106,6 @@ def _calls(
     buffer: Buffer, shape: Shape, x: Tensor, idx: Tensor, weights: Tensor
 ) -> Iterator[tuple[str, Callable[[], Any], int]]:
     """What is timed, and the bytes, of all ranks that share the GPU, that it must move."""
-    from deepep_train import _C  # type: ignore[attr-defined]  # where there are no kernels, `bench` says so before
-
     size = dist.get_world_size()
     picks = size * shape.num_tokens * shape.num_topk
     tokens, row = size * shape.num_tokens, 2 * shape.hidden
@@ -126,16 +124,8 @@ def _calls(
         assert hook is not None
         hook()
 
-    def combine_in_slices() -> None:
-        engine = buffer._engine.low_latency
-        before, engine.in_slices = engine.in_slices, True
-        combine(y, False)
-        engine.in_slices = before
-
     back = picks * row + tokens * row
     yield "combine bf16", lambda: combine(y, False), back
-    if row % _C.low_latency.slice_bytes == 0:
-        yield "combine bf16, in slices", combine_in_slices, back
     yield "combine bf16, by hook", combine_in_phases, back
     yield "combine bf16, zero copy", lambda: combine(visible, True), back
     yield "dispatch FP8", lambda: dispatch(True), tokens * row + picks * (shape.hidden + shape.hidden // 32)

@@ -78,7 +78,7 @@ class LowLatency:
         self._peers, self._arena, self._far = peers, arena, far
         self._num_sms, self.one_gpu, self._ordered, self._device = num_sms, one_gpu, ordered, device
         self._at_once = at_once
-        self.in_slices: bool | None = False
+        self.in_slices: bool | None = None
         self._l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
         self._spaces = Spaces(peers, arena, addresses, ordered, device, far)
         self._mask = torch.zeros(peers.size, dtype=torch.int32, device=device)

@@ -198,11 +198,9 @@ def left_out(rank: int, size: int, group: dist.ProcessGroup, case: Case, local: 
     errors = round_trip(buffer, rank, case, "cuda")
     gone = size - 1
     dist.barrier(group)
-    status = torch.zeros(size, dtype=torch.int32, device="cuda")
     if rank != gone:
         buffer.low_latency_update_mask_buffer(gone, True)
-        buffer.low_latency_query_mask_buffer(status)
-        errors += [] if status.tolist() == [int(r == gone) for r in range(size)] else [f"mask is {status.tolist()}"]
+        errors += mask_is_not(buffer, frozenset({gone}))
         for _ in range(4):
             errors += round_trip(buffer, rank, case, "cuda", frozenset({gone}))
         torch.cuda.synchronize()
@@ -231,7 +229,44 @@ def masked_apart(rank: int, size: int, group: dist.ProcessGroup, case: Case) -> 
     for number in range(6):
         buffer._engine.low_latency.in_slices = rank != 2 or number % 3 == 0
         errors += round_trip(buffer, rank, replace(case, seed=number), "cuda", without)
+    errors += mask_is_not(buffer, without)
     torch.cuda.synchronize()
+    dist.barrier(group)
+    buffer.destroy()
+    return errors
+
+
+def mask_is_not(buffer: dt.Buffer, expected: frozenset[int]) -> list[str]:
+    """What is wrong with the mask."""
+    status = torch.zeros(buffer.group_size, dtype=torch.int32, device="cuda")
+    buffer.low_latency_query_mask_buffer(status)
+    masked = set(status.nonzero().flatten().tolist())
+    return [] if masked == expected else [f"rank {buffer.rank} has masked {masked}, not {set(expected)}"]
+
+
+def late_for_another(rank: int, size: int, group: dist.ProcessGroup, case: Case, in_slices: bool) -> list[str]:
+    """Rank 2 makes no combine, and rank 0 has masked it. So rank 1 is late for rank 0, and for longer than that one's deadline,
+    but because it waits: nobody gives it up."""
+    buffer = new_buffer(group, 64 << 20, 10, None)
+    calls, gone = buffer._engine.low_latency, 2
+    calls.in_slices = in_slices
+    errors = round_trip(buffer, rank, case, "cuda")
+    x, idx, weights = (t.cuda() for t in case.inputs(rank))
+    recv, count, handle, _, _ = buffer.low_latency_dispatch(x, idx, case.most, case.num_experts, None, **case.arguments)
+    y = torch.empty(case.num_experts // size, size * case.most, case.hidden, dtype=torch.bfloat16, device="cuda")
+    fill(case, rank, y, recv, count)
+    if rank == 0:
+        buffer.low_latency_update_mask_buffer(gone, True)
+    torch.cuda.synchronize()
+    dist.barrier(group)
+    if rank != gone:
+        calls._peers.timeout = 1.0 if rank == 0 else 3.0
+        z = buffer.low_latency_combine(y, idx, weights, handle)[0]
+        errors += wrong("combined", z, case.combined(rank, frozenset({gone})))
+        errors += round_trip(buffer, rank, replace(case, seed=1), "cuda", frozenset({gone}))
+        errors += mask_is_not(buffer, frozenset({gone}))
+    torch.cuda.synchronize()
+    calls._peers.timeout = 10
     dist.barrier(group)
     buffer.destroy()
     return errors
@@ -259,9 +294,7 @@ def stopped(rank: int, size: int, group: dist.ProcessGroup, case: Case, local: i
         z = buffer.low_latency_combine(y, idx, weights, handle, combine_wait_recv_cost_stats=waits[1])[0]
         errors += wrong("combined", z, case.combined(rank, frozenset({gone})))
         took = time.monotonic() - start
-        status = torch.zeros(size, dtype=torch.int32, device="cuda")
-        buffer.low_latency_query_mask_buffer(status)
-        errors += [] if status.tolist() == [int(r == gone) for r in range(size)] else [f"mask is {status.tolist()}"]
+        errors += mask_is_not(buffer, frozenset({gone}))
         errors += [] if took < 20 else [f"{took:.1f} s, above one timeout and some"]
         slowest = int(waits[0].argmax())
         if slowest != gone or int(waits[0, gone]) < 2_500_000_000 or int(waits[1, gone]) > 500_000_000:

@@ -105,6 +105,13 @@ def test_ranks_whose_masks_differ(size: int) -> None:
     none_wrong(run_ranks(size, ranks.masked_apart, Case((8,) * size, 8, 2560, 2 * size, 2), fresh=True, timeout=60))
 
 
+@pytest.mark.parametrize("size", [3, 4])
+@pytest.mark.parametrize("in_slices", [True, False])
+def test_a_rank_that_is_late_because_of_another(size: int, in_slices: bool) -> None:
+    case = Case((8,) * size, 8, 2560, 2 * size, 2, kind="bf16")
+    none_wrong(run_ranks(size, ranks.late_for_another, case, in_slices, fresh=True, timeout=60))
+
+
 @pytest.mark.parametrize("size", [2, 4])
 def test_a_rank_that_stops(size: int) -> None:
     none_wrong(run_ranks(size, ranks.stopped, Case((8,) * size, 8, 2560, 2 * size, 2, kind="bf16"), fresh=True, timeout=60))
