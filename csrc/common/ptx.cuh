@@ -34,14 +34,22 @@ DT_DEVICE void store_release_sys(uint64_t* address, uint64_t value) {
     asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
 }
 
+// Between ranks that share a GPU. PTX's gpu scope is of one program, which processes are not, but its SMs meet in the L2 cache
+// whatever process they run, and that is all that these wait for: in docs/low_latency.md is what it saves.
+DT_DEVICE uint32_t load_acquire_gpu(const uint32_t* address) {
+    uint32_t value;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+    return value;
+}
+
+DT_DEVICE void add_release_gpu(uint32_t* address, uint32_t value) {
+    asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
+}
+
 DT_DEVICE uint32_t add_acq_rel_gpu(uint32_t* address, uint32_t value) {
     uint32_t old;
     asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;" : "=r"(old) : "l"(address), "r"(value) : "memory");
     return old;
-}
-
-DT_DEVICE void add_release_sys(uint32_t* address, uint32_t value) {
-    asm volatile("red.release.sys.global.add.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
 }
 
 // Between the warps of a block, in shared memory.

@@ -185,7 +185,7 @@ DT_DEVICE void announce(const CombineParams& p, Work work, Shared& shared) {
             Control* there = control_of(p, peer);
             if (work == kCopied && slice == kTurns) there->takes_turns[p.set].at[p.rank] = shared.takes_turns;
             auto& counts = work == kCopied ? there->slices_shown[p.set] : there->slices_pulled[p.set];
-            add_release_sys(&counts.at[p.rank][slice], share);
+            add_release_gpu(&counts.at[p.rank][slice], share);
         }
     }
 }
@@ -221,7 +221,7 @@ DT_DEVICE void watch(const CombineParams& p, const Control* mine, Work work, int
         bool late[2];
 #pragma unroll
         for (int i = 0; i < 2; ++i)
-            late[i] = peers[i] >= 0 && !reached(load_acquire_sys(&counts.at[peers[i]][slice]), wanted[i]);
+            late[i] = peers[i] >= 0 && !reached(load_acquire_gpu(&counts.at[peers[i]][slice]), wanted[i]);
         if (!__any_sync(0xffffffffu, late[0] || late[1])) {
             __syncwarp();
             if (work == kCopied && slice == kTurns) {

@@ -53,14 +53,14 @@ class LowLatency:
         arena: of this rank; what this node's peers reach lies in it.
         addresses: of every rank's arena, as this process maps it; 0 for those of other nodes.
         num_sms: that a launch may occupy.
-        one_gpu: whether all ranks of this node share one; may be changed at any time, for this rank alone.
+        one_gpu: whether all ranks of this node share one.
         ordered: a context in which launches follow each other, whatever streams they are on; gives the stream.
         far: how ranks of other nodes are reached; None: there are none.
         at_once: whether the kernels of all ranks run on one GPU at the same time.
 
-    Attributes:
-        in_slices: whether a combine that can be one launch, slice by slice, is; None: if it is faster. May be changed at any
-            time, for this rank alone. Not before its newest version has run on a GPU (docs/gpu_runs.md).
+    Attributes, which may be changed at any time, for this rank alone:
+        keeps_rows: whether rows that are dispatched with a hook stay here until they are received; at first, if `one_gpu`.
+        in_slices: whether a combine that can be one launch, slice by slice, is; None: if it is faster.
     """
 
     def __init__(
@@ -76,8 +76,9 @@ class LowLatency:
         at_once: bool = False,
     ) -> None:
         self._peers, self._arena, self._far = peers, arena, far
-        self._num_sms, self.one_gpu, self._ordered, self._device = num_sms, one_gpu, ordered, device
+        self._num_sms, self._one_gpu, self._ordered, self._device = num_sms, one_gpu, ordered, device
         self._at_once = at_once
+        self.keeps_rows = one_gpu
         self.in_slices: bool | None = None
         self._l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
         self._spaces = Spaces(peers, arena, addresses, ordered, device, far)
@@ -134,7 +135,7 @@ class LowLatency:
         p.x, p.topk_idx, p.pick_index, p.num_tokens = x.data_ptr(), topk_idx.data_ptr(), pick_index.data_ptr(), x.size(0)
         p.scales = 0 if not use_fp8 else 3 if use_ue8m0 else 2 if round_scale else 1
         # Rows that need not cross a link while others compute wait where they are quantized: the receiver reads them once.
-        p.keep = int(not with_hook or self.one_gpu)
+        p.keep = int(not with_hook or self.keeps_rows)
         p.bad_index = self._bad_index.data_ptr()
         p.recv_x, p.recv_scales, p.src_info = data.data_ptr(), address_of(scales), source.data_ptr()
         p.ranges, p.recv_count = ranges.data_ptr(), count.data_ptr()
@@ -197,7 +198,7 @@ class LowLatency:
         agree.
         """
         row_bytes, rows = 2 * shape.hidden, self._peers.size * num_tokens * shape.top_k
-        if self._far is not None or row_bytes % _C.low_latency.slice_bytes:
+        if self._far is not None or not self._one_gpu or row_bytes % _C.low_latency.slice_bytes:
             return False
         if num_tokens > _C.low_latency.most_tokens_in_slices(self._num_sms):
             return False

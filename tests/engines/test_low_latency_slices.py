@@ -24,19 +24,21 @@ def takes(
     num_tokens: int = 128,
     size: int = 8,
     num_sms: int = 16,
+    one_gpu: bool = True,
     at_once: bool = True,
     forced: bool | None = None,
     far: Any = None,
     **shape: int,
 ) -> bool:
-    fields = {"_peers": SimpleNamespace(size=size), "_far": far, "_num_sms": num_sms, "_at_once": at_once}
+    fields = {"_peers": SimpleNamespace(size=size), "_far": far, "_num_sms": num_sms, "_one_gpu": one_gpu, "_at_once": at_once}
     of_h100 = SimpleNamespace(**fields, in_slices=forced, _l2_bytes=50 << 20)
     return LowLatency._takes_slices(of_h100, LARGE._replace(**shape), num_tokens)  # type: ignore[arg-type]
 
 
 def test_large_ones_of_ranks_that_run_at_once_on_one_gpu_are() -> None:
     assert takes()
-    assert not takes(at_once=False)  # they take turns on the GPU, or have one each
+    assert not takes(at_once=False)  # they take turns on the GPU
+    assert not takes(one_gpu=False, at_once=False)  # they have one each
     assert not takes(far=object())
 
 
@@ -50,6 +52,7 @@ def test_what_fits_the_cache_in_two_launches_and_what_does_not_fit_it_in_slices_
 @pytest.mark.parametrize("forced", [None, True])
 def test_what_the_kernel_cannot_is_not_even_if_it_is_asked_for(forced: bool | None) -> None:
     assert not takes(forced=forced, hidden=7168 + 128)
+    assert not takes(forced=forced, one_gpu=False, at_once=False)  # its flags are of the gpu scope
     assert not takes(forced=forced, num_sms=3)  # 43 tokens a block
     assert takes(forced=forced, num_sms=4)
 

@@ -47,14 +47,14 @@ def round_trips(rank: int, size: int, group: dist.ProcessGroup, cases: Sequence[
     buffer = buffer_of(group, local)
     errors = []
     calls = buffer._engine.low_latency
-    here = calls.one_gpu, calls.in_slices
+    here = calls.keeps_rows, calls.in_slices
     for number, case in enumerate(cases):
         # With a hook, rows wait at their source if the ranks share a GPU, else they are pushed: each rank as it likes.
-        calls.one_gpu = (number + rank) % 3 != 0
+        calls.keeps_rows = (number + rank) % 3 != 0
         # All combine in slices, none, or each as it likes.
         calls.in_slices = (True, False, rank % 2 == 0)[number % 3]
         errors += [f"{case}: {error}" for error in round_trip(buffer, rank, case, "cuda")]
-    calls.one_gpu, calls.in_slices = here
+    calls.keeps_rows, calls.in_slices = here
     torch.cuda.synchronize()
     buffer.check()
     return errors
