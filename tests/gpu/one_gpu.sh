@@ -50,7 +50,7 @@ part nvlink-handles 90 "${tests[@]}" tests/gpu/test_nvlink_handles.py
 part nvlink-surroundings 130 "${tests[@]}" tests/gpu/test_nvlink_surroundings.py
 DEEPEP_TRAIN_SOAK=2000 part rdma 240 "${tests[@]}" tests/gpu/test_rdma.py -k "not killed"
 part rdma-calls 480 "${tests[@]}" tests/gpu/test_rdma_calls.py
-part rdma-training 90 "${tests[@]}" tests/gpu/test_rdma_training.py -k "not sanitizers"
+part rdma-training 90 "${tests[@]}" tests/gpu/test_rdma_training.py -k "not racecheck"
 # Meshes of more than two nodes have more than one stage.
 DEEPEP_TRAIN_RAIL_STAGES=3 part stages 330 "${tests[@]}" tests/gpu/test_rdma.py tests/gpu/test_rdma_calls.py -k "4x1 or 4x2 or other_rows"
 for stages in 1 3; do
@@ -80,7 +80,7 @@ DEEPEP_TRAIN_STOPS=5 part stops 170 "${tests[@]}" tests/gpu/test_nvlink_failures
 part streams 200 "${tests[@]}" tests/gpu/test_in_process.py -k "streams or late_rank"
 part sanitizers-race 300 "${tests[@]}" tests/gpu/test_in_process.py -k racecheck
 part sanitizers-memory 300 "${tests[@]}" tests/gpu/test_in_process.py -k memcheck
-part sanitizers-rdma 500 "${tests[@]}" tests/gpu/test_rdma_training.py -k sanitizers
+part sanitizers-rdma 250 "${tests[@]}" tests/gpu/test_rdma_training.py -k racecheck
 if [[ " $parts " == *" debug "* ]]; then # a build of its own: random delays at every flag, memory full of NaN
   mps start
   debug=$(mktemp -d)
