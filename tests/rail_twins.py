@@ -22,17 +22,17 @@ def counts_of(rank: int, local: int, counts_RR: Tensor, per_node_RN: Tensor) -> 
     return node_counts(rank, local, per_node_RN[rank].tolist(), recv, counts_RR, int(per_node_RN.max()))
 
 
-def mask_words(is_token_in_rank: Tensor) -> Tensor:
-    """bool [T, R] -> int32 [T, words], a bit a rank: what a row tells its forwarder."""
-    num_tokens, num_ranks = is_token_in_rank.shape
-    words = num_words(num_ranks)
-    bits = F.pad(is_token_in_rank, (0, words * _BITS - num_ranks)).view(num_tokens, words, _BITS).to(torch.int64)
+def mask_words(is_row_for_rank: Tensor) -> Tensor:
+    """bool [rows, local ranks] -> int32 [rows, words], a bit a rank of one node: what rows tell their forwarder."""
+    num_rows, local = is_row_for_rank.shape
+    words = num_words(local)
+    bits = F.pad(is_row_for_rank, (0, words * _BITS - local)).view(num_rows, words, _BITS).to(torch.int64)
     return (bits << torch.arange(_BITS, device=bits.device)).sum(2).to(torch.int32)
 
 
-def masks_of(words: Tensor, node: int, local: int) -> Tensor:
-    """int32 [F, words] -> bool [F, local]: which ranks of a node rows are for."""
-    rank = torch.arange(node * local, (node + 1) * local, dtype=torch.int32, device=words.device)
+def masks_of(words: Tensor, local: int) -> Tensor:
+    """int32 [F, words] -> bool [F, local]: which ranks of the node rows are for."""
+    rank = torch.arange(local, dtype=torch.int32, device=words.device)
     return ((words[:, rank // _BITS] >> rank % _BITS) & 1).to(torch.bool)
 
 

@@ -39,8 +39,7 @@ void bind_fresh(py::module_& m) {
         using P = SlotParams;
         py::class_<P>(m, "SlotParams")
             .def(py::init<>()) DT_FIELD(addresses) DT_FIELD(recv_at) DT_FIELD(theirs) DT_FIELD(begin) DT_FIELD(slot)
-                DT_FIELD(number) DT_FIELD(capacity) DT_FIELD(mask_at) DT_FIELD(node) DT_FIELD(num_nodes)
-                    DT_FIELD(num_local_ranks);
+                DT_FIELD(number) DT_FIELD(capacity) DT_FIELD(mask_at) DT_FIELD(num_nodes) DT_FIELD(num_local_ranks);
     }
     {
         using P = UnpackParams;

@@ -46,7 +46,7 @@ void launch_digest(const End& end, const DigestParams& p, cudaStream_t stream) {
 }
 
 void launch_pack_words(const PackParams& p, cudaStream_t stream) {
-    pack_words_kernel<<<blocks_for(int64_t{p.num_tokens} * p.row_words), kFewer, 0, stream>>>(p);
+    pack_words_kernel<<<blocks_for(int64_t{p.num_tokens} * p.num_nodes), kFewer, 0, stream>>>(p);
     DT_CUDA(cudaGetLastError());
 }
 

@@ -260,28 +260,33 @@ __device__ inline void digest(const End& end, const DigestParams& p) {
 __device__ inline int64_t thread_number() { return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; }
 __device__ inline int64_t num_threads() { return static_cast<int64_t>(gridDim.x) * blockDim.x; }
 
-__device__ inline void pack_words(const PackParams& p) {
-    for (int64_t i = thread_number(); i < static_cast<int64_t>(p.num_tokens) * p.row_words; i += num_threads()) {
-        const int64_t t = i / p.row_words;
-        int word = static_cast<int>(i % p.row_words) - 1;
-        int32_t value = 0;
-        if (word < 0) {
-            value = static_cast<int32_t>(t);
-        } else if (word < p.top_k) {
-            value = static_cast<int32_t>(at<const int64_t>(p.topk_idx)[t * p.top_k + word]);
-        } else if (p.topk_weights != 0 && word < 2 * p.top_k) {
-            value = at<const int32_t>(p.topk_weights)[t * p.top_k + word - p.top_k];
-        } else {
-            word -= p.topk_weights != 0 ? 2 * p.top_k : p.top_k;
-            for (int bit = 0; bit < 32 && word * 32 + bit < p.num_ranks; ++bit)
-                if (at<const bool>(p.is_token_in_rank)[t * p.num_ranks + word * 32 + bit]) value |= int32_t(1u << bit);
-        }
-        at<int32_t>(p.words)[i] = value;
+// One of the words of token t's row for a node.
+__device__ inline int32_t word_of(const PackParams& p, int64_t t, int node, int word) {
+    if (word == 0) return static_cast<int32_t>(t);
+    word -= 1;
+    if (word < p.top_k) return static_cast<int32_t>(at<const int64_t>(p.topk_idx)[t * p.top_k + word]);
+    word -= p.top_k;
+    if (p.topk_weights != 0) {
+        if (word < p.top_k) return at<const int32_t>(p.topk_weights)[t * p.top_k + word];
+        word -= p.top_k;
     }
+    const int local = p.num_ranks / p.num_nodes;
+    const bool* goes = at<const bool>(p.is_token_in_rank) + t * p.num_ranks + node * local;
+    unsigned bits = 0;
+    for (int bit = 0; bit < 32 && word * 32 + bit < local; ++bit) bits |= unsigned{goes[word * 32 + bit]} << bit;
+    return static_cast<int32_t>(bits);
+}
+
+__device__ inline void pack_words(const PackParams& p) {
     for (int64_t i = thread_number(); i < static_cast<int64_t>(p.num_tokens) * p.num_nodes; i += num_threads()) {
         const int place = at<const int32_t>(p.place)[i];
         if (place < 0) continue;
-        at<int32_t>(p.token)[at<const int32_t>(p.send_at)[i % p.num_nodes] + place] = static_cast<int32_t>(i / p.num_nodes);
+        const int64_t t = i / p.num_nodes;
+        const int node = static_cast<int>(i % p.num_nodes);
+        const int64_t row = at<const int32_t>(p.send_at)[node] + place;
+        at<int32_t>(p.token)[row] = static_cast<int32_t>(t);
+        for (int word = 0; word < p.row_words; ++word)
+            at<int32_t>(p.words)[row * p.row_words + word] = word_of(p, t, node, word);
     }
 }
 
@@ -290,7 +295,6 @@ __device__ inline void pack_words(const PackParams& p) {
 __device__ inline void find_slots(const SlotParams& p) {
     const int source = blockIdx.x / p.num_local_ranks, rank = blockIdx.x % p.num_local_ranks;
     const auto *recv_at = at<const int32_t>(p.recv_at), *theirs = at<const int32_t>(p.theirs);
-    const int there = p.node * p.num_local_ranks + rank;
     auto *slot = at<int32_t>(p.slot), *number = at<int32_t>(p.number);
     const int begin = at<const int32_t>(p.begin)[source * p.num_local_ranks + rank];
     const int counted = theirs[source * p.num_local_ranks + rank];
@@ -300,8 +304,8 @@ __device__ inline void find_slots(const SlotParams& p) {
         const int64_t f = base + static_cast<int>(threadIdx.x);
         const bool inside = f < recv_at[source + 1];
         const bool hit =
-            inside && (reinterpret_cast<const volatile uint32_t*>(at<const uint64_t>(p.addresses)[f])[p.mask_at + there / 32] >>
-                           there % 32 &
+            inside && (reinterpret_cast<const volatile uint32_t*>(at<const uint64_t>(p.addresses)[f])[p.mask_at + rank / 32] >>
+                           rank % 32 &
                        1) != 0;
         int all;
         const int within = total + number_among(hit, all);

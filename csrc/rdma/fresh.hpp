@@ -1,8 +1,9 @@
 // Arguments of the kernels that make a fresh dispatch's tables, the same names as in deepep_train/engines/rail_fresh.py. The
 // CPU is told nothing by them: what depends on counts has room for the most there may be, and the counts stay on the GPU.
 //
-// T tokens of this rank, K top-k, E experts, R ranks, L of them a node. F rows come over the rail to be forwarded, this node's
-// own included; N rows are received. Ranks' counts are rows of words: `kHead` of them, then tokens by rank, node and expert.
+// T tokens of this rank, K top-k, E experts, R ranks, L of them a node. S rows leave this rank over the rail, F come
+// over it to be forwarded, and both count this node's own; N rows are received. Ranks' counts are rows of words: `kHead` of
+// them, then tokens by rank, node and expert.
 #pragma once
 
 #include <cstdint>
@@ -64,15 +65,16 @@ struct DigestParams {
 };
 constexpr int kReportHead = 3;
 
-// What travels before the rows: a token's number, its indices, its weights, and a bit for each rank that it goes to.
+// What travels before the rows that leave, words for each: its token's number, indices and weights, and a bit for each rank of
+// the node where it goes.
 struct PackParams {
     uint64_t is_token_in_rank = 0;
     uint64_t topk_idx = 0;      // int64 [T, K]; 0: none, and K is 0
     uint64_t topk_weights = 0;  // float32 [T, K]; 0: none
     uint64_t place = 0;
     uint64_t send_at = 0;
-    uint64_t words = 0;  // out, int32 [T, row_words]
-    uint64_t token = 0;  // out, int32 [T * nodes]: the token of each row that leaves, by node
+    uint64_t words = 0;  // out, int32 [S, row_words]: by node, and then by the token's place
+    uint64_t token = 0;  // out, int32 [S]: the token of each
     int num_tokens = 0;
     int top_k = 0;
     int num_ranks = 0;
@@ -90,7 +92,6 @@ struct SlotParams {
     uint64_t number = 0;  // out, int32 [capacity, L]: its number among the F for that rank; -1: none
     int64_t capacity = 0;
     int mask_at = 0;  // the first word with bits of ranks
-    int node = 0;
     int num_nodes = 0;
     int num_local_ranks = 0;
 };

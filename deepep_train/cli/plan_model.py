@@ -142,7 +142,7 @@ def meta_bytes(work: Work, operation: str) -> int:
     and in a combine that brings back their gradients. Nothing does in a cached dispatch and in other combines."""
     if work.nodes == 1:  # nvlink: the token's number, indices of int64 and weights (engines/nvlink.py)
         return 4 + 12 * work.num_topk if operation == "dispatch" else 4 * work.num_topk
-    return words_bytes(work.num_topk, True, work.ranks) if operation == "dispatch" else padded(4 * work.num_topk)
+    return words_bytes(work.num_topk, True, work.gpus_per_node) if operation == "dispatch" else padded(4 * work.num_topk)
 
 
 def row_of_counts(work: Work, operation: str) -> int:

@@ -7,6 +7,7 @@ on the GPU. Without, it waits once, for what the counts come to.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -49,11 +50,13 @@ class Found(NamedTuple):
 
 class Sizes(NamedTuple):
     """What the CPU knows of them, or the most there may be: rows that this rank receives, rows of its tensor, rows of one
-    stream of any rank, rows that it forwards; and int64 [experts here], on the CPU where it knows them."""
+    stream of any rank, rows that leave this rank, rows that it forwards; and int64 [experts here], on the CPU where it knows
+    them."""
 
     num_received: int
     num_rows: int
     most: int
+    num_leaving: int
     num_forwarded: int
     tokens_per_expert: Tensor
 
@@ -127,26 +130,28 @@ class Fresh:
         """`seen`: `found.block` on the CPU, or None: then the tensors have room for the most there may be."""
         rails, bound = self._rails, request.num_worst_tokens
         if seen is None:
-            most = rails.room(widest)
-            forwarded = min(request.payload.data.size(0), most) + (rails.nodes - 1) * most
-            return Sizes(bound, bound, most, forwarded, found.tokens_per_expert)
+            num_tokens, most = request.payload.data.size(0), rails.room(widest)
+            forwarded = min(num_tokens, most) + (rails.nodes - 1) * most
+            return Sizes(bound, bound, most, num_tokens * rails.nodes, forwarded, found.tokens_per_expert)
         known = self._parts(seen, found.expert_base.numel())
         _, _, num_received, num_rows, most, *_ = known.found.tolist()
-        return Sizes(num_received, num_rows, most, int(known.recv_at[-1]), known.tokens_per_expert)
+        leaving, forwarded = int(known.send_at[-1]), int(known.recv_at[-1])
+        return Sizes(num_received, num_rows, most, leaving, forwarded, known.tokens_per_expert)
 
     def open(self, told: Told, found: Found, sizes: Sizes, request: DispatchRequest, signature: int) -> tuple[Tables, Words]:
-        """The tables, and what comes beside the rows: a token's ranks go with it, so that its forwarder knows them."""
+        """The tables, and what comes beside the rows: which ranks of the node a row is for goes with it, so that its forwarder
+        knows."""
         rails, idx, weights = self._rails, request.topk_idx, request.topk_weights
         num_tokens, top_k = told.in_rank.size(0), 0 if idx is None else idx.size(1)
-        row_bytes = words_bytes(top_k, weights is not None, self.num_ranks)
         nodes, local = rails.nodes, rails.local
+        row_bytes = words_bytes(top_k, weights is not None, local)
         with rails.operation(None, *DISPATCH) as stream:
             rails.need_room(sizes.most, row_bytes)
             idx, weights = (None if t is None else t.detach().contiguous() for t in (idx, weights))
             slot, number = self._ints(sizes.num_forwarded, local), self._ints(sizes.num_forwarded, local)
-            token = self._ints(num_tokens * nodes)
+            token = self._ints(sizes.num_leaving)
             tables = Tables(token, found.send_at, found.recv_at, slot, told.place, sizes.most, stream)
-            words = self._ints(num_tokens, row_bytes // 4)
+            words = self._ints(sizes.num_leaving, row_bytes // 4)
             p = rails.kernels.PackParams()
             p.is_token_in_rank, p.place, p.send_at = told.in_rank.data_ptr(), told.place.data_ptr(), found.send_at.data_ptr()
             p.topk_idx, p.topk_weights, p.words, p.token = (
@@ -159,13 +164,15 @@ class Fresh:
             p.row_words = words.size(1)
             rails.end.pack_words(p, stream)
             data = words.view(torch.uint8)
-            addresses = rails.exchange(tables, [data], row_bytes, signature, request.num_sms, stream)
+            each = torch.arange(sizes.num_leaving, dtype=torch.int32, device=rails.device)
+            by_row = replace(tables, token=each)  # a row that leaves has words of its own
+            addresses = rails.exchange(by_row, [data], row_bytes, signature, request.num_sms, stream)
             s = rails.kernels.SlotParams()
             s.addresses, s.recv_at = addresses.data_ptr(), found.recv_at.data_ptr()
             s.theirs, s.begin = found.theirs.data_ptr(), found.begin.data_ptr()
             s.slot, s.number, s.capacity = slot.data_ptr(), number.data_ptr(), sizes.num_forwarded
             s.mask_at = 1 + top_k * (1 if weights is None else 2)
-            s.node, s.num_nodes, s.num_local_ranks = rails.node, nodes, local
+            s.num_nodes, s.num_local_ranks = nodes, local
             rails.end.find_slots(s, stream)
             came = rails.arena.temporary((sizes.num_received, row_bytes), torch.uint8)
             rails.forward(tables, [data], addresses, [came], signature, request.num_sms, stream)

@@ -19,14 +19,15 @@ def padded(row_bytes: int) -> int:
     return -(-row_bytes // _STEP) * _STEP
 
 
-def num_words(num_ranks: int) -> int:
-    """That have a bit for each rank."""
-    return -(-num_ranks // _BITS)
+def num_words(num_local_ranks: int) -> int:
+    """That have a bit for each rank of a node."""
+    return -(-num_local_ranks // _BITS)
 
 
-def words_bytes(top_k: int, has_weights: bool, num_ranks: int) -> int:
-    """Of the words that a fresh dispatch sends beside each row: the token's number, indices, weights, a bit for each rank."""
-    return padded(4 * (1 + top_k * (1 + has_weights) + num_words(num_ranks)))
+def words_bytes(top_k: int, has_weights: bool, num_local_ranks: int) -> int:
+    """Of the words that a fresh dispatch sends beside each row: its token's number, indices, weights, a bit for each rank of
+    the node where it goes."""
+    return padded(4 * (1 + top_k * (1 + has_weights) + num_words(num_local_ranks)))
 
 
 def counts_bytes(num_ranks: int, num_nodes: int) -> int:

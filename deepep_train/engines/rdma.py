@@ -148,7 +148,7 @@ class RdmaEngine(CollectiveEngine):
                 assert request.topk_idx is not None
                 request.layout = self._layout(request.topk_idx, request.num_experts)
             self._need_served(request)
-            wrong, widest = _is_wrong(request, nodes), _widest(request, peers.size)
+            wrong, widest = _is_wrong(request, nodes), _widest(request, self.num_local_ranks)
             agreed = hashed("dispatch", peers.number, request.num_worst_tokens > 0, request.agreement())
             told = self._fresh.tell(request, wrong, numbered(agreed, peers.calls))
         except Exception as error:
@@ -339,7 +339,7 @@ class RdmaEngine(CollectiveEngine):
             super().destroy()
 
 
-def _widest(request: DispatchRequest, num_ranks: int) -> int:
+def _widest(request: DispatchRequest, num_local_ranks: int) -> int:
     """Bytes of the widest rows that this dispatch, its cached repetitions and its combines will send: of the payload with its
     scales, and of sums in its dtype, or in one of 16 bits if it has 8; or of what travels beside."""
     data, scales, _ = request.payload
@@ -348,7 +348,7 @@ def _widest(request: DispatchRequest, num_ranks: int) -> int:
         row += padded(scales.size(1) * scales.element_size())
     sums = padded(data.size(1) * max(2, data.element_size()))
     top_k = 0 if request.topk_idx is None else request.topk_idx.size(1)
-    return max(row, sums, words_bytes(top_k, request.topk_weights is not None, num_ranks))
+    return max(row, sums, words_bytes(top_k, request.topk_weights is not None, num_local_ranks))
 
 
 class RailLayout(RankLayout):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from math import ceil, comb
+from math import comb
 
 import pytest
 import torch
@@ -61,7 +61,7 @@ def test_bytes_by_hand() -> None:
     hardware = m.Hardware(nvlink_rate=1e9, nic_rate=1e6)
     dispatch, combine = (m.predict(work, hardware, operation) for operation in ("dispatch", "combine"))
     assert (dispatch.rdma_rows, dispatch.nvlink_rows) == (10, 20)
-    # Two scales, rounded up to 16; number, 4 indices, 4 weights and a word with bits of all ranks, too.
+    # Two scales, rounded up to 16; number, 4 indices, 4 weights and a word with bits of a node's ranks, too.
     per_row = 256 + 16 + 48
     counts = 4 * (5 + 4 + 2 + 4096 + 1)  # head, ranks, nodes, experts; rounded up
     assert dispatch.rdma_bytes == 10 * per_row + counts
@@ -112,15 +112,14 @@ def test_staging_is_what_the_rdma_engine_needs(dtype: str) -> None:
     assert 1001 * 14336 <= segment < 1001 * 14336 + 128
 
 
-@pytest.mark.parametrize("ranks", [16, 128, 2048])
-def test_metadata_are_those_that_the_engine_sends(ranks: int) -> None:
-    """A bit for each rank of the group, not of a node."""
-    work = m.Work(ranks // 8, num_experts=max(256, ranks))
-    assert m.meta_bytes(work, "dispatch") == m.round_up(4 * (1 + 8 + 8 + ceil(ranks / 32)), 16)
-    assert m.meta_bytes(work, "combine") == 4 * 8
+@pytest.mark.parametrize(("nodes", "local", "top_k", "there"), [(2, 8, 8, 80), (256, 8, 8, 80), (4, 64, 7, 80), (4, 32, 7, 64)])
+def test_metadata_are_those_that_the_engine_sends(nodes: int, local: int, top_k: int, there: int) -> None:
+    """A bit for each rank of a node, not of the group."""
+    work = m.Work(nodes, local, num_experts=8 * nodes * local, num_topk=top_k)
+    assert [m.meta_bytes(work, operation) for operation in ("dispatch", "combine")] == [there, 32]
 
 
-@pytest.mark.parametrize(("dtype", "most"), [("fp8", 256), ("bf16", 512)])
+@pytest.mark.parametrize(("dtype", "most"), [("fp8", 512), ("bf16", 2048)])
 def test_where_metadata_exceed_two_percent(dtype: str, most: int) -> None:
     """As docs/rdma.md says."""
     for ranks in (16, 32, 64, 128, 256, 512, 1024, 2048):
@@ -132,12 +131,12 @@ def test_where_metadata_exceed_two_percent(dtype: str, most: int) -> None:
 
 def test_the_command_warns_of_metadata(capsys: pytest.CaptureFixture[str]) -> None:
     told = []
-    for nodes in ("32", "64"):
-        assert main(["plan", "--nodes", nodes, "--num-experts", "512"]) == 0
+    for nodes in ("64", "128"):
+        assert main(["plan", "--nodes", nodes, "--num-experts", "1024"]) == 0
         told.append([line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")])
     assert told[0] == []
     (warning,) = told[1]
-    assert "dispatch's metadata are 2.5%" in warning and "144 bytes with each row, 18720 of counts" in warning
+    assert "dispatch's metadata are 2.2%" in warning and "80 bytes with each row, 21024 of counts" in warning
 
 
 def test_thousands_of_gpus() -> None:

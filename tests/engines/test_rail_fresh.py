@@ -8,14 +8,17 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from draws import Exchange
 from harness import assert_same_bits, run_ranks
 from needs import ROOT
 from reference import Given, Picture
+from torch import Tensor
 
 import deepep_train as dt
 from deepep_train.engines.base import CombineRequest, DispatchRequest, Payload, Prepared, Received
 from deepep_train.engines.collective import CollectiveEngine
+from deepep_train.engines.rail_rows import words_bytes
 from deepep_train.engines.rail_tables import Counts, slots
 from deepep_train.routing import RankLayout
 
@@ -256,48 +259,71 @@ def test_what_is_wrong_on_one_rank_is_told_to_all(library: str) -> None:
     run_ranks(4, told_to_all, library, case, case.given())
 
 
-@pytest.mark.parametrize(("num_ranks", "local"), [(32, 4), (36, 6), (70, 10)])
-def test_more_ranks_than_a_word_has_bits(num_ranks: int, local: int, library: str) -> None:
-    """The kernels against torch's twins, without ranks that run."""
+def random_places(token_in_node: Tensor, g: torch.Generator) -> Tensor:
+    """int32 [T, nodes]: every node's tokens in an order of its own; -1: not there."""
+    places = torch.full(token_in_node.shape, -1, dtype=torch.int32)
+    for node, there in enumerate(token_in_node.unbind(1)):
+        places[there, node] = torch.randperm(int(there.sum()), generator=g).to(torch.int32)
+    return places
+
+
+@pytest.mark.parametrize("has_weights", [True, False])
+@pytest.mark.parametrize(("nodes", "local"), [(1, 3), (9, 4), (2, 32), (3, 33), (2, 64)])
+def test_words_of_rows(nodes: int, local: int, has_weights: bool, library: str) -> None:
+    """The kernels against torch's twins, without ranks that run: bits of one node alone, in one word or two."""
     from rail_on_cpu import End, params
-    from rail_twins import mask_words, masks_of
+    from rail_twins import mask_words
 
-    g, nodes, node, end = torch.Generator().manual_seed(num_ranks), num_ranks // local, 1, End(library, 0)
-    in_rank = torch.rand(90, num_ranks, generator=g) < 0.05
-    weights = torch.rand(90, 3, generator=g)
-    idx = torch.randint(-1, 99, (90, 3), generator=g)
-    mask_at, masks = 7, mask_words(in_rank)
-    words = torch.full((90, -(-(mask_at + masks.size(1)) // 4) * 4), 77, dtype=torch.int32)
-    p, places = params()["PackParams"](), torch.full((90, nodes), -1, dtype=torch.int32)
-    p.is_token_in_rank, p.topk_idx, p.topk_weights = in_rank.data_ptr(), idx.data_ptr(), weights.data_ptr()
-    p.place, p.words, p.num_tokens, p.top_k = places.data_ptr(), words.data_ptr(), 90, 3
-    p.num_ranks, p.num_nodes, p.row_words = num_ranks, nodes, words.size(1)
+    g, end = torch.Generator().manual_seed(local), End(library, 0)
+    in_rank = torch.rand(90, nodes * local, generator=g) < 0.8 / local
+    weights, idx = torch.rand(90, 3, generator=g), torch.randint(-1, 999, (90, 3), generator=g)
+    token_in_node = in_rank.view(90, nodes, local).any(2)
+    places = random_places(token_in_node, g)
+    send_at = F.pad(token_in_node.sum(0).cumsum(0), (1, 0)).to(torch.int32)
+    num_rows, mask_at, row_words = int(send_at[-1]), 7 if has_weights else 4, words_bytes(3, has_weights, local) // 4
+    words = torch.full((num_rows + 5, row_words), 77, dtype=torch.int32)  # room for more than there are
+    token = torch.full((num_rows + 5,), 77, dtype=torch.int32)
+    p = params()["PackParams"]()
+    p.is_token_in_rank, p.topk_idx, p.topk_weights = in_rank.data_ptr(), idx.data_ptr(), weights.data_ptr() * has_weights
+    p.place, p.send_at, p.words, p.token = (t.data_ptr() for t in (places, send_at, words, token))
+    p.num_tokens, p.top_k, p.num_ranks, p.num_nodes, p.row_words = 90, 3, nodes * local, nodes, row_words
     end.pack_words(p, 0)
-    assert torch.equal(words[:, 0], torch.arange(90, dtype=torch.int32))
-    assert torch.equal(words[:, 1:4], idx.to(torch.int32))
-    assert_same_bits(words[:, 4:7].contiguous().view(torch.float32), weights)
-    assert torch.equal(words[:, mask_at : mask_at + masks.size(1)], masks)
-    assert not words[:, mask_at + masks.size(1) :].any()
 
-    # These tokens as what has come: from each node some, the last rows beyond what was counted.
-    mine = masks_of(masks, node, local)
-    recv_at = torch.tensor([0, *torch.randint(0, 91, (nodes - 1,), generator=g).sort().values.tolist(), 90], dtype=torch.int32)
-    theirs = torch.stack([part.sum(0) for part in mine.split(recv_at.diff().tolist())]).to(torch.int32)
+    node, leaves = token_in_node.t().nonzero().unbind(1)
+    row = (send_at[node] + places[leaves, node]).long()
+    assert row.sort().values.tolist() == list(range(num_rows))
+    masks = in_rank.view(90, nodes, local)[leaves, node][row.argsort()]
+    leaves = leaves[row.argsort()]
+    assert torch.equal(token[:num_rows].long(), leaves)
+    assert (token[num_rows:] == 77).all()
+    assert (words[num_rows:] == 77).all()
+    expected = torch.zeros(num_rows, row_words, dtype=torch.int32)
+    expected[:, 0], expected[:, 1:4] = leaves, idx[leaves]
+    if has_weights:
+        expected[:, 4:7] = weights[leaves].view(torch.int32)
+    bits = mask_words(masks)
+    expected[:, mask_at : mask_at + bits.size(1)] = bits
+    assert torch.equal(words[:num_rows], expected)
+
+    # These rows as what has come: from each node some, the last of them beyond what was counted.
+    cuts = torch.randint(0, num_rows + 1, (nodes - 1,), generator=g).sort().values
+    recv_at = torch.tensor([0, *cuts.tolist(), num_rows], dtype=torch.int32)
+    theirs = torch.stack([part.sum(0) for part in masks.split(recv_at.diff().tolist())]).to(torch.int32)
     theirs[-1] = (theirs[-1] - 1).clamp(min=0)
     begin = torch.randint(0, 1000, (nodes, local), generator=g).to(torch.int32)
-    expected = slots(Counts([], [], theirs.to(torch.int64), begin.to(torch.int64), 0), recv_at, mine)
-    slot, number = torch.full((97, local), 77, dtype=torch.int32), torch.full((97, local), 77, dtype=torch.int32)
-    addresses = words.data_ptr() + torch.arange(90) * 4 * words.size(1)
+    wanted = slots(Counts([], [], theirs.to(torch.int64), begin.to(torch.int64), 0), recv_at, masks)
+    slot, number = (torch.full((num_rows + 7, local), 77, dtype=torch.int32) for _ in range(2))
+    addresses = words.data_ptr() + torch.arange(num_rows) * 4 * row_words
     s = params()["SlotParams"]()
     s.addresses, s.recv_at, s.theirs, s.begin = (t.data_ptr() for t in (addresses, recv_at, theirs, begin))
-    s.slot, s.number, s.capacity, s.mask_at = slot.data_ptr(), number.data_ptr(), 97, mask_at
-    s.node, s.num_nodes, s.num_local_ranks = node, nodes, local
+    s.slot, s.number, s.capacity, s.mask_at = slot.data_ptr(), number.data_ptr(), num_rows + 7, mask_at
+    s.num_nodes, s.num_local_ranks = nodes, local
     end.find_slots(s, 0)
-    assert torch.equal(slot[:90], expected)
-    assert (slot[90:] == -1).all()
-    assert (number[90:] == -1).all()
+    assert torch.equal(slot[:num_rows], wanted)
+    assert (slot[num_rows:] == -1).all()
+    assert (number[num_rows:] == -1).all()
     for r in range(local):
-        assert number[:90, r][slot[:90, r] >= 0].tolist() == list(range(int(theirs[:, r].sum())))
+        assert number[:num_rows, r][wanted[:, r] >= 0].tolist() == list(range(int(theirs[:, r].sum())))
 
 
 def test_the_head_of_a_row_of_counts_is_the_kernels() -> None:

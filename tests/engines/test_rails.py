@@ -71,8 +71,9 @@ def test_masks_that_travel_with_their_rows(mesh: tuple[int, int], style: str) ->
         came = []
         for source in range(rail, size, local):
             first, end = sent[source].send_at[node : node + 2].tolist()
-            came.append(mask_words(in_rank[source])[sent[source].token[first:end].long()])
-        masks = masks_of(torch.cat(came), node, local)
+            in_node = in_rank[source][:, node * local : (node + 1) * local]
+            came.append(mask_words(in_node[sent[source].token[first:end].long()]))
+        masks = masks_of(torch.cat(came), local)
         done.append(replace(mine, slot=slots(counts[rank], mine.recv_at, masks)))
         # What a failed stream leaves behind, NaNs, sends no row beyond a tensor.
         wild = slots(counts[rank], mine.recv_at, torch.ones_like(masks))
@@ -80,12 +81,10 @@ def test_masks_that_travel_with_their_rows(mesh: tuple[int, int], style: str) ->
     check(picture, local, done)
 
 
-@pytest.mark.parametrize("num_ranks", [1, 31, 32, 33, 64, 100])
-def test_masks_survive_their_words(num_ranks: int) -> None:
-    mask = torch.rand(9, num_ranks, generator=torch.Generator().manual_seed(num_ranks)) < 0.5
-    assert torch.equal(masks_of(mask_words(mask), 0, num_ranks), mask)
-    if num_ranks % 4 == 0:
-        assert torch.equal(masks_of(mask_words(mask), 3, num_ranks // 4), mask[:, 3 * num_ranks // 4 :])
+@pytest.mark.parametrize("local", [1, 31, 32, 33, 64])
+def test_masks_survive_their_words(local: int) -> None:
+    mask = torch.rand(9, local, generator=torch.Generator().manual_seed(local)) < 0.5
+    assert torch.equal(masks_of(mask_words(mask), local), mask)
 
 
 @pytest.mark.parametrize("seed", range(4))
