@@ -196,8 +196,14 @@ class LowLatencyCalls:
 
         A collective call of ranks that have all called the shape before; nothing happens on one that has not, or in a capture.
         Never needed else, though V1 wants it after normal calls.
+
+        Raises:
+            ArgumentError: a number below 1; on this rank alone.
         """
         self.check()
+        checks.integer(num_max_dispatch_tokens_per_rank, "num_max_dispatch_tokens_per_rank", 1)
+        checks.integer(hidden, "hidden", 1)
+        checks.integer(num_experts, "num_experts", 1)
         if self._engine.low_latency is not None:
             self._engine.low_latency.clean(num_max_dispatch_tokens_per_rank, hidden, num_experts)
 

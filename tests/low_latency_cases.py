@@ -184,7 +184,7 @@ def fill(case: Case, rank: int, y: Tensor, recv: Any, count: Tensor) -> None:
         y[e, :n] = case.results(rows, rank * local + e)
 
 
-def _finish(device: str) -> None:
+def finish(device: str = "cuda") -> None:
     """Ranks may be threads of one process, where a copy to the CPU that waits for a kernel may hold up the others' copies."""
     if device != "cpu":
         torch.cuda.current_stream().synchronize()
@@ -199,7 +199,7 @@ def round_trip(buffer: Any, rank: int, case: Case, device: str, without: frozens
     recv, count, handle, _, hook = got
     if case.hook:
         hook()
-    _finish(device)
+    finish(device)
     errors = check_received(case, rank, recv, count, handle, without)
     errors += wrong("statistics", stats, count.cpu() + 7)
     shape = (local, case.size * case.most, case.hidden)
@@ -213,7 +213,7 @@ def round_trip(buffer: Any, rank: int, case: Case, device: str, without: frozens
     z, _, hook = buffer.low_latency_combine(y, idx, weights, handle, **how)
     if case.hook:
         hook()
-    _finish(device)
+    finish(device)
     if not case.logfmt:
         return errors + wrong(f"combined on rank {rank}", z, case.combined(rank, without))
     apart = (z.cpu().float() - case.combined(rank, without).float()).abs()

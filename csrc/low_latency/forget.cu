@@ -1,4 +1,4 @@
-// A peer that is taken in again owes no answer to what it was sent before.
+// A peer that is taken in again owes no answer to what it was sent before. One that has not been left out does.
 #include <cstddef>
 
 #include "../common/check.hpp"
@@ -10,6 +10,7 @@ namespace deepep_train::low_latency {
 namespace {
 
 __global__ void forget_kernel(const __grid_constant__ Common c, const int peer) {
+    if (!is_masked(c, peer)) return;
     Control* mine = own_control(c);
     const int set = threadIdx.x;
     mine->sent_to[set].at[peer] = static_cast<uint32_t>(load_acquire_sys(&mine->taken[set].at[peer]));

@@ -164,7 +164,7 @@ DT_DEVICE void tell_alive(const Common& c, int first = 0, int step = 1) {
     if (blockIdx.x != 0) return;
     const auto word = static_cast<uint32_t>(global_timer());
     for (int peer = first; peer < c.num_ranks; peer += step)
-        if (is_local(c, peer) && !is_masked(c, peer)) store_release_sys(&control_of(c, peer)->alive.at[c.rank], word);
+        if (is_local(c, peer) && !is_masked(c, peer)) store_relaxed_sys(&control_of(c, peer)->alive.at[c.rank], word);
 }
 
 constexpr uint32_t kPolls = 64;  // the clock and the mask take longer to look at than a flag
@@ -175,14 +175,14 @@ struct Silence {
     uint64_t since = 0, late_since = 0;  // 0: it has not been looked at
     uint32_t heard = 0;
 
-    // Whether it has stopped: it is masked by now, or has said nothing for a deadline, or, whatever it says, is late for eight.
+    // Whether it has stopped: it is masked by now, or has said nothing for a deadline, or, whatever it says, is late for four.
     DT_DEVICE bool is_over(const Common& c, int peer) {
         const uint64_t now = global_timer();
         const uint32_t word = load_acquire_sys(&own_control(c)->alive.at[peer]);
         if (since == 0 || word != heard) since = now;
         if (late_since == 0) late_since = now;
         heard = word;
-        return is_masked(c, peer) || now - since > c.timeout_ns || now - late_since > 8 * c.timeout_ns;
+        return is_masked(c, peer) || now - since > c.timeout_ns || now - late_since > 4 * c.timeout_ns;
     }
 };
 

@@ -272,9 +272,9 @@ class LowLatency:
         checks.need(rank != self._peers.rank, "rank_to_mask", "another rank", rank)
         checks.flag(mask, "mask")
         with self._ordered() as stream:
-            self._mask[rank] = int(mask)
-            for space in self._spaces if not mask else ():
+            for space in self._spaces if not mask else ():  # while it is masked, if it is
                 _C.low_latency.forget(self._params(_C.low_latency.Common(), space, 0), rank, stream)
+            self._mask[rank] = int(mask)
 
     def query_mask(self, status: Tensor) -> None:
         checks.tensor(status, "mask_status", [self._peers.size], (torch.int32,), self._device)

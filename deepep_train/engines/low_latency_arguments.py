@@ -81,7 +81,8 @@ def check_dispatch(
         raise ArgumentError("use_ue8m0=True needs use_fp8=True and round_scale=True", "use_ue8m0")
     multiple = 4 * fp8.BLOCK if use_ue8m0 else fp8.BLOCK if use_fp8 else 1
     if shape.hidden % multiple or not shape.hidden:
-        raise ArgumentError(f"x must have a hidden size that is a multiple of {multiple}, got {shape.hidden}", "x")
+        wanted = f"that is a multiple of {multiple}" if shape.hidden else "above 0"
+        raise ArgumentError(f"x must have a hidden size {wanted}, got {shape.hidden}", "x")
     if cumulative_stats is not None:
         local = [shape.num_experts // num_ranks]
         checks.tensor(cumulative_stats, "cumulative_local_expert_recv_stats", local, (torch.int32,), x.device)

@@ -9,14 +9,15 @@ import hashlib
 import json
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from low_latency_cases import Case, bits, check_received, fill, round_trip, wrong
+from low_latency_cases import Case, bits, check_received, fill, finish, round_trip, wrong
 from torch import Tensor
 
 import deepep_train as dt
@@ -32,7 +33,7 @@ def buffer_of(group: dist.ProcessGroup, local: int | None = None) -> dt.Buffer:
     """One per process and mesh."""
     key = (group.size(), local)
     if key not in _buffers:
-        _buffers[key] = new_buffer(group, ARENA if local is None else ARENA // 2, 10, local)  # spaces lie elsewhere then
+        _buffers[key] = new_buffer(group, ARENA if local is None else ARENA // 2, 30, local)  # spaces lie elsewhere then
     return _buffers[key]
 
 
@@ -81,11 +82,19 @@ def _digest(*tensors: Tensor) -> str:
     return digest.hexdigest()
 
 
+def _weighed(t: Tensor, valid: Tensor | None = None) -> Tensor:
+    whole = t.contiguous().view(torch.int16 if t.dtype.itemsize < 4 else torch.int32).long()
+    if valid is not None:
+        whole = whole * valid
+    return (whole.view(-1) * (1 + 2 * torch.arange(whole.numel(), device=t.device))).sum()  # modulo 2**64
+
+
 def soak(
     rank: int, size: int, group: dist.ProcessGroup, case: Case, iterations: int, local: int | None = None
 ) -> tuple[set[str], list[str]]:
     """The hashes of all iterations' results, and what is wrong with the last one's."""
     buffer = buffer_of(group, local)
+    finish()
     x, idx, weights = (t.cuda() for t in case.inputs(rank))
     shape = (case.num_experts // size, size * case.most, case.hidden)
     y, valid = torch.empty(shape, dtype=torch.bfloat16, device="cuda"), None
@@ -97,19 +106,19 @@ def soak(
         if hook is not None:
             hook()
         if valid is None:
+            finish()
             fill(case, rank, y, recv, count)
             valid = (torch.arange(shape[1], device="cuda") < count.unsqueeze(1)).unsqueeze(2)
         z = buffer.low_latency_combine(y, idx, weights, handle)[0]
         data, scales = recv if case.kind != "bf16" else (recv, None)
-        # Sums of what was received, as integers, stand for its bits.
-        parts = [data, *([] if scales is None else [scales])]
-        sums.append(
-            [(t.view(torch.int16).long() if t.dtype.itemsize < 4 else t.contiguous().view(torch.int32).long()) for t in parts]
-        )
-        sums[-1] = [((t * (1 + torch.arange(t.size(2), device="cuda"))) * valid).sum() for t in sums[-1]]
+        # Sums in which every place weighs differently stand for the bits, and for where they are.
+        parts = [data, *([] if scales is None else [scales]), handle[0].unsqueeze(2)]
+        sums.append(torch.stack([*(_weighed(t, valid) for t in parts), *(_weighed(t) for t in (handle[1], count, z))]))
         if i % 50 == 49 or i == iterations - 1:
-            seen |= {_digest(torch.stack(s), z) for s in sums}
+            finish()
+            seen |= {_digest(s) for s in sums}
             sums.clear()
+    finish()
     return seen, check_received(case, rank, recv, count, handle, frozenset()) + wrong("combined", z, case.combined(rank))
 
 
@@ -125,7 +134,18 @@ def combined_bits(rank: int, size: int, group: dist.ProcessGroup, case: Case, lo
     return _digest(buffer.low_latency_combine(y, idx, weights, handle, zero_copy=case.zero_copy)[0])
 
 
-def graphs(rank: int, size: int, group: dist.ProcessGroup, cases: Sequence[Case], local: int | None = None) -> list[str]:
+def _capture(graph: torch.cuda.CUDAGraph) -> AbstractContextManager[Any]:
+    return torch.cuda.graph(graph, capture_error_mode="thread_local")
+
+
+def graphs(
+    rank: int,
+    size: int,
+    group: dist.ProcessGroup,
+    cases: Sequence[Case],
+    local: int | None = None,
+    capture: Callable[[torch.cuda.CUDAGraph], AbstractContextManager[Any]] = _capture,
+) -> list[str]:
     """Dispatch and combine of two layers in one graph, replayed with the inputs of other cases of the same shape."""
     buffer = buffer_of(group, local)
     first = cases[0]
@@ -146,19 +166,21 @@ def graphs(rank: int, size: int, group: dist.ProcessGroup, cases: Sequence[Case]
         return kept
 
     layers()
-    torch.cuda.synchronize()
+    finish()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with capture(graph):
         kept = layers()
     errors = []
     for case in cases:
         for to, t in zip(held, case.inputs(rank), strict=True):
             to.copy_(t)
         graph.replay()
+        finish()
         for y, (recv, count, handle, _) in zip(ys, kept, strict=True):
             errors += check_received(case, rank, recv, count, handle, frozenset())
             fill(case, rank, y, recv, count)
         graph.replay()
+        finish()
         errors += [e for *_, z in kept for e in wrong(f"combined, {case}", z, case.combined(rank))]
     del kept, graph
     return errors
@@ -179,6 +201,7 @@ def overlapping(rank: int, size: int, group: dist.ProcessGroup, cases: Sequence[
         for *_, got in flying:
             got[4]()
     torch.cuda.current_stream().wait_stream(other)
+    finish()
     combined = []
     for case, idx, weights, (recv, count, handle, _, _) in flying:
         errors += check_received(case, rank, recv, count, handle, frozenset())
@@ -188,8 +211,34 @@ def overlapping(rank: int, size: int, group: dist.ProcessGroup, cases: Sequence[
     time.sleep(0.01 * (size - rank))
     for case, z, _, hook in combined:
         hook()
+        finish()
         errors += wrong(f"combined, {case}", z, case.combined(rank))
     return errors
+
+
+def masks_cleaned(rank: int, size: int, group: dist.ProcessGroup, case: Case) -> list[str]:
+    """Whoever has masked nobody cleans its mask between two combines: the second still waits for a rank that pulls the first's
+    rows late."""
+    buffer = buffer_of(group)
+    buffer._engine.low_latency.in_slices = False
+    x, idx, weights = (t.cuda() for t in case.inputs(rank))
+    recv, count, handle, _, _ = buffer.low_latency_dispatch(x, idx, case.most, case.num_experts, None, **case.arguments)
+    y = torch.empty(case.num_experts // size, size * case.most, case.hidden, dtype=torch.bfloat16, device="cuda")
+    finish()
+    fill(case, rank, y, recv, count)
+    others = torch.zeros_like(y)
+    if rank == 0:
+        z, _, hook = buffer.low_latency_combine(y, idx, weights, handle, return_recv_hook=True)
+        time.sleep(0.5)
+        hook()
+        buffer.low_latency_combine(others, idx, weights, handle)
+    else:
+        z = buffer.low_latency_combine(y, idx, weights, handle)[0]
+        buffer.low_latency_clean_mask_buffer()
+        buffer.low_latency_combine(others, idx, weights, handle)
+    finish()
+    buffer._engine.low_latency.in_slices = True
+    return wrong("combined", z, case.combined(rank))
 
 
 def left_out(rank: int, size: int, group: dist.ProcessGroup, case: Case, local: int | None = None) -> list[str]:

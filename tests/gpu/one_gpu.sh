@@ -57,7 +57,7 @@ for stages in 1 3; do
   DEEPEP_TRAIN_RAIL_STAGES=$stages part stages-bench-$stages 60 python3 -m deepep_train bench --table rdma --ranks 8 --num-local-ranks 2 \
     --out "$out/stages-$stages"
 done
-part ll-kernels 160 "${tests[@]}" tests/gpu/test_low_latency_kernels.py
+part ll-kernels 300 "${tests[@]}" tests/gpu/test_low_latency_kernels.py
 part ll-nodes 280 "${tests[@]}" tests/gpu/test_low_latency_nodes.py
 part scripts-intranode 60 python3 tests/test_intranode.py --num-processes 8 --num-tokens 1024 --no-tuning --deadline 55
 part scripts-internode 60 python3 tests/test_internode.py --num-processes 8 --num-local-ranks 4 --engine rdma --num-tokens 1024 --no-tuning --deadline 55

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-STREAMS, PROCESSES, LOW_LATENCY, DESTROY = (
+STREAMS, PROCESSES, LOW_LATENCY, LOW_LATENCY_PROCESSES, DESTROY = (
     Path(__file__).with_name(f"{name}.py")
-    for name in ("in_process", "two_processes", "low_latency_in_process", "destroy_in_process")
+    for name in ("in_process", "two_processes", "low_latency_in_process", "low_latency_two_processes", "destroy_in_process")
 )
 ROOT = STREAMS.parents[2]
 
@@ -39,7 +39,8 @@ def test_ranks_as_streams(size: str) -> None:
 
 @pytest.mark.parametrize("size", ["1", "2", "4", "8"])
 def test_low_latency_ranks_as_streams(size: str) -> None:
-    assert "fine" in run(str(LOW_LATENCY), size, "12")
+    """Round trips; then a soak, graphs, late hooks and a rank that is masked and comes back."""
+    assert "fine" in run(str(LOW_LATENCY), size, "12", "1000" if size != "1" else "0")
 
 
 def test_a_late_rank_finds_the_memory_of_a_destroyed_buffer() -> None:
@@ -47,7 +48,7 @@ def test_a_late_rank_finds_the_memory_of_a_destroyed_buffer() -> None:
 
 
 @pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="there is no compute-sanitizer on PATH")
-@pytest.mark.parametrize("script", ["one rank", "two ranks", "low latency"])
+@pytest.mark.parametrize("script", ["one rank", "two ranks", "low latency", "low latency, two ranks"])
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_sanitizers_find_nothing(tool: str, script: str) -> None:
     """Several ranks must be processes here: while one thread waits for its stream, the sanitizer lets no other of the process
@@ -57,6 +58,8 @@ def test_sanitizers_find_nothing(tool: str, script: str) -> None:
         text = run(str(STREAMS), "1", "16", before=before, seconds=250)
     elif script == "low latency":
         text = run(str(LOW_LATENCY), "1", "12", before=before, seconds=250)
+    elif script == "low latency, two ranks":
+        text = run(str(LOW_LATENCY_PROCESSES), before=before, seconds=250, loading="LAZY")
     else:
         text = run(str(PROCESSES), before=before, seconds=250, loading="LAZY")
     summaries = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", text)  # of every process

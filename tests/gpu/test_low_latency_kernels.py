@@ -95,7 +95,12 @@ def test_two_results_in_flight_and_late_hooks(size: int) -> None:
         none_wrong(run_ranks(size, ranks.overlapping, cases))
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, 8])
+def test_a_mask_that_is_clean_may_be_cleaned(size: int) -> None:
+    none_wrong(run_ranks(size, ranks.masks_cleaned, Case((30,) * size, 30, 7168, 2 * size, 2, kind="bf16")))
+
+
+@pytest.mark.parametrize("size", [2, 4, 8])
 def test_a_rank_that_is_masked_and_comes_back(size: int) -> None:
     none_wrong(run_ranks(size, ranks.left_out, Case((8,) * size, 8, 2560, 2 * size, 2), fresh=True, timeout=60))
 
