@@ -87,6 +87,7 @@ if [[ " $parts " == *" debug "* ]]; then # a build of its own: random delays at 
   cp -r setup.py pyproject.toml README.md csrc deepep_train tests "$debug" && rm -f "$debug"/deepep_train/_*.so
   part debug-build 150 env -u NVSHMEM_DIR DEEPEP_TRAIN_DEBUG=1 sh -c "cd $debug && python3 setup.py build_ext --inplace"
   DEEPEP_TRAIN_SOAK=2000 PYTHONPATH=$debug:$PYTHONPATH part debug 240 sh -c "cd $debug && ${tests[*]} tests/gpu/test_nvlink_streams.py"
+  PYTHONPATH=$debug:$PYTHONPATH part debug-ll 300 sh -c "cd $debug && ${tests[*]} tests/gpu/test_low_latency_kernels.py"
   rm -rf "$debug"
   mps end
 fi
