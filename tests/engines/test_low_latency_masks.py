@@ -53,6 +53,9 @@ def test_a_rank_that_is_unmasked_owes_no_answer_in_any_shape(of_three: LowLatenc
     of_three.clean_mask()
     assert masked(of_three) == [0, 0, 0]
     assert kernels.forgotten[2:] == [(0, 4), (0, 5), (2, 4), (2, 5)]
+    of_three.clean_mask()
+    of_three.update_mask(0, False)
+    assert len(kernels.forgotten) == 6  # who is not masked owes what it did
 
 
 def test_ranks_given_up_by_the_kernels_are_told_of(of_three: LowLatency, kernels: Kernels) -> None:
