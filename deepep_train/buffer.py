@@ -22,6 +22,7 @@ from deepep_train.handle import Handle
 from deepep_train.routing import count_picks
 from deepep_train.streams import CommStream
 
+V1_SMS = 20
 MOST_SECONDS = 1e9  # of a timeout, whose nanoseconds the kernels count in 64 bits
 
 
@@ -59,7 +60,7 @@ class Buffer(CheckedCalls, LowLatencyCalls):
         two_level: whether rows are forwarded, and sums are therefore by node.
     """
 
-    num_sms: int = 20
+    num_sms: int = V1_SMS
     _sms_are_set = False
 
     def __init__(
@@ -257,8 +258,8 @@ class Buffer(CheckedCalls, LowLatencyCalls):
 
     @staticmethod
     def _chosen_sms() -> int:
-        """0 if the user has not chosen."""
-        return Buffer.num_sms if Buffer._sms_are_set else 0
+        """0 if the user has not chosen; V1's users may have assigned the attribute."""
+        return Buffer.num_sms if Buffer._sms_are_set or Buffer.num_sms != V1_SMS else 0
 
     @staticmethod
     def capture() -> EventOverlap:
@@ -269,13 +270,13 @@ class Buffer(CheckedCalls, LowLatencyCalls):
     def get_dispatch_config(num_ranks: int) -> Config:
         """The configuration that dispatch uses by default on any number of ranks."""
         checks.integer(num_ranks, "num_ranks", 1)
-        return Config(Buffer.num_sms, is_default=not Buffer._sms_are_set)
+        return Config(Buffer.num_sms, is_default=not Buffer._chosen_sms())
 
     @staticmethod
     def get_combine_config(num_ranks: int) -> Config:
         """The configuration that combine uses by default on any number of ranks."""
         checks.integer(num_ranks, "num_ranks", 1)
-        return Config(Buffer.num_sms, is_default=not Buffer._sms_are_set)
+        return Config(Buffer.num_sms, is_default=not Buffer._chosen_sms())
 
     def get_comm_stream(self) -> torch.cuda.Stream:
         """The CUDA stream on which this buffer works."""

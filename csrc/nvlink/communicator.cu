@@ -250,7 +250,10 @@ void Communicator::wait_counts(uint32_t ticket, uint64_t stream, const std::func
     const auto deadline = std::chrono::steady_clock::now() + std::chrono::duration<double>(timeout_seconds_ + 30);
     for (int64_t spins = 0; static_cast<int32_t>(state_->host->ticket - ticket) < 0; ++spins) {
         if (spins % 4096 != 4095) continue;
-        const cudaError_t status = cudaStreamQuery(as_stream(stream));
+        const cudaError_t status = [&] {
+            const RelaxedCapture relaxed;  // another thread may be capturing a graph
+            return cudaStreamQuery(as_stream(stream));
+        }();
         if (status != cudaSuccess && status != cudaErrorNotReady)
             check_cuda(status, "a kernel before the exchange of counts, or the exchange itself", __FILE__, __LINE__);
         if (std::chrono::steady_clock::now() > deadline)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -98,8 +98,19 @@ class NvlinkDomain(Engine):
             self._comm.enter(stream)
             try:
                 yield stream
-            finally:
-                self._comm.leave(stream)
+            except BaseException as error:
+                self._check_cuda(error)  # if so, there is no order to keep
+                self._leave(stream)
+                raise
+            self._leave(stream)
+
+    def _leave(self, stream: int) -> None:
+        """What follows on any stream comes behind what was launched on this one."""
+        try:
+            self._comm.leave(stream)
+        except RuntimeError as error:  # it may be the first to see what an earlier kernel has done
+            self._check_cuda(error)
+            raise
 
     def _here(self) -> AbstractContextManager[Any]:
         """Makes the engine's device the current one."""
@@ -140,7 +151,8 @@ class NvlinkDomain(Engine):
             finally:
                 self._is_destroyed = True
                 del self._arena, self.low_latency
-                torch.cuda.empty_cache()  # which the arena's memory is in, unless tensors still use it
+                with suppress(RuntimeError):  # of CUDA, which has failed for good, as is told already
+                    torch.cuda.empty_cache()  # which the arena's memory is in, unless tensors still use it
 
 
 class _Operation:
@@ -185,7 +197,7 @@ class _Operation:
                     num_bytes = error.num_bytes if isinstance(error, ArenaFull) else 0
                     domain._comm.refuse(domain._owed, num_bytes, self._stream)
             domain._owed = ""
-            domain._comm.leave(self._stream)
+            domain._leave(self._stream)
             if isinstance(error, ArenaFull):
                 raise domain._arena.too_small(domain.rank, error.num_bytes) from None
         finally:

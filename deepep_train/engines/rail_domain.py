@@ -163,18 +163,30 @@ class RailDomain:
             try:
                 yield stream
             except BaseException as error:
-                if text := self.comm.cuda_error(stream):  # nothing can be launched any more
-                    raise cuda_failed(text, self.peers.rank, self._processes) from error
+                self._check_cuda(stream, error)  # if so, nothing can be launched any more, and there is no order to keep
                 for step in self._owed:
                     if step == RAIL:
                         self.end.refuse(False, stream)
                     else:
                         self.comm.refuse(step, error.num_bytes if isinstance(error, ArenaFull) else 0, stream)
+                self._leave(stream)
                 if isinstance(error, ArenaFull):
                     raise self.arena.too_small(self.peers.rank, error.num_bytes) from None
                 raise
-            finally:
-                self.comm.leave(stream)
+            self._leave(stream)
+
+    def _leave(self, stream: int) -> None:
+        """What follows on any stream comes behind what was launched on this one."""
+        try:
+            self.comm.leave(stream)
+        except RuntimeError as error:  # it may be the first to see what an earlier kernel has done
+            self._check_cuda(stream, error)
+            raise
+
+    def _check_cuda(self, stream: int, error: BaseException) -> None:
+        """Raise if CUDA has failed for good."""
+        if text := self.comm.cuda_error(stream):
+            raise cuda_failed(text, self.peers.rank, self._processes) from error
 
     def _need_open(self) -> None:
         """Under the lock, where another thread may have destroyed the buffer while this one waited."""
@@ -258,4 +270,5 @@ class RailDomain:
                     self.comm.close(self.arena.was_captured)
             finally:
                 del self.arena, self.low_latency
-                torch.cuda.empty_cache()  # which the arena's memory is in, unless tensors still use it
+                with suppress(RuntimeError):  # of CUDA, which has failed for good, as is told already
+                    torch.cuda.empty_cache()  # which the arena's memory is in, unless tensors still use it

@@ -95,3 +95,25 @@ def test_an_event_may_be_waited_for_when_the_buffer_is_gone() -> None:
     with pytest.raises(DeepEPError, match="destroyed"), domain._operation():
         pass
     assert domain._lock.acquire(blocking=False)
+
+
+@pytest.mark.parametrize("kind", ["rail", "node", "node, ordered"])
+@pytest.mark.parametrize("sees", ["the operation", "its end"])
+def test_cuda_that_has_failed_is_what_is_told(kind: str, sees: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever sees it first, and not what else then goes wrong."""
+    text = "an earlier kernel failed: cudaErrorLaunchFailure"
+
+    def leave(_: int) -> None:
+        raise RuntimeError("cudaEventRecord failed")
+
+    domain = failed("their rows", [], [], monkeypatch) if kind == "rail" else object.__new__(NvlinkEngine)
+    domain.comm = domain._comm = SimpleNamespace(enter=lambda _: False, leave=leave, cuda_error=lambda _: text)
+    domain.arena = domain._arena = SimpleNamespace(begin_operation=lambda: None)
+    if kind != "rail":
+        domain._lock, domain._processes, domain.rank = threading.RLock(), [], 0
+        domain._here, domain._stream = nullcontext, lambda: 0
+    domain._need_open = lambda: None  # type: ignore[method-assign]
+    operation = {"rail": lambda: domain.operation(None), "node": domain._operation}.get(kind, domain._ordered)
+    with pytest.raises(DeepEPError, match="CUDA has failed on rank 0: an earlier kernel"), operation():
+        if sees == "the operation":
+            raise RuntimeError("cudaLaunchKernel failed")
