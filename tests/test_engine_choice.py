@@ -149,6 +149,9 @@ def test_auto_between_hosts(across: str, fails: bool, name: str, reason: str) ->
         ("aabb", 2, ""),
         ("aaaa", 2, ""),  # nodes that one host plays
         ("abba", 1, ""),
+        ("a" * 130, 65, "nodes of 65 ranks, above the rdma engine's limit of 64"),
+        ("a" * 514, 2, "257 nodes of 2 ranks, above the rdma engine's limit of 256 nodes"),
+        ("a" * 512, 2, ""),
     ],
 )
 def test_a_node_is_of_one_host(hosts: str, local: int, told: str) -> None:

@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
     if under_torchrun:
         parser.set_defaults(num_processes=int(os.environ["LOCAL_WORLD_SIZE"]))
     args = parser.parse(argv, nodes.number)
-    local = args.num_local_ranks or args.num_processes // (1 if nodes.number > 1 else 2)
+    local = args.num_processes // (1 if nodes.number > 1 else 2) if args.num_local_ranks is None else args.num_local_ranks
     if local < 1 or args.num_processes % local:
         parser.error(f"--num-local-ranks, here {local}, must divide --num-processes, here {args.num_processes}")
     return v1_runner.start(args, on_every_rank, Work.of(args, num_local_ranks=local, engine=args.engine), nodes)

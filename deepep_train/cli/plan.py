@@ -77,6 +77,7 @@ def as_text(work: model.Work, hardware: model.Hardware) -> str:
             f" {p.rdma_bytes / 1e6:9.1f} {100 * p.metadata_share:8.1f}% {p.nvlink_bytes / 1e6:10.1f} {p.rdma_rows:10.0f}"
             f" {p.sms:4d}"
         )
+    lines += [f"warning: {limit}" for limit in model.beyond_limits(work)]
     lines += [_warning(work, operation, p) for operation, p in predicted.items() if p.metadata_share > _MOST_METADATA]
     b = model.buffers(work)
     kept = f"received rows in bf16, for each dispatch whose backward is to come: {b.received / 2**20:.0f} MiB a GPU"

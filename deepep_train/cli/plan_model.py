@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from math import ceil
 
 from deepep_train.engines import DEFAULT_ARENA_BYTES
+from deepep_train.engines.base import MAX_EXPERTS, MAX_NODES, MAX_NVLINK_RANKS
 from deepep_train.engines.rail_rows import counts_bytes, padded, words_bytes
 from deepep_train.engines.rail_stages import stages_of
 from deepep_train.engines.sms import BYTES_PER_SM, MOST_SMS
@@ -143,6 +144,16 @@ def meta_bytes(work: Work, operation: str) -> int:
     if work.nodes == 1:  # nvlink: the token's number, indices of int64 and weights (engines/nvlink.py)
         return 4 + 12 * work.num_topk if operation == "dispatch" else 4 * work.num_topk
     return words_bytes(work.num_topk, True, work.gpus_per_node) if operation == "dispatch" else padded(4 * work.num_topk)
+
+
+def beyond_limits(work: Work) -> list[str]:
+    """What of it the engines with kernels do not serve."""
+    limits = (
+        (work.nodes, MAX_NODES, "nodes"),
+        (work.gpus_per_node, MAX_NVLINK_RANKS, "GPUs a node"),
+        (work.num_experts, MAX_EXPERTS, "experts"),
+    )
+    return [f"{number} {what}, above the engines' limit of {most}" for number, most, what in limits if number > most]
 
 
 def row_of_counts(work: Work, operation: str) -> int:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from deepep_train.engines import fabric, nvshmem_present
-from deepep_train.engines.base import MAX_NVLINK_RANKS, Engine
+from deepep_train.engines.base import MAX_NODES, MAX_NVLINK_RANKS, Engine
 from deepep_train.engines.base import NoPeerAccess as NoPeerAccess
 from deepep_train.engines.collective import CollectiveEngine
 from deepep_train.engines.peers import Peers
@@ -49,6 +49,10 @@ def num_local_ranks(hosts: list[str]) -> int:
 def mesh_obstacle(hosts: list[str], local_ranks: int) -> str:
     """Why ranks on these hosts cannot be nodes of `local_ranks` consecutive ranks whose memory reaches each other; "" if they
     can. Several nodes may be of one host."""
+    if local_ranks > MAX_NVLINK_RANKS:
+        return f"nodes of {local_ranks} ranks, above the rdma engine's limit of {MAX_NVLINK_RANKS}"
+    if (num_nodes := len(hosts) // local_ranks) > MAX_NODES:
+        return f"{num_nodes} nodes of {local_ranks} ranks, above the rdma engine's limit of {MAX_NODES} nodes"
     for rank, host in enumerate(hosts):
         first = rank // local_ranks * local_ranks
         if host != hosts[first]:

@@ -17,6 +17,7 @@ from deepep_train.scale_blocks import ScaleBlocks
 
 MAX_EXPERTS, MAX_TOP_K = 4096, 32  # of the kernels' engines; csrc/nvlink/protocol.cuh's kMaxExperts and kMaxTopK
 MAX_ALIGNMENT = 1 << 16  # of theirs, too: with 4096 experts, row numbers still fit into 32 bits
+MAX_NODES = 256  # of the rdma engine; csrc/rdma/params.hpp's kMaxNodes
 MAX_NVLINK_RANKS = 64  # that reach each other's memory; csrc/nvlink/protocol.cuh's kMaxRanks
 
 

@@ -77,9 +77,12 @@ def load(found: Found | None) -> None:
     if why := obstacle(found):
         raise ImportError(why)
     assert found is not None
-    ctypes.CDLL(str(host_library(found.folder)), mode=ctypes.RTLD_GLOBAL)
     numbers = [ctypes.c_int() for _ in range(3)]
-    ctypes.CDLL(None).nvshmemx_vendor_get_version_info(*map(ctypes.byref, numbers))
+    try:
+        ctypes.CDLL(str(host_library(found.folder)), mode=ctypes.RTLD_GLOBAL)
+        ctypes.CDLL(None).nvshmemx_vendor_get_version_info(*map(ctypes.byref, numbers))
+    except (OSError, AttributeError) as error:  # it is broken, or what it needs is not there
+        raise ImportError(f"{found} cannot be loaded: {error}; {NEEDED}: {REMEDY}") from error
     version = (numbers[0].value, numbers[1].value, numbers[2].value)
     if version < MINIMUM:
         raise ImportError(f"NVSHMEM {shown(version)}'s symbols come before those of {found} (LD_PRELOAD?), but {NEEDED}")

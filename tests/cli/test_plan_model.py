@@ -129,6 +129,13 @@ def test_where_metadata_exceed_two_percent(dtype: str, most: int) -> None:
         assert shares["combine"] <= 0.02
 
 
+def test_the_command_warns_of_what_the_engines_do_not_serve(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["plan", "--nodes", "300", "--gpus-per-node", "80", "--num-experts", "24000"])
+    told = capsys.readouterr().out
+    for limit in ("300 nodes, above the engines' limit of 256", "80 GPUs a node, above", "24000 experts, above"):
+        assert f"warning: {limit}" in told
+
+
 def test_the_command_warns_of_metadata(capsys: pytest.CaptureFixture[str]) -> None:
     told = []
     for nodes in ("64", "128"):

@@ -67,7 +67,7 @@ def test_what_every_node_is_asked(job: dict[str, str], pretender: dict[str, str]
         for line in internode:
             assert line[1:4] == [str(node), "2", "localhost"]
             assert "--device cpu --num-processes 24 --num-experts 288 " in line[4]  # 48 ranks
-    assert sum("plan --nodes 2 --gpus-per-node 24" in line for line in asked) == 1
+    assert sum("plan --nodes 2 --gpus-per-node 24 --num-experts 288" in line for line in asked) == 1
     assert "across-rdma: FAILED with status 3" in done.stdout and "across-collective: done" in done.stdout
     logs = {"doctor", "network", "plan", "bench", "suite", "across-rdma", "across-collective"}
     assert packed(job) == {f"{name}.log" for name in logs} | {"summary.txt"}
@@ -87,4 +87,4 @@ def test_two_nodes_for_real(job: dict[str, str]) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     log = (Path(job["OUT"]) / "across-collective.log").read_text()
     assert "2 ranks, 2 nodes, collective engine" in log and log.count("passed") == 23
-    assert "2 nodes x 1 GPUs" in (Path(job["OUT"]) / "plan.log").read_text()
+    assert "2 nodes x 1 GPUs, 20 tokens x 128 a GPU, top-8 of 8 experts" in (Path(job["OUT"]) / "plan.log").read_text()

@@ -125,6 +125,8 @@ def test_load_puts_the_right_one_first_or_says_why_not(tmp_path: Path) -> None:
     assert told(tmp_path / "new", old, ctypes.RTLD_LOCAL) == "loaded"
     why = told(tmp_path / "new", old, ctypes.RTLD_GLOBAL)
     assert why.startswith(f"NVSHMEM 3.4.5's symbols come before those of NVSHMEM 3.9.1 in {new.parents[1]} (NVSHMEM_DIR)")
+    new.write_bytes(b"no library, but NVSHMEM v3.9.1")
+    assert told(tmp_path / "new").startswith(f"NVSHMEM 3.9.1 in {new.parents[1]} (NVSHMEM_DIR) cannot be loaded: {new}: ")
     assert told(tmp_path / "old").startswith(f"found NVSHMEM 3.4.5 in {old.parents[1]} (NVSHMEM_DIR), but")
 
 

@@ -113,7 +113,7 @@ def test_cuda_that_has_failed_is_what_is_told(kind: str, sees: str, monkeypatch:
         domain._lock, domain._processes, domain.rank = threading.RLock(), [], 0
         domain._here, domain._stream = nullcontext, lambda: 0
     domain._need_open = lambda: None  # type: ignore[method-assign]
-    operation = {"rail": lambda: domain.operation(None), "node": domain._operation}.get(kind, domain._ordered)
-    with pytest.raises(DeepEPError, match="CUDA has failed on rank 0: an earlier kernel"), operation():
+    begin = {"rail": "_ordered", "node": "_operation", "node, ordered": "_ordered"}[kind]
+    with pytest.raises(DeepEPError, match="CUDA has failed on rank 0: an earlier kernel"), getattr(domain, begin)():
         if sees == "the operation":
             raise RuntimeError("cudaLaunchKernel failed")

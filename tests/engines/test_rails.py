@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -125,3 +126,9 @@ def learn(rank: int, size: int, group: dist.ProcessGroup, given: list[Given], nu
 def test_tables_of_a_rebuilt_handle(mesh: tuple[int, int], style: str) -> None:
     picture = drawn(mesh, style)
     check(picture, mesh[1], run_ranks(mesh[0], learn, picture.given, picture.num_experts, mesh[1]))
+
+
+def test_the_limit_of_nodes_is_the_kernels() -> None:
+    from deepep_train.engines.base import MAX_NODES
+
+    assert f"constexpr int kMaxNodes = {MAX_NODES};" in (Path(__file__).parents[2] / "csrc/rdma/params.hpp").read_text()

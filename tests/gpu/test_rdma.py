@@ -20,6 +20,7 @@ from reference import Given, Picture
 from shared import buffer_of, run_ranks, to
 from test_nvlink import DTYPES, check, some_tokens
 from test_nvlink_failures import KINDS, MPS, SLACK, TIMEOUT, work
+from torch import Tensor
 
 import deepep_train as dt
 from deepep_train import engines
@@ -164,13 +165,16 @@ def count_bytes(
     x, idx, w = to((mine.x, mine.topk_idx, mine.topk_weights), "cuda")
     out = dt.dispatch(x, idx, w, buffer=buffer, num_experts=case.num_experts)
     middle = put()
-    dt.combine(out.x, out.handle)
+    dt.combine(out.x if isinstance(out.x, Tensor) else out.x[0].bfloat16(), out.handle)
     return middle - before, put() - middle
 
 
-def test_a_row_crosses_the_network_once_for_each_node() -> None:
-    """At most 2% more than the rows, at hidden 7168."""
-    case, local = Exchange((600, 330, 470, 250), 7168, 8, 8, "uniform", torch.bfloat16), 2
+@pytest.mark.parametrize(
+    ("dtype", "scales", "row_bytes"), [(torch.bfloat16, None, 14336), (torch.float8_e4m3fn, torch.float32, 7168 + 224)], ids=str
+)
+def test_a_row_crosses_the_network_once_for_each_node(dtype: torch.dtype, scales: torch.dtype | None, row_bytes: int) -> None:
+    """At most 2% more than the rows and their scales, at hidden 7168."""
+    case, local = Exchange((600, 630, 670, 650), 7168, 8, 8, "uniform", dtype, "rank", 1, scales), 2
     given = case.given()
     picture = Picture(given, case.num_experts)
     got = run_ranks(4, count_bytes, case, given, local)
@@ -179,7 +183,7 @@ def test_a_row_crosses_the_network_once_for_each_node() -> None:
         other = 1 - rank // local
         there = per_node[rank][other]
         back = per_node[other * local + rank % local][rank // local]
-        assert there * 14336 <= dispatched <= 1.02 * there * 14336
+        assert there * row_bytes <= dispatched <= 1.02 * there * row_bytes
         assert back * 14336 <= combined <= 1.02 * back * 14336
 
 
