@@ -50,7 +50,8 @@ DT_DEVICE Cause verdict(uint64_t said, uint64_t number, uint64_t signature) {
 
 // By one thread. Whose fault it is is found out once, by the first that gives up. `wanted`: rows, if they are waited for. Not
 // inlined: its registers made the rest spill on sm_100.
-__device__ __noinline__ void give_up(const End& end, uint64_t number, uint64_t signature, Cause cause, const uint64_t* wanted = nullptr) {
+__device__ __noinline__ void give_up(const End& end, uint64_t number, uint64_t signature, Cause cause,
+                                     const uint64_t* wanted = nullptr) {
     if (atomicExch(end.failed, 1u) != 0) return;
     for (int n = 0; n < end.num_nodes; ++n) {
         bool at_fault = n != end.node;
