@@ -7,7 +7,7 @@
 # Ranks are processes that share the GPU. Parts whose ranks must run at once come under MPS, which is started for them here; without it
 # processes take turns, which failures and sanitizers are looked at with. A summary ends the output.
 #
-#   PARTS="rdma bench"     only these; all, in this order: nvlink rdma stages ll scripts generate bench turns kills stops
+#   PARTS="rdma bench"     only these; all, in this order: nvlink rdma stages ll scripts generate losses bench turns kills stops
 #                          streams sanitizers debug
 #   LIMIT=4200             seconds for everything
 #   GPU=0                  which; two of these scripts may run on two GPUs of one machine
@@ -17,7 +17,7 @@ cd "$(dirname "$0")/../.." || exit
 out=${1:-runs/one_gpu}
 pack=${PACK:-$out.tar.gz}
 limit=${LIMIT:-4200}
-parts=${PARTS:-nvlink rdma stages ll scripts generate bench turns kills stops streams sanitizers debug}
+parts=${PARTS:-nvlink rdma stages ll scripts generate losses bench turns kills stops streams sanitizers debug}
 gpu=${GPU:-0}
 . tests/gpu/parts.sh
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 OMP_NUM_THREADS=2
@@ -67,6 +67,7 @@ part generate-train 60 "${two[@]}" recipes/moe_lm/train.py --device cuda --steps
   --save-every 60 --sample-bytes 0 --out "$out/moe_lm"
 part generate 60 "${two[@]}" recipes/moe_lm/generate.py --folder "$out/moe_lm" --device cuda --exchange both --bytes 120
 rm -rf "$out/moe_lm/checkpoints"
+part losses 250 "${tests[@]}" -s tests/gpu/test_moe_lm_losses.py
 part bench 120 python3 -m deepep_train bench --table gpu --ranks 8 --out "$out/gpu" "${peer[@]}"
 part bench-rdma 60 python3 -m deepep_train bench --table rdma --ranks 8 --num-local-ranks 4 --out "$out/rdma"
 part bench-ll 60 python3 -m deepep_train bench --table low-latency --ranks 8 --out "$out/low_latency"
