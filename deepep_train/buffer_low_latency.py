@@ -170,7 +170,7 @@ class LowLatencyCalls:
 
     def refuse_low_latency_dispatch(self, error: Exception) -> NoReturn:
         """As `Buffer.refuse_dispatch` where low-latency calls go over the normal dispatch. Kernels of the peers wait for this
-        rank until their deadline, and go on without it."""
+        rank, give it up, and go on without it."""
         self.check()
         if self._engine.low_latency is None:
             self.refuse_dispatch(error)
