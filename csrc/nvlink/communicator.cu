@@ -77,7 +77,7 @@ Communicator::Communicator(int device, int rank, int num_ranks, int64_t arena_by
     Domain& domain = state_->domain;
     domain.rank = rank;
     domain.num_ranks = num_ranks;
-    domain.timeout_ns = static_cast<uint64_t>(std::max(timeout_seconds, 1e-6) * 1e9);
+    domain.timeout_ns = static_cast<uint64_t>(std::clamp(timeout_seconds, 1e-6, 1e9) * 1e9);
     domain.tells_missing = !has_mps(device);
     domain.has_bulk_copies = has_bulk_copies;
     domain.peers = state_->peers;

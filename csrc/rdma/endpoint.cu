@@ -21,7 +21,7 @@ Endpoint::Endpoint(int device, int rank, int num_ranks, int num_local_ranks, int
     end_.num_nodes = nodes;
     end_.num_local_ranks = num_local_ranks;
     end_.rail = rank % num_local_ranks;
-    end_.timeout_ns = static_cast<uint64_t>(std::max(timeout_seconds, 1e-6) * 1e9);
+    end_.timeout_ns = static_cast<uint64_t>(std::clamp(timeout_seconds, 1e-6, 1e9) * 1e9);
     resize(segment_bytes);
     const size_t words = sizeof(uint64_t) * kMaxNodes;
     end_.ready = static_cast<uint64_t*>(allocate(3 * words));

@@ -48,10 +48,16 @@ DT_DEVICE Cause verdict(uint64_t said, uint64_t number, uint64_t signature) {
     return said == (number << kSignatureBits | signature) ? kNone : kMismatched;
 }
 
-// By one thread. Whose fault it is is found out once, by the first that gives up. `wanted`: rows, if they are waited for. Not
-// inlined: its registers made the rest spill on sm_100.
-__device__ __noinline__ void give_up(const End& end, uint64_t number, uint64_t signature, Cause cause,
-                                     const uint64_t* wanted = nullptr) {
+// Inlined, give_up makes the rest of its kernel spill on sm_100.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+#define DT_COLD __noinline__
+#else
+#define DT_COLD
+#endif
+
+// By one thread. Whose fault it is is found out once, by the first that gives up. `wanted`: rows, if they are waited for.
+__device__ DT_COLD void give_up(const End& end, uint64_t number, uint64_t signature, Cause cause,
+                                const uint64_t* wanted = nullptr) {
     if (atomicExch(end.failed, 1u) != 0) return;
     for (int n = 0; n < end.num_nodes; ++n) {
         bool at_fault = n != end.node;
