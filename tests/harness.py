@@ -207,7 +207,7 @@ class _Pool:
         for rank, process in enumerate(self._processes):
             process.join(max(0.0, deadline - time.monotonic()))
             if rank not in dead and process.exitcode != 0:
-                raise RankFailure(f"rank {rank} did not exit cleanly: exit code {process.exitcode} (None: it hangs)")
+                raise RankFailure(f"rank {rank} did not exit cleanly (exit code None: it hangs): {self._end_of(rank)}")
 
     def kill(self) -> None:
         for process in self._processes:
