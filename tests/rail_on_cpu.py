@@ -5,6 +5,7 @@ parameters that the kernels would get, and where there are streams, in an order 
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 import subprocess
 from collections import deque
@@ -44,6 +45,8 @@ def compile_kernels(to: Path) -> str | None:
     """The library's path; None if there is no compiler that can."""
     out = str(to / "fresh_on_cpu.so")
     command = ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", str(ROOT / "tests/fresh_on_cpu.cpp"), "-o", out]
+    if "libasan" in os.environ.get("LD_PRELOAD", ""):
+        command += ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError:

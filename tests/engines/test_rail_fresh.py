@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -374,3 +379,21 @@ def test_counts_of_many_ranks(num_ranks: int, local: int, rank: int, layout: str
     assert torch.equal(upto.long(), here[:, rail].cumsum(0))
     assert torch.equal(theirs.view(nodes, local).long(), here[rail::local])
     assert torch.equal(begin.view(nodes, local).long(), (here.cumsum(0) - here)[rail::local])
+
+
+def libasan() -> Path | None:
+    if shutil.which("g++") is None:
+        return None
+    told = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True).stdout.strip()
+    return Path(told) if Path(told).is_absolute() and "LD_PRELOAD" not in os.environ else None
+
+
+@pytest.mark.skipif(libasan() is None, reason="there is no g++ with libasan, or this is the run under it")
+def test_the_kernels_touch_only_what_is_theirs() -> None:
+    """Under g++'s sanitizers: what memcheck would look for, which over rdma cannot run (docs/rdma.md)."""
+    which = "words_of_rows or counts_of_many_ranks or (every_row and rank and 4)"
+    command = [sys.executable, "-m", "pytest", "-s", "-p", "no:cacheprovider", "-p", "no:xdist", __file__, "-k", which]
+    environment = os.environ | {"LD_PRELOAD": str(libasan()), "ASAN_OPTIONS": "detect_leaks=0"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    assert "passed" in done.stdout and "failed" not in done.stdout
