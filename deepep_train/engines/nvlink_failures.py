@@ -43,7 +43,14 @@ def device_error(failure: Any, rank: int, timeout: float, peers: Sequence[Sequen
         elif failure.bytes:
             why = f"an arena there has no room for {failure.bytes} bytes; pass a larger num_nvl_bytes to Buffer"
         return DeepEPError(f"{where}: rank {who} refused to take part: {why}; results are NaN; {END}")
-    return ArgumentError(f"{where}: the arguments of rank {who} are wrong or differ from this rank's; {END}", "", failure.ranks)
+    return wrong_arguments(where, failure.ranks)
+
+
+def wrong_arguments(where: str, ranks: Sequence[int]) -> ArgumentError:
+    """For a dispatch with num_worst_tokens, of which the kernels tell no more."""
+    who = ", ".join(map(str, ranks))
+    text = f"{where}: the arguments of rank {who} are wrong or differ from this rank's"
+    return ArgumentError(f"{text} (an index of topk_idx out of its range is wrong, too); {END}", "", ranks)
 
 
 def cuda_failed(text: str, rank: int, peers: Sequence[Sequence[str]]) -> DeepEPError:

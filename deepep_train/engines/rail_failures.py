@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from deepep_train.engines.nvlink_failures import END
+from deepep_train.engines.nvlink_failures import END, wrong_arguments
 from deepep_train.errors import ArgumentError, DeepEPError, PeerTimeoutError
 
 AWAITED = ("their readiness", "their rows", "gave up")  # causes of which another rank may be the cause
@@ -52,6 +52,4 @@ def counts_error(report: Sequence[int], number: int, rank: int, bytes_for: Calla
     if verdict == 2:
         each = "; ".join(f"rank {r}: num_worst_tokens={bounds[r]} but {rows[r]} rows" for r in ranks)
         return ArgumentError(f"{where}: {each} arrive; {END}", "num_worst_tokens", ranks)
-    who = ", ".join(map(str, ranks))
-    text = f"{where}: the arguments of rank {who} are wrong or differ from this rank's; {END}"
-    return ArgumentError(text, "", ranks)
+    return wrong_arguments(where, ranks)
