@@ -18,7 +18,7 @@ from deepep_train.engines.arena import ArenaFull
 from deepep_train.engines.base import MAX_NVLINK_RANKS, Engine, need_own_device
 from deepep_train.engines.low_latency import LowLatency, weakly
 from deepep_train.engines.node_memory import map_memory
-from deepep_train.engines.nvlink_failures import cuda_failed, device_error
+from deepep_train.engines.nvlink_failures import check_cuda, device_error, leave
 from deepep_train.engines.peers import Peers
 from deepep_train.errors import ArgumentError, DeepEPError
 
@@ -100,17 +100,9 @@ class NvlinkDomain(Engine):
                 yield stream
             except BaseException as error:
                 self._check_cuda(error)  # if so, there is no order to keep
-                self._leave(stream)
+                leave(self._comm, stream, self.rank, self._processes)
                 raise
-            self._leave(stream)
-
-    def _leave(self, stream: int) -> None:
-        """What follows on any stream comes behind what was launched on this one."""
-        try:
-            self._comm.leave(stream)
-        except RuntimeError as error:  # it may be the first to see what an earlier kernel has done
-            self._check_cuda(error)
-            raise
+            leave(self._comm, stream, self.rank, self._processes)
 
     def _here(self) -> AbstractContextManager[Any]:
         """Makes the engine's device the current one."""
@@ -135,8 +127,7 @@ class NvlinkDomain(Engine):
 
     def _check_cuda(self, error: BaseException | None = None) -> None:
         """Raise if CUDA has failed for good."""
-        if text := self._comm.cuda_error(self._stream()):
-            raise cuda_failed(text, self.rank, self._processes) from error
+        check_cuda(self._comm, self._stream(), self.rank, self._processes, error)
 
     def destroy(self) -> None:
         with self._lock:
@@ -197,7 +188,7 @@ class _Operation:
                     num_bytes = error.num_bytes if isinstance(error, ArenaFull) else 0
                     domain._comm.refuse(domain._owed, num_bytes, self._stream)
             domain._owed = ""
-            domain._leave(self._stream)
+            leave(domain._comm, self._stream, domain.rank, domain._processes)
             if isinstance(error, ArenaFull):
                 raise domain._arena.too_small(domain.rank, error.num_bytes) from None
         finally:

@@ -53,6 +53,21 @@ def wrong_arguments(where: str, ranks: Sequence[int]) -> ArgumentError:
     return ArgumentError(f"{text} (an index of topk_idx out of its range is wrong, too); {END}", "", ranks)
 
 
+def check_cuda(comm: Any, stream: int, rank: int, peers: Sequence[Sequence[str]], error: BaseException | None = None) -> None:
+    """Raise if CUDA has failed for good; `comm`: this rank's `_C.Communicator`."""
+    if text := comm.cuda_error(stream):
+        raise cuda_failed(text, rank, peers) from error
+
+
+def leave(comm: Any, stream: int, rank: int, peers: Sequence[Sequence[str]]) -> None:
+    """What follows on any stream comes behind what was launched on this one."""
+    try:
+        comm.leave(stream)
+    except RuntimeError as error:  # it may be the first to see what an earlier kernel has done
+        check_cuda(comm, stream, rank, peers, error)
+        raise
+
+
 def cuda_failed(text: str, rank: int, peers: Sequence[Sequence[str]]) -> DeepEPError:
     """Under MPS one process that is killed may break CUDA for all others of its GPU."""
     return DeepEPError(f"CUDA has failed on rank {rank}: {text}{who_ended(peers)}")

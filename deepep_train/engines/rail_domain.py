@@ -20,7 +20,7 @@ from deepep_train.engines.arena import ArenaFull
 from deepep_train.engines.low_latency import MAX_RANKS, LowLatency, weakly
 from deepep_train.engines.low_latency_far import OtherNodes
 from deepep_train.engines.node_memory import map_memory
-from deepep_train.engines.nvlink_failures import cuda_failed, device_error, who_ended
+from deepep_train.engines.nvlink_failures import check_cuda, cuda_failed, device_error, leave, who_ended
 from deepep_train.engines.peers import Peers, raise_if_broken, raise_if_different
 from deepep_train.engines.rail_failures import AWAITED, counts_error, rail_error
 from deepep_train.engines.rail_stages import VARIABLE, asked, in_order, stages_of
@@ -163,30 +163,18 @@ class RailDomain:
             try:
                 yield stream
             except BaseException as error:
-                self._check_cuda(stream, error)  # if so, nothing can be launched any more, and there is no order to keep
+                # If so, nothing can be launched any more, and there is no order to keep.
+                check_cuda(self.comm, stream, self.peers.rank, self._processes, error)
                 for step in self._owed:
                     if step == RAIL:
                         self.end.refuse(False, stream)
                     else:
                         self.comm.refuse(step, error.num_bytes if isinstance(error, ArenaFull) else 0, stream)
-                self._leave(stream)
+                leave(self.comm, stream, self.peers.rank, self._processes)
                 if isinstance(error, ArenaFull):
                     raise self.arena.too_small(self.peers.rank, error.num_bytes) from None
                 raise
-            self._leave(stream)
-
-    def _leave(self, stream: int) -> None:
-        """What follows on any stream comes behind what was launched on this one."""
-        try:
-            self.comm.leave(stream)
-        except RuntimeError as error:  # it may be the first to see what an earlier kernel has done
-            self._check_cuda(stream, error)
-            raise
-
-    def _check_cuda(self, stream: int, error: BaseException) -> None:
-        """Raise if CUDA has failed for good."""
-        if text := self.comm.cuda_error(stream):
-            raise cuda_failed(text, self.peers.rank, self._processes) from error
+            leave(self.comm, stream, self.peers.rank, self._processes)
 
     def _need_open(self) -> None:
         """Under the lock, where another thread may have destroyed the buffer while this one waited."""

@@ -83,7 +83,7 @@ def test_low_latency_spaces_are_closed_before_the_domain_is(monkeypatch: pytest.
 
 def test_an_event_may_be_waited_for_when_the_buffer_is_gone() -> None:
     domain = object.__new__(NvlinkEngine)
-    domain.peers = SimpleNamespace(check=lambda: None)  # type: ignore[assignment]
+    domain.peers, domain.rank, domain._processes = SimpleNamespace(check=lambda: None), 0, []  # type: ignore[assignment]
     domain._comm = SimpleNamespace(is_well=lambda: True, cuda_error=lambda _: "")
     domain._stream = lambda: 0  # type: ignore[method-assign]
     domain.check()
