@@ -17,6 +17,7 @@ import low_latency_ranks as ranks
 import torch
 from in_process import Threads, fill_cache, in_threads
 from low_latency_cases import KINDS, STYLES, Case, finish, round_trip
+from low_latency_masks import mask_and_unmask
 
 from deepep_train.buffer_low_latency import LowLatencyCalls
 from deepep_train.engines.nvlink import NvlinkEngine
@@ -77,26 +78,6 @@ def in_turn(rank: int, size: int, meeting: threading.Barrier, graph: torch.cuda.
     return capture()
 
 
-def masked(calls: Calls, rank: int, size: int, meeting: threading.Barrier) -> list[str]:
-    """The last rank is masked by the others, and does nothing; then it takes part again."""
-    case, gone = Case((8,) * size, 8, 2560, 2 * size, 2), size - 1
-    errors = round_trip(calls, rank, case, "cuda")
-    finish()
-    meeting.wait()
-    if rank != gone:
-        calls.low_latency_update_mask_buffer(gone, True)
-        for _ in range(4):
-            errors += round_trip(calls, rank, case, "cuda", frozenset({gone}))
-        finish()
-    meeting.wait()
-    if rank != gone:
-        calls.low_latency_clean_mask_buffer()
-    calls.clean_low_latency_buffer(case.most, case.hidden, case.num_experts)
-    for _ in range(3):
-        errors += round_trip(calls, rank, case, "cuda")
-    return errors
-
-
 def main(size: int, count: int, iterations: int) -> None:
     def as_processes_do(calls: Calls, rank: int, meeting: threading.Barrier) -> None:
         """What ranks in processes do, too: low_latency_ranks.py."""
@@ -114,7 +95,7 @@ def main(size: int, count: int, iterations: int) -> None:
         errors += ranks.overlapping(rank, size, group, late)
         finish()
         meeting.wait()
-        errors += masked(calls, rank, size, meeting)
+        errors += mask_and_unmask(calls, rank, size, Case((8,) * size, 8, 2560, 2 * size, 2), meeting.wait)
         assert not errors, errors[:3]
 
     def live(rank: int, meeting: threading.Barrier, table: list[Any]) -> None:

@@ -62,6 +62,6 @@ def test_sanitizers_find_nothing(tool: str, script: str) -> None:
         text = run(str(LOW_LATENCY_PROCESSES), before=before, seconds=250, loading="LAZY")
     else:
         text = run(str(PROCESSES), before=before, seconds=250, loading="LAZY")
-    summaries = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", text)  # of every process
+    summaries = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", text)  # of all processes together
     assert summaries and set(summaries) == {"0"}, text[-2000:]
     assert "fine" in text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
+import low_latency_masks as masks
 import low_latency_ranks as ranks
 import pytest
 import torch
@@ -97,29 +98,29 @@ def test_two_results_in_flight_and_late_hooks(size: int) -> None:
 
 @pytest.mark.parametrize("size", [2, 8])
 def test_a_mask_that_is_clean_may_be_cleaned(size: int) -> None:
-    none_wrong(run_ranks(size, ranks.masks_cleaned, Case((30,) * size, 30, 7168, 2 * size, 2, kind="bf16")))
+    none_wrong(run_ranks(size, masks.masks_cleaned, Case((30,) * size, 30, 7168, 2 * size, 2, kind="bf16")))
 
 
 @pytest.mark.parametrize("size", [2, 4, 8])
 def test_a_rank_that_is_masked_and_comes_back(size: int) -> None:
-    none_wrong(run_ranks(size, ranks.left_out, Case((8,) * size, 8, 2560, 2 * size, 2), fresh=True, timeout=60))
+    none_wrong(run_ranks(size, masks.left_out, Case((8,) * size, 8, 2560, 2 * size, 2), fresh=True, timeout=60))
 
 
 @pytest.mark.parametrize("size", [3, 4])
 def test_ranks_whose_masks_differ(size: int) -> None:
-    none_wrong(run_ranks(size, ranks.masked_apart, Case((8,) * size, 8, 2560, 2 * size, 2), fresh=True, timeout=60))
+    none_wrong(run_ranks(size, masks.masked_apart, Case((8,) * size, 8, 2560, 2 * size, 2), fresh=True, timeout=60))
 
 
 @pytest.mark.parametrize("size", [3, 4])
 @pytest.mark.parametrize("in_slices", [True, False])
 def test_a_rank_that_is_late_because_of_another(size: int, in_slices: bool) -> None:
     case = Case((8,) * size, 8, 2560, 2 * size, 2, kind="bf16")
-    none_wrong(run_ranks(size, ranks.late_for_another, case, in_slices, fresh=True, timeout=60))
+    none_wrong(run_ranks(size, masks.late_for_another, case, in_slices, fresh=True, timeout=60))
 
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_a_rank_that_stops(size: int) -> None:
-    none_wrong(run_ranks(size, ranks.stopped, Case((8,) * size, 8, 2560, 2 * size, 2, kind="bf16"), fresh=True, timeout=60))
+    none_wrong(run_ranks(size, masks.stopped, Case((8,) * size, 8, 2560, 2 * size, 2, kind="bf16"), fresh=True, timeout=60))
 
 
 def test_the_layer_uses_them() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import low_latency_masks as masks
 import low_latency_ranks as ranks
 import pytest
 import torch
@@ -79,14 +80,14 @@ def test_the_same_bits_as_within_a_node() -> None:
 @pytest.mark.parametrize("mesh", [(2, 1), (4, 2)], ids=str)
 def test_a_rank_that_is_masked_and_comes_back(mesh: tuple[int, int]) -> None:
     size, local = mesh
-    none_wrong(run_ranks(size, ranks.left_out, Case((8,) * size, 8, 256, 2 * size, 2), local, fresh=True, timeout=60))
+    none_wrong(run_ranks(size, masks.left_out, Case((8,) * size, 8, 256, 2 * size, 2), local, fresh=True, timeout=60))
 
 
 @pytest.mark.parametrize("mesh", [(2, 1), (4, 2)], ids=str)
 def test_a_rank_that_stops(mesh: tuple[int, int]) -> None:
     size, local = mesh
     case = Case((8,) * size, 8, 256, 2 * size, 2, kind="bf16")
-    none_wrong(run_ranks(size, ranks.stopped, case, local, fresh=True, timeout=60))
+    none_wrong(run_ranks(size, masks.stopped, case, local, fresh=True, timeout=60))
 
 
 def test_the_layer_uses_them() -> None:

@@ -60,6 +60,6 @@ def test_racecheck_finds_nothing_over_rdma() -> None:
     before += ("--report-api-errors", "no")  # NVSHMEM asks the driver for functions that it may lack; ours are exceptions
     before += ("--kernel-name", "kernel_substring=deepep_train")  # not torch's, nor NVSHMEM's own: what is inlined into ours is
     text = run(str(Path(__file__).with_name("two_nodes.py")), before=before, seconds=250, loading="LAZY")
-    summaries = re.findall(r"SUMMARY: (\d+)", text)  # of every process
+    summaries = re.findall(r"SUMMARY: (\d+)", text)  # of all processes together
     assert summaries and set(summaries) == {"0"}, text[-2000:]
     assert "fine" in text
