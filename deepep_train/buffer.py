@@ -22,7 +22,7 @@ from deepep_train.handle import Handle
 from deepep_train.routing import count_picks
 from deepep_train.streams import CommStream
 
-V1_SMS = 20
+V1_SMS = 20  # what its attribute is before anybody has chosen
 
 
 class Buffer(CheckedCalls, LowLatencyCalls):

@@ -22,6 +22,7 @@ from rail_twins import arranged, placed_picks
 from torch import Tensor
 
 from deepep_train.engines.arena import Landing
+from deepep_train.engines.base import MAX_NODES
 from deepep_train.engines.peers import Peers
 from deepep_train.engines.rail_domain import DISPATCH, RAIL
 from deepep_train.engines.rail_failures import counts_error
@@ -38,7 +39,7 @@ from deepep_train.routing import rank_layout
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 TYPES = {"uint64_t": ctypes.c_uint64, "int64_t": ctypes.c_int64, "int": ctypes.c_int}
-CONSTANTS = {"kMaxNodes": 256}
+CONSTANTS = {"kMaxNodes": MAX_NODES}
 
 
 def compile_kernels(to: Path) -> str | None:

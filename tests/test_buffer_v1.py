@@ -294,6 +294,14 @@ def test_configs_for_any_number_of_ranks(num_ranks: int) -> None:
         assert config.get_rdma_buffer_size_hint(7168 * 2, num_ranks) >= 0
 
 
+def test_num_sms_may_be_assigned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As V1's class attribute; what nobody has assigned leaves the choice to the engine."""
+    assert Buffer._chosen_sms() == 0
+    monkeypatch.setattr(Buffer, "num_sms", 8)
+    assert Buffer._chosen_sms() == Buffer.get_dispatch_config(8).num_sms == 8
+    assert not Buffer.get_combine_config(8).is_default
+
+
 def test_set_num_sms() -> None:
     before = Buffer.num_sms
     try:

@@ -97,6 +97,7 @@ def _misuse(rank: int, size: int, group: dist.ProcessGroup) -> list[str]:
         lambda: buffer.low_latency_dispatch(x, idx, 3 if rank else 4, EXPERTS),
         lambda: buffer.low_latency_dispatch(x, idx, 4, EXPERTS, use_ue8m0=True),
         lambda: buffer.low_latency_dispatch(x[:, :100], idx, 4, EXPERTS),
+        lambda: buffer.low_latency_dispatch(x[:, :0], idx, 4, EXPERTS),
         lambda: buffer.low_latency_dispatch(x.float(), idx, 4, EXPERTS),
         lambda: buffer.low_latency_dispatch(x, idx + EXPERTS, 4, EXPERTS),
         lambda: buffer.low_latency_combine(x, idx, w, (1, 2, 3)),
@@ -109,6 +110,9 @@ def _misuse(rank: int, size: int, group: dist.ProcessGroup) -> list[str]:
         buffer.get_next_low_latency_combine_buffer((1, 2, 3))
     with pytest.raises(DeepEPError, match="leave ranks out"):
         buffer.low_latency_update_mask_buffer(1, True)
+    for wrong in (("4", 512, EXPERTS), (4, 0, EXPERTS), (4, 512, -1)):
+        with pytest.raises(ArgumentError, match=r"num_max_dispatch_tokens_per_rank|hidden|num_experts"):
+            buffer.clean_low_latency_buffer(*wrong)
     buffer.low_latency_dispatch(x, idx, 4, EXPERTS)  # still works
     return said
 
@@ -117,6 +121,7 @@ def test_misuse_raises_on_every_rank() -> None:
     first, second = run_ranks(2, _misuse)
     assert first == second
     assert "zero_copy=True" in first[0]
+    assert "hidden size above 0, got 0" in first[4]
     assert "rank 1" in first[1] and "num_max_dispatch_tokens_per_rank=3" in first[1]
 
 

@@ -30,13 +30,13 @@ DT_DEVICE void store_release_sys(uint32_t* address, uint32_t value) {
     asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
 }
 
+DT_DEVICE void store_release_sys(uint64_t* address, uint64_t value) {
+    asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
+}
+
 // Of a word that stands for nothing but itself.
 DT_DEVICE void store_relaxed_sys(uint32_t* address, uint32_t value) {
     asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
-}
-
-DT_DEVICE void store_release_sys(uint64_t* address, uint64_t value) {
-    asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
 }
 
 // Between ranks that share a GPU. PTX's gpu scope is of one program, which processes are not, but its SMs meet in the L2 cache

@@ -25,7 +25,7 @@ from deepep_train.engines.peers import Peers
 from deepep_train.errors import ArgumentError, DeepEPError
 
 MAX_RANKS = _C.low_latency.max_ranks
-_MOST_NS = 1 << 61  # four times which the kernels count in 64 bits
+_MOST_SECONDS = 1e9  # of a timeout, four of which the kernels count as nanoseconds in 64 bits
 T = TypeVar("T")
 
 
@@ -318,5 +318,5 @@ class LowLatency:
 
     def _params(self, p: Any, space: Space, slots: int) -> Any:
         p.mask, p.num_sms = self._mask.data_ptr(), self._num_sms
-        p.timeout_ns = min(int(self._peers.timeout * 1e9), _MOST_NS)
+        p.timeout_ns = int(min(self._peers.timeout, _MOST_SECONDS) * 1e9)
         return self._spaces.params(p, space, slots)

@@ -34,7 +34,7 @@ def failure(cause: str, **more: Any) -> Any:
         ("mismatched", DeepEPError, "rank 2 is in another call, or its handle or shapes differ"),
         ("overflow", ArgumentError, "rank 2: num_worst_tokens=9 but 30 rows arrive"),
         ("refused", DeepEPError, "rank 2 refused to take part: see the exception raised there; results are NaN"),
-        ("bad counts", ArgumentError, "the arguments of rank 2 are wrong or differ from this rank's"),
+        ("bad counts", ArgumentError, "the arguments of rank 2 are wrong or differ from this rank's (an index of topk_idx"),
     ],
 )
 def test_every_cause_has_its_text(cause: str, kind: type, text: str) -> None:

@@ -104,6 +104,12 @@ def test_two_results_may_be_alive(engine: LowLatency) -> None:
     combine(engine, three[2])  # as often as one likes
 
 
+def test_timeouts_that_do_not_fit_into_64_bits(engine: LowLatency, kernels: Kernels) -> None:
+    engine._peers.timeout = 1e300
+    combine(engine, dispatch(engine)[2])
+    assert kernels.launched
+
+
 @pytest.mark.parametrize(
     "call, text",
     [
