@@ -326,7 +326,7 @@ std::optional<Failure> Communicator::failure() const {
     std::atomic_thread_fence(std::memory_order_acquire);
     static const char* const operations[] = {"count exchange", "dispatch", "combine"};
     static const char* const meetings[] = {"their counts", "their readiness", "the end of their part"};
-    static const char* const causes[] = {"missing", "mismatched", "blamed", "overflow", "bad counts", "refused"};
+    static const char* const causes[] = {"missing", "mismatched", "blamed", "overflow", "bad counts", "refused", "astray"};
     Failure f;
     f.epoch = page->failed_epoch;
     f.operation = operations[page->failed_operation];

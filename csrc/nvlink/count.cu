@@ -11,17 +11,18 @@ namespace {
 
 constexpr int kThreads = 1024;
 
-__device__ void send_counts(const Domain& d, const CountParams& p, uint32_t epoch, bool bad) {
+__device__ void send_counts(const Domain& d, const CountParams& p, uint32_t epoch, Arguments arguments) {
     const auto* per_rank = reinterpret_cast<const int32_t*>(p.num_tokens_per_rank);
     const auto* per_expert = reinterpret_cast<const int32_t*>(p.num_tokens_per_expert);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const bool bad = arguments != kArgumentsFine;
     for (int peer = warp; peer < d.num_ranks; peer += kThreads / 32) {
         Control* there = d.control(peer);
         Counts* row = &there->counts[epoch % 2][d.rank];
         for (int i = lane; i < d.num_ranks; i += 32) row->per_rank[i] = bad ? 0 : per_rank[i];
         for (int i = lane; i < p.num_experts; i += 32) row->per_expert[i] = bad ? 0 : per_expert[i];
         if (lane == 0) {
-            row->status = bad;
+            row->status = arguments;
             row->signature = p.signature;
             row->bound = p.bound;
         }
@@ -36,8 +37,15 @@ __device__ void send_counts(const Domain& d, const CountParams& p, uint32_t epoc
 __device__ uint64_t odd_ranks(const Domain& d, const CountParams& p, const Counts* table) {
     uint64_t odd = 0;
     for (int i = 0; i < d.num_ranks; ++i)
-        if (table[i].status != 0 || table[i].signature != p.signature) odd |= 1ull << i;
+        if (table[i].status != kArgumentsFine || table[i].signature != p.signature) odd |= 1ull << i;
     return odd;
+}
+
+__device__ uint64_t miscounted_ranks(const Domain& d, const Counts* table) {
+    uint64_t ranks = 0;
+    for (int i = 0; i < d.num_ranks; ++i)
+        if (table[i].status == kMiscounted) ranks |= 1ull << i;
+    return ranks;
 }
 
 // A warp's inclusive scan.
@@ -120,9 +128,9 @@ __global__ void __launch_bounds__(kThreads, 1)
         is_well = mine->failed == 0;  // read once: a thread of this block may set it while others have still to look
     }
     __syncthreads();
-    const bool bad = p.status != 0 || (p.out_of_range != 0 && *reinterpret_cast<const int32_t*>(p.out_of_range) != 0);
+    const bool miscounted = p.out_of_range != 0 && *reinterpret_cast<const int32_t*>(p.out_of_range) != 0;
     if (is_well) {
-        send_counts(d, p, epoch, bad);
+        send_counts(d, p, epoch, p.status != 0 ? kArgumentsWrong : miscounted ? kMiscounted : kArgumentsFine);
         if (threadIdx.x < 32) {
             const bool all = wait_for_flags(d, mine->counted_flag, mine->ready_flag, epoch, kCount, kMeetCounted);
             if (threadIdx.x == 0) came = all;
@@ -145,7 +153,9 @@ __global__ void __launch_bounds__(kThreads, 1)
                     if (odd == 0 && table[i].bound != 0 && d.host->rows[i] > table[i].bound) over |= 1ull << i;
                 }
                 // On a rank with num_worst_tokens no CPU waits for this, so the kernels must stop the dispatch, on every rank.
-                if (bounded && odd != 0) record_failure(d, epoch, kCount, kMeetCounted, kBadCounts, odd);
+                if (bounded && odd != 0)
+                    record_failure(d, epoch, kCount, kMeetCounted, kBadCounts, odd,
+                                   static_cast<int64_t>(miscounted_ranks(d, table)));
                 if (over != 0) record_failure(d, epoch, kCount, kMeetCounted, kOverflow, over);
                 good = odd == 0 && over == 0;
             }

@@ -21,9 +21,13 @@ constexpr int kMaxTopK = 32;
 constexpr int kRankRounds = kMaxRanks / 32;  // a warp's lanes stand for the ranks, in so many rounds
 constexpr int kOffsets = 5;                  // x (or y), scales (or partial sums), indices (or rows), weights, source tokens
 
+// What a rank says of its arguments: that they are fine, that it raises for them, or that its topk_idx has an index out of
+// range or counts beside it that are not its own.
+enum Arguments : int64_t { kArgumentsFine = 0, kArgumentsWrong = 1, kMiscounted = 2 };
+
 // A rank's part in an exchange of counts.
 struct Counts {
-    int64_t status;     // 0, or 1 if this rank's arguments are wrong
+    int64_t status;     // kArguments
     int64_t signature;  // hash of what the ranks must agree on
     int64_t bound;      // num_worst_tokens
     int32_t per_rank[kMaxRanks];
@@ -47,7 +51,7 @@ struct Control {
     alignas(128) uint64_t blames[kMaxRanks];  // the ranks that p gave up on
     alignas(128) Ready ready[2][kMaxRanks];
     alignas(128) Counts counts[2][kMaxRanks];
-    // Written by any peer that has failed: nobody need wait for the deadline again.
+    // Written by any peer that has failed, 1 + its cause: nobody need wait for the deadline again.
     alignas(128) uint32_t alarm;
     // Written by the owner's kernels.
     alignas(128) uint32_t epoch;  // of the last operation finished
@@ -65,7 +69,8 @@ enum Cause : uint32_t {
     kBlamed = 2,      // a peer has failed and blames these ranks
     kOverflow = 3,    // more rows would arrive at these ranks than num_worst_tokens
     kBadCounts = 4,   // these ranks' arguments of a dispatch with num_worst_tokens are wrong or differ
-    kRefused = 5      // these ranks, not all, refused to take part
+    kRefused = 5,     // these ranks, not all, refused to take part
+    kAstray = 6       // a peer has failed and says that these ranks are in another call
 };
 
 // Page-locked host memory through which kernels tell the CPU.
@@ -84,7 +89,9 @@ struct HostPage {
     volatile uint32_t failed_meeting;
     volatile uint32_t failed_cause;
     volatile uint64_t failed_ranks;  // bit p: peer p
-    volatile int64_t refused_bytes;  // with kRefused: what the fullest arena had no room for; 0: wrong arguments; -1: the rail
+    // With kRefused: what the fullest arena had no room for; 0: wrong arguments; -1: the rail. With kBadCounts: bit p, if peer
+    // p has said kMiscounted.
+    volatile int64_t refused_bytes;
 };
 
 // One rank's view of its domain, passed to every kernel by value.
@@ -126,19 +133,20 @@ DT_DEVICE void record_failure(const Domain& d, uint32_t epoch, Operation operati
         if (peer == d.rank || ((ranks >> peer & 1) != 0 && !d.tells_missing)) continue;
         Control* there = d.control(peer);
         there->blames[d.rank] = ranks;
-        store_release_sys(&there->alarm, 1);
+        store_release_sys(&there->alarm, 1 + static_cast<uint32_t>(cause));
     }
 }
 
 // Has a peer raised the alarm?
 DT_DEVICE bool is_alarmed(const Control* mine) { return load_acquire_sys(&mine->alarm) != 0; }
 
-// By one thread, after an alarm: the ranks that peers have given up on.
+// By one thread, after an alarm: the ranks that peers have given up on, or found in another call.
 DT_DEVICE void record_alarm(const Domain& d, uint32_t epoch, Operation operation, Meeting meeting) {
     uint64_t blamed = 0;
     for (int peer = 0; peer < d.num_ranks; ++peer)
         blamed |= *reinterpret_cast<const volatile uint64_t*>(&d.control(d.rank)->blames[peer]);
-    record_failure(d, epoch, operation, meeting, kBlamed, blamed);
+    const bool is_astray = load_acquire_sys(&d.control(d.rank)->alarm) == 1 + kMismatched;
+    record_failure(d, epoch, operation, meeting, is_astray ? kAstray : kBlamed, blamed);
 }
 
 // Waits, with one warp, until every peer's flag has reached `epoch`; the warp's lanes share the peers. Returns false, after

@@ -186,7 +186,7 @@ struct Digest {
         auto* report = at<volatile int64_t>(p.report);
         for (int r = threadIdx.x; r < p.num_ranks; r += blockDim.x) {
             const bool over = verdict == kOverflow && bound(r) != 0 && at<int32_t>(p.rows)[r] > bound(r);
-            report[kReportHead + r] = verdict == kBad ? is_odd(r) : over;
+            report[kReportHead + r] = verdict == kBad ? row(r)[4] != 0 ? kAtFaultMiscounted : is_odd(r) : over;
             report[kReportHead + p.num_ranks + r] = bound(r);
             report[kReportHead + 2 * p.num_ranks + r] = verdict == kBad ? 0 : at<int32_t>(p.rows)[r];
         }

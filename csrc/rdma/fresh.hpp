@@ -51,7 +51,7 @@ struct DigestParams {
     uint64_t expert_base = 0;        // int32 [E / R]: the first row of each of this rank's experts
     int64_t result_words = 0;
     // Of the host, int64 [kReportHead + 3 R]: the verdict, the most rows of one stream, `widest`; then by rank whether it is at
-    // fault, its num_worst_tokens and its rows. Written if the dispatch fails for good.
+    // fault (kAtFaultMiscounted: for its layout), its num_worst_tokens and its rows. Written if the dispatch fails for good.
     uint64_t report = 0;
     int64_t room = 0;    // rows that fit into a segment
     int64_t widest = 0;  // bytes of the widest of them
@@ -64,6 +64,7 @@ struct DigestParams {
     int row_words = 0;
 };
 constexpr int kReportHead = 3;
+constexpr int kAtFaultMiscounted = 2;
 
 // What travels before the rows that leave, words for each: its token's number, indices and weights, and a bit for each rank of
 // the node where it goes.

@@ -31,6 +31,8 @@ def device_error(failure: Any, rank: int, timeout: float, peers: Sequence[Sequen
     if failure.cause == "blamed":
         text = f"{where}: other ranks gave up on rank {who}{who_ended(peers)}; {END}"
         return PeerTimeoutError(text, failure.ranks, failure.operation)
+    if failure.cause == "astray":
+        return DeepEPError(f"{where}: other ranks found rank {who} in another call, or with another handle or shapes; {END}")
     if failure.cause == "mismatched":
         return DeepEPError(f"{where}: rank {who} is in another call, or its handle or shapes differ; {END}")
     if failure.cause == "overflow":
@@ -43,14 +45,19 @@ def device_error(failure: Any, rank: int, timeout: float, peers: Sequence[Sequen
         elif failure.bytes:
             why = f"an arena there has no room for {failure.bytes} bytes; pass a larger num_nvl_bytes to Buffer"
         return DeepEPError(f"{where}: rank {who} refused to take part: {why}; results are NaN; {END}")
-    return wrong_arguments(where, failure.ranks)
+    return wrong_arguments(where, failure.ranks, [r for r in failure.ranks if failure.bytes >> r & 1])
 
 
-def wrong_arguments(where: str, ranks: Sequence[int]) -> ArgumentError:
-    """For a dispatch with num_worst_tokens, of which the kernels tell no more."""
-    who = ", ".join(map(str, ranks))
-    text = f"{where}: the arguments of rank {who} are wrong or differ from this rank's"
-    return ArgumentError(f"{text} (an index of topk_idx out of its range is wrong, too); {END}", "", ranks)
+def wrong_arguments(where: str, ranks: Sequence[int], miscounted: Sequence[int]) -> ArgumentError:
+    """For a dispatch with num_worst_tokens, of which the kernels tell no more. `miscounted`: those of `ranks` whose topk_idx is
+    at fault."""
+    texts = []
+    if miscounted:
+        who = ", ".join(map(str, miscounted))
+        texts.append(f"topk_idx of rank {who} has an index outside [-1, num_experts), or counts beside it that are not its own")
+    if others := [str(r) for r in ranks if r not in miscounted]:
+        texts.append(f"the arguments of rank {', '.join(others)} are wrong or differ from this rank's")
+    return ArgumentError(f"{where}: {', and '.join(texts)}; {END}", "topk_idx" if miscounted else "", ranks)
 
 
 def check_cuda(comm: Any, stream: int, rank: int, peers: Sequence[Sequence[str]], error: BaseException | None = None) -> None:

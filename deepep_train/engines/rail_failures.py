@@ -8,6 +8,7 @@ from typing import Any
 from deepep_train.engines.nvlink_failures import END, wrong_arguments
 from deepep_train.errors import ArgumentError, DeepEPError, PeerTimeoutError
 
+AT_FAULT_MISCOUNTED = 2  # fresh.hpp's
 AWAITED = ("their readiness", "their rows", "gave up")  # causes of which another rank may be the cause
 
 
@@ -52,4 +53,4 @@ def counts_error(report: Sequence[int], number: int, rank: int, bytes_for: Calla
     if verdict == 2:
         each = "; ".join(f"rank {r}: num_worst_tokens={bounds[r]} but {rows[r]} rows" for r in ranks)
         return ArgumentError(f"{where}: {each} arrive; {END}", "num_worst_tokens", ranks)
-    return wrong_arguments(where, ranks)
+    return wrong_arguments(where, ranks, [r for r in ranks if odd[r] == AT_FAULT_MISCOUNTED])

@@ -31,10 +31,11 @@ def failure(cause: str, **more: Any) -> Any:
     [
         ("missing", PeerTimeoutError, "dispatch (number 7) on rank 0: waited 5 s in vain for their readiness of rank 2; this"),
         ("blamed", PeerTimeoutError, "other ranks gave up on rank 2; this buffer can no longer be used"),
+        ("astray", DeepEPError, "other ranks found rank 2 in another call, or with another handle or shapes"),
         ("mismatched", DeepEPError, "rank 2 is in another call, or its handle or shapes differ"),
         ("overflow", ArgumentError, "rank 2: num_worst_tokens=9 but 30 rows arrive"),
         ("refused", DeepEPError, "rank 2 refused to take part: see the exception raised there; results are NaN"),
-        ("bad counts", ArgumentError, "the arguments of rank 2 are wrong or differ from this rank's (an index of topk_idx"),
+        ("bad counts", ArgumentError, "on rank 0: the arguments of rank 2 are wrong or differ from this rank's; this"),
     ],
 )
 def test_every_cause_has_its_text(cause: str, kind: type, text: str) -> None:
@@ -42,6 +43,16 @@ def test_every_cause_has_its_text(cause: str, kind: type, text: str) -> None:
     assert type(error) is kind
     assert text in str(error)
     assert getattr(error, "ranks", [2]) in ([2], (2,))
+
+
+def test_whose_topk_idx_is_wrong_is_told() -> None:
+    """Bit 63 is the sign."""
+    error = device_error(failure("bad counts", ranks=[1, 2, 63], bytes=-(1 << 63) | 1 << 1), 0, 5.0, [])
+    assert "topk_idx of rank 1, 63 has an index outside [-1, num_experts), or counts beside it that are not its own" in str(
+        error
+    )
+    assert "and the arguments of rank 2 are wrong or differ" in str(error)
+    assert isinstance(error, ArgumentError) and error.argument == "topk_idx" and list(error.ranks) == [1, 2, 63]
 
 
 def test_a_refusal_says_why() -> None:

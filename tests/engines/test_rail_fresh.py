@@ -185,7 +185,7 @@ def gone_wrong(
     [
         ("overflow", "rank 1: num_worst_tokens=1 but", [1]),
         ("mixed", "are wrong or differ", None),
-        ("index", "the arguments of rank 1 are wrong", [1]),
+        ("index", "topk_idx of rank 1 has an index outside", [1]),
         ("alignment", "are wrong or differ", None),
         ("arguments", "are wrong or differ", None),
         ("huge", "are wrong or differ", None),

@@ -341,7 +341,8 @@ def test_wrong_arguments_raise_on_every_rank() -> None:
 
 
 def device_failures(rank: int, size: int, group: dist.ProcessGroup) -> None:
-    """Ranks in different calls, and too few worst tokens: the kernels end, results are NaN, the buffer says why."""
+    """Ranks in different calls, too few worst tokens, an index that no CPU sees: the kernels end, results are NaN, the buffer says
+    why, also to those who hear it from others."""
     x, idx, w = (t.cuda() for t in inputs(rank, size, 15))
     experts = size * LOCAL_EXPERTS
     buffer = dt.Buffer(group, num_nvl_bytes=16 << 20, engine="nvlink", timeout=5)
@@ -349,8 +350,9 @@ def device_failures(rank: int, size: int, group: dist.ProcessGroup) -> None:
     got = dt.dispatch(x, buffer=buffer, handle=out.handle).x if rank == 0 else dt.combine(out.x, out.handle)
     torch.cuda.synchronize()
     assert got.isnan().all()
-    with pytest.raises(dt.DeepEPError, match="is in another call"):
+    with pytest.raises(dt.DeepEPError, match="in another call") as told:
         buffer.check()
+    assert type(told.value) is dt.DeepEPError
     with pytest.raises(dt.DeepEPError):
         buffer.destroy()
     buffer = dt.Buffer(group, num_nvl_bytes=16 << 20, engine="nvlink", timeout=5)
@@ -362,10 +364,20 @@ def device_failures(rank: int, size: int, group: dist.ProcessGroup) -> None:
         buffer.check()
     with pytest.raises(dt.DeepEPError):
         buffer.destroy()
+    buffer = dt.Buffer(group, num_nvl_bytes=16 << 20, engine="nvlink", timeout=5)
+    out = dt.dispatch(x, idx + experts * (rank == 1), w, buffer=buffer, num_experts=experts, num_worst_tokens=4096)
+    torch.cuda.synchronize()
+    assert out.x.isnan().all()
+    with pytest.raises(dt.ArgumentError, match="topk_idx of rank 1 has an index outside") as wrong:
+        buffer.check()
+    assert wrong.value.argument == "topk_idx" and list(wrong.value.ranks) == [1]
+    with pytest.raises(dt.DeepEPError):
+        buffer.destroy()
 
 
-def test_failures_on_the_device_are_told() -> None:
-    run_ranks(2, device_failures, timeout=90)
+@pytest.mark.parametrize("size", [2, 4])
+def test_failures_on_the_device_are_told(size: int) -> None:
+    run_ranks(size, device_failures, timeout=90)
 
 
 def moe_layer(rank: int, size: int, group: dist.ProcessGroup, engine: str, device: str) -> list[Tensor]:

@@ -226,8 +226,12 @@ def unbounded(rank: int, size: int, group: dist.ProcessGroup, local: int, how: s
                 assert out.x.isnan().all()
                 assert not out.tokens_per_expert.any()
     torch.cuda.synchronize()
-    text = {"overflow": "rank 1: num_worst_tokens=1 but", "room": "pass num_rdma_bytes="}.get(how, "are wrong or differ")
-    with pytest.raises(dt.ArgumentError, match=text):
+    texts = {
+        "overflow": "rank 1: num_worst_tokens=1 but",
+        "room": "pass num_rdma_bytes=",
+        "index": "topk_idx of rank 1 has an index outside",
+    }
+    with pytest.raises(dt.ArgumentError, match=texts.get(how, "are wrong or differ")):
         buffer.check()
     assert time.monotonic() - began < TIMEOUT / 2
 
