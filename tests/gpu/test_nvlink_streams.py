@@ -341,8 +341,8 @@ def test_wrong_arguments_raise_on_every_rank() -> None:
 
 
 def device_failures(rank: int, size: int, group: dist.ProcessGroup) -> None:
-    """Ranks in different calls, too few worst tokens, an index that no CPU sees: the kernels end, results are NaN, the buffer says
-    why, also to those who hear it from others."""
+    """Ranks in different calls, too few worst tokens, an index that no CPU sees: the kernels end, results are NaN, the buffer
+    says why, also to those who hear it from others."""
     x, idx, w = (t.cuda() for t in inputs(rank, size, 15))
     experts = size * LOCAL_EXPERTS
     buffer = dt.Buffer(group, num_nvl_bytes=16 << 20, engine="nvlink", timeout=5)
