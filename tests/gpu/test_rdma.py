@@ -165,7 +165,9 @@ def count_bytes(
     x, idx, w = to((mine.x, mine.topk_idx, mine.topk_weights), "cuda")
     out = dt.dispatch(x, idx, w, buffer=buffer, num_experts=case.num_experts)
     middle = put()
-    dt.combine(out.x if isinstance(out.x, Tensor) else out.x[0].bfloat16(), out.handle)
+    rows, handle = out.x if isinstance(out.x, Tensor) else out.x[0].bfloat16(), out.handle
+    del out  # the arena has no room for what came and a copy of wider rows
+    dt.combine(rows, handle)
     return middle - before, put() - middle
 
 
