@@ -72,8 +72,9 @@ class LowLatencyCalls:
     ) -> tuple[PayloadArgument, Tensor, tuple, EventOverlap, Callable[[], None] | None]:
         """Send every pick of an expert into that expert's rows.
 
-        At most two results may be alive: a result lives until it has been combined, or its handle is dropped. Replays of CUDA
-        graphs end results, too, which nobody checks: see `LowLatencyCalls`.
+        A result lives until it has been combined, or its handle is dropped, and must not live when the second dispatch of its
+        shape behind it is made, which takes its slots: so at most two are alive. Replays of CUDA graphs end results, too, which
+        nobody checks: see `LowLatencyCalls`.
 
         Args:
             x: bfloat16 [T, H], T at most M; H a multiple of 128 with `use_fp8` and on the kernels, of 512 with `use_ue8m0`.
@@ -93,8 +94,8 @@ class LowLatencyCalls:
         Raises:
             ArgumentError: before a first call of a shape on every rank, later on this rank alone; on the collective engine
                 always on every rank, also for indices out of range.
-            DeepEPError: a third result, or slots whose last hook was not called (both on the kernels, and not in replays); a
-                first call of a shape in a capture; no room for a shape's memory.
+            DeepEPError: the result of the dispatch before the last lives, or its slots' last hook was not called (both on the
+                kernels, and not in replays); a first call of a shape in a capture; no room for a shape's memory.
             PeerTimeoutError: a rank did not come to a first call of a shape.
         """
         self.check()
@@ -136,7 +137,7 @@ class LowLatencyCalls:
             use_logfmt: this rank's experts' rows travel in 10 bits a value, see docs/low_latency.md; not with `zero_copy`.
                 Without effect on the collective engine.
             zero_copy: peers read x where it is: what `get_next_low_latency_combine_buffer(handle)` gave.
-            out: bfloat16 [T, H] to write the result to.
+            out: bfloat16 [T, H] to write the result to; with `zero_copy` no part of x.
             combine_wait_recv_cost_stats: int64 [R], to which the nanoseconds are added that each rank was waited for.
 
         Returns:

@@ -26,6 +26,7 @@ class Case:
         kind: how rows travel.
         hook, zero_copy: as the calls take them.
         logfmt: combine sends 10 bits a value, so that its result is only near.
+        asynchronous: which calls come with `async_finish`: "", "combine" or "both"; not with hooks.
     """
 
     tokens: tuple[int, ...]
@@ -39,6 +40,7 @@ class Case:
     zero_copy: bool = False
     seed: int = 0
     logfmt: bool = False
+    asynchronous: str = ""
 
     @property
     def size(self) -> int:
@@ -51,6 +53,7 @@ class Case:
             "round_scale": self.kind in ("round", "ue8m0"),
             "use_ue8m0": self.kind == "ue8m0",
             "return_recv_hook": self.hook,
+            "async_finish": self.asynchronous == "both",
         }
 
     @lru_cache(maxsize=32)  # noqa: B019 - cases are few and small
@@ -196,9 +199,11 @@ def round_trip(buffer: Any, rank: int, case: Case, device: str, without: frozens
     local = case.num_experts // case.size
     stats = torch.full((local,), 7, dtype=torch.int32, device=device)
     got = buffer.low_latency_dispatch(x, idx, case.most, case.num_experts, stats, **case.arguments)
-    recv, count, handle, _, hook = got
+    recv, count, handle, event, hook = got
     if case.hook:
         hook()
+    if case.asynchronous == "both":
+        event.current_stream_wait()
     finish(device)
     errors = check_received(case, rank, recv, count, handle, without)
     errors += wrong("statistics", stats, count.cpu() + 7)
@@ -210,9 +215,14 @@ def round_trip(buffer: Any, rank: int, case: Case, device: str, without: frozens
         y = torch.empty(shape, dtype=torch.bfloat16, device=device)
     fill(case, rank, y, recv, count)
     how = {"zero_copy": case.zero_copy, "return_recv_hook": case.hook, "use_logfmt": case.logfmt}
-    z, _, hook = buffer.low_latency_combine(y, idx, weights, handle, **how)
+    z, event, hook = buffer.low_latency_combine(y, idx, weights, handle, async_finish=bool(case.asynchronous), **how)
     if case.hook:
         hook()
+    if case.asynchronous:
+        del handle, got  # whose memory must not be among what is now given out and written to
+        written = [torch.full(idx.shape, 1 << 30, dtype=torch.int32, device=device) for _ in range(8)]
+        event.current_stream_wait()
+        del written
     finish(device)
     if not case.logfmt:
         return errors + wrong(f"combined on rank {rank}", z, case.combined(rank, without))

@@ -31,7 +31,6 @@ from draws import STYLES, Exchange
 from v1_calls import Checks, arena_bytes, check_and_tune
 
 from deepep_train import Buffer
-from deepep_train.cli.launch import Nodes
 
 CPU_SIZES = {"num_processes": 4}
 KINDS = {"BF16": torch.bfloat16, "FP8": torch.float8_e4m3fn}
@@ -84,10 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--num-local-ranks", type=int, help="ranks of a node; default: half of one machine's, with several machines all of each"
     )
-    under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
-    nodes = Nodes(int(os.environ["GROUP_WORLD_SIZE"])) if under_torchrun else v1_runner.nodes_of_environment()
-    if under_torchrun:
-        parser.set_defaults(num_processes=int(os.environ["LOCAL_WORLD_SIZE"]))
+    nodes = v1_runner.nodes_of(parser)
     args = parser.parse(argv, nodes.number)
     local = args.num_processes // (1 if nodes.number > 1 else 2) if args.num_local_ranks is None else args.num_local_ranks
     if local < 1 or args.num_processes % local:

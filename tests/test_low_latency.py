@@ -1,14 +1,18 @@
-"""DeepEP V1's low-latency calls between the ranks of one machine: checks bit for bit against a loop over experts, then timings.
+"""DeepEP V1's low-latency calls: checks bit for bit against a loop over experts, then timings.
 
     python tests/test_low_latency.py --num-processes 8 --num-tokens 128 --hidden 7168 --num-topk 8 --num-experts 256
 
 Rank r takes GPU r modulo their number; without a GPU the ranks talk through gloo and the collective engine, and the defaults
-are small. With --num-local-ranks one machine plays several nodes, between which NVSHMEM puts. pytest runs the checks on two CPU
-processes.
+are small. With --num-local-ranks one machine plays several nodes, between which NVSHMEM puts; several machines run the same
+command with WORLD_SIZE (their number), RANK (which this is), MASTER_ADDR and MASTER_PORT set, or under torchrun. pytest runs
+the checks on two CPU processes, and on two that play a machine each.
 """
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -32,6 +36,9 @@ PRESSURE_ROUNDS = 100
 @dataclass(frozen=True)
 class Work(v1_runner.Work):
     pressure: bool
+    use_logfmt: bool
+    allow_nvlink: bool
+    allow_mnnvl: bool
     num_local_ranks: int | None
 
 
@@ -39,6 +46,7 @@ def on_every_rank(work: Work) -> None:
     rank, size = dist.get_rank(), dist.get_world_size()
     hint = Buffer.get_low_latency_rdma_size_hint(work.num_tokens, work.hidden, size, work.num_experts)
     how = {"num_qps_per_rank": work.num_experts // size, "num_local_ranks": work.num_local_ranks}
+    how |= {"allow_nvlink_for_low_latency_mode": work.allow_nvlink, "allow_mnnvl": work.allow_mnnvl}
     buffer = Buffer(dist.group.WORLD, num_rdma_bytes=hint, low_latency_mode=True, **how)
     if rank == 0:
         print(f"{size} ranks, {buffer.engine} engine; {work}", flush=True)
@@ -50,7 +58,7 @@ def on_every_rank(work: Work) -> None:
             assert first == again, f"rank {rank}: {case}: bits differ from one time to the next"
         say(f"pressure test passed: {PRESSURE_ROUNDS} exchanges, each twice with equal bits", rank)
     if work.tune and work.device == "cuda":
-        tune(buffer, _case(work, size, "fp8", "uniform", False, False, 0), rank)
+        tune(buffer, replace(_case(work, size, "fp8", "uniform", False, False, 0), logfmt=work.use_logfmt), rank)
     dist.barrier()
     buffer.destroy()
 
@@ -76,6 +84,7 @@ def check(buffer: Buffer, work: Work, rank: int, size: int) -> int:
         for i, (kind, hook, zero_copy) in enumerate(product(kinds, (False, True), (False, True)))
     ]
     cases += [replace(case, logfmt=True, zero_copy=False) for case in cases[:2]]
+    cases += [replace(cases[0], asynchronous=calls) for calls in ("combine", "both")]
     for case in cases:
         errors = round_trip(buffer, rank, case, work.device)
         assert not errors, f"rank {rank}: {case}: {len(errors)} errors, first {errors[0]}"
@@ -107,10 +116,10 @@ def tune(buffer: Buffer, case: Case, rank: int) -> None:
 
     def both() -> None:
         handle = dispatch(True)[2]
-        buffer.low_latency_combine(rows, idx, weights, handle)
+        buffer.low_latency_combine(rows, idx, weights, handle, use_logfmt=case.logfmt)
 
     calls: dict[str, Callable[[], Any]] = {
-        "combine": lambda: buffer.low_latency_combine(rows, idx, weights, handle),
+        "combine": lambda: buffer.low_latency_combine(rows, idx, weights, handle, use_logfmt=case.logfmt),
         "dispatch FP8 + combine": both,
     }
     for name, call in calls.items():
@@ -123,17 +132,62 @@ def tune(buffer: Buffer, case: Case, rank: int) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = v1_runner.Parser(__doc__, GPU_SIZES, CPU_SIZES)
     parser.add_argument("--pressure-test", action="store_true", help=f"besides, {PRESSURE_ROUNDS} exchanges twice each")
+    parser.add_argument("--use-logfmt", action="store_true", help="time combines in 10 bits a value; they are always checked")
+    parser.add_argument("--disable-nvlink", action="store_true", help="V1's; without effect: each peer is reached as it can be")
+    parser.add_argument("--allow-mnnvl", action="store_true", help="V1's; without effect")
     parser.add_argument(
         "--num-local-ranks", type=int, help="ranks of a node, which must divide all; default: those of a machine"
     )
-    args = parser.parse(argv)
-    work = Work.of(args, pressure=args.pressure_test, num_local_ranks=args.num_local_ranks)
-    return v1_runner.start(args, on_every_rank, work)
+    nodes = v1_runner.nodes_of(parser)
+    args = parser.parse(argv, nodes.number)
+    how = {"allow_nvlink": not args.disable_nvlink, "allow_mnnvl": args.allow_mnnvl, "use_logfmt": args.use_logfmt}
+    work = Work.of(args, pressure=args.pressure_test, num_local_ranks=args.num_local_ranks, **how)
+    return v1_runner.start(args, on_every_rank, work, nodes)
+
+
+# For pytest -----------------------------------------------------------------------------------------------------------------
+
+_SIZES = (
+    "--num-tokens",
+    "9",
+    "--hidden",
+    "512",
+    "--num-topk",
+    "3",
+    "--num-experts",
+    "8",
+    "--device",
+    "cpu",
+    "--deadline",
+    "90",
+)
 
 
 def test_checks_pass_on_two_cpu_processes() -> None:
-    sizes = ["--num-processes", "2", "--num-tokens", "9", "--hidden", "512", "--num-topk", "3", "--num-experts", "8"]
-    assert main([*sizes, "--device", "cpu", "--deadline", "90"]) == 0
+    assert main(["--num-processes", "2", "--use-logfmt", *_SIZES]) == 0
+
+
+def test_two_machines_of_one_process() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    machines = [
+        subprocess.Popen(
+            [sys.executable, __file__, "--num-processes", "1", *_SIZES],
+            env=os.environ | {"WORLD_SIZE": "2", "RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        texts = [machine.communicate(timeout=120)[0] for machine in machines]
+    finally:
+        for machine in machines:
+            machine.kill()
+    assert [machine.returncode for machine in machines] == [0, 0], texts
+    assert "2 ranks, collective engine" in texts[0] and "checks passed: 20 exchanges" in texts[0] and not texts[1], texts
 
 
 if __name__ == "__main__":

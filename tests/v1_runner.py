@@ -63,6 +63,14 @@ class Parser(argparse.ArgumentParser):
         return args
 
 
+def nodes_of(parser: Parser) -> Nodes:
+    """Under torchrun its machines and, in `parser`, its processes; else those of the environment."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return nodes_of_environment()
+    parser.set_defaults(num_processes=int(os.environ["LOCAL_WORLD_SIZE"]))
+    return Nodes(int(os.environ["GROUP_WORLD_SIZE"]))
+
+
 def nodes_of_environment() -> Nodes:
     """As DeepEP's tests have it: WORLD_SIZE machines, of which this is number RANK, meet at MASTER_ADDR:MASTER_PORT."""
     number, here = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", "1"), ("RANK", "0")))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
@@ -177,6 +177,8 @@ class LowLatency:
                 "aligned to 16 bytes, with zero_copy=True",
                 "x",
             )
+        if zero_copy and out is not None and _overlap(x, out):
+            raise ArgumentError("out must not overlap x with zero_copy=True, which peers read while out is written", "out")
         space.check_hook(handle.set)
         x, topk_idx, topk_weights = aligned(x), topk_idx.contiguous(), topk_weights.contiguous()
         if zero_copy:
@@ -226,6 +228,12 @@ class LowLatency:
             else:
                 space.shown[slots] = None
 
+        def use(tensors: Iterable[Tensor | None]) -> None:
+            """The caller may drop them before what is launched on this stream has run; a graph keeps what it uses."""
+            for t in tensors:
+                if t is not None and not torch.cuda.is_current_stream_capturing():
+                    t.record_stream(torch.cuda.current_stream(self._device))
+
         def launch(phase: str, stream: int) -> None:
             getattr(_C.low_latency, name + phase)(p, stream)
             if self._far is not None:
@@ -237,6 +245,10 @@ class LowLatency:
             if torch.cuda.is_current_stream_capturing():
                 self._arena.keep((space, handle.pick_index))
                 space.was_captured = True
+            if name == "dispatch":
+                handle.stream = stream
+            elif stream != handle.stream:
+                use((handle.pick_index,))
         if not with_hook:
             received()
             return None
@@ -247,11 +259,8 @@ class LowLatency:
             space.check_open()
             if space.waiting[slots] is not waiting:
                 raise DeepEPError(f"the hook of a low_latency_{name} may be called once")
-            here = torch.cuda.current_stream(self._device)
-            if here != sent_on and not torch.cuda.is_current_stream_capturing():
-                for t in (*used, handle.pick_index):
-                    if t is not None:
-                        t.record_stream(here)
+            if torch.cuda.current_stream(self._device) != sent_on:
+                use((*used, handle.pick_index))
             with self._ordered() as stream:
                 launch(phases[-1], stream)
                 space.was_captured |= torch.cuda.is_current_stream_capturing()

@@ -24,6 +24,7 @@ class KernelHandle(tuple):
     Attributes:
         set, number: which slots it came through, and which use of them it is.
         pick_index: int32 [T, K], each pick's number among this rank's picks of its expert.
+        stream: the id of the one that the dispatch was made on, whose memory `pick_index` is.
         life: see `_Life`.
     """
 
@@ -32,6 +33,7 @@ class KernelHandle(tuple):
     set: int
     number: int
     pick_index: Tensor
+    stream: int
     life: _Life
 
     def __new__(cls, items: tuple, space: Space, buffer: Any, slots: int, number: int, pick_index: Tensor) -> KernelHandle:
@@ -103,8 +105,8 @@ class Space:
         slots, life = self._next, self._lives[self._next]
         if life is not None and life() is not None and not self.are_over[slots]:
             raise DeepEPError(
-                f"low_latency_dispatch: {SETS} results are alive, and there are slots for no more; combine the oldest, or "
-                "drop its handle, before the next dispatch"
+                f"low_latency_dispatch: the result of the dispatch before the last is alive, and this one needs its slots, as "
+                f"there are {SETS} in turn; combine it, or drop its handle, before"
             )
         self.check_hook(slots)
         return slots

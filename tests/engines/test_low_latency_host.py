@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -92,7 +93,7 @@ def test_what_peers_read_lives_until_their_next_dispatch(engine: LowLatency) -> 
 
 def test_two_results_may_be_alive(engine: LowLatency) -> None:
     one, two = dispatch(engine), dispatch(engine)
-    with pytest.raises(DeepEPError, match="2 results are alive"):
+    with pytest.raises(DeepEPError, match="the result of the dispatch before the last is alive"):
         dispatch(engine)
     combine(engine, one[2])
     three = dispatch(engine)
@@ -104,10 +105,35 @@ def test_two_results_may_be_alive(engine: LowLatency) -> None:
     combine(engine, three[2])  # as often as one likes
 
 
+def test_a_result_that_is_alive_alone_keeps_its_slots(engine: LowLatency) -> None:
+    """Sets take turns on every rank, whatever lives there."""
+    one = dispatch(engine)
+    combine(engine, dispatch(engine)[2])
+    with pytest.raises(DeepEPError, match="the result of the dispatch before the last is alive"):
+        dispatch(engine)
+    del one
+    dispatch(engine)
+
+
+def test_a_handle_may_be_dropped_before_its_combine_has_run(engine: LowLatency, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded: list[int] = []
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda t, _: recorded.append(t.data_ptr()))
+    *_, handle, _ = dispatch(engine)
+    combine(engine, handle)
+    assert not recorded
+    monkeypatch.setattr(engine, "_ordered", lambda: nullcontext(7))  # as with async_finish: another stream
+    combine(engine, handle)
+    assert recorded == [handle.pick_index.data_ptr()]
+
+
 def test_timeouts_that_do_not_fit_into_64_bits(engine: LowLatency, kernels: Kernels) -> None:
     engine._peers.timeout = 1e300
     combine(engine, dispatch(engine)[2])
     assert kernels.launched
+
+
+def visible(engine: LowLatency) -> Tensor:
+    return engine._arena.empty((5, 4, 512), torch.bfloat16)
 
 
 @pytest.mark.parametrize(
@@ -126,6 +152,7 @@ def test_timeouts_that_do_not_fit_into_64_bits(engine: LowLatency, kernels: Kern
         (lambda e: combine(e, (1, 2, 3)), "handle must be"),
         (lambda e: combine(e, dispatch(e)[2], zero_copy=True), "get_next_low_latency_combine_buffer"),
         (lambda e: combine(e, dispatch(e)[2], out=torch.cat([X, X], 1)[:, ::2]), "out must be contiguous"),
+        (lambda e: combine(e, dispatch(e)[2], y := visible(e), zero_copy=True, out=y[0, :3]), "out must not overlap x"),
         (lambda e: e.update_mask(1, True), "rank_to_mask"),
     ],
 )  # fmt: skip
@@ -173,7 +200,7 @@ def test_a_capture_counts_as_a_call_and_its_set_may_be_taken_outside(
     assert captured.set != before.set and captured.space.was_captured
     one, two = dispatch(engine)[2], dispatch(engine)[2]
     assert (one.set, two.set) == (before.set, captured.set)  # so a replay would end `two`, unseen
-    with pytest.raises(DeepEPError, match="2 results are alive"):
+    with pytest.raises(DeepEPError, match="the result of the dispatch before the last is alive"):
         dispatch(engine)
     with pytest.raises(ArgumentError, match="has taken"):
         combine(engine, captured)

@@ -49,7 +49,8 @@ def round_trips(rank: int, size: int, group: dist.ProcessGroup, cases: Sequence[
     errors = []
     calls = buffer._engine.low_latency
     here = calls.keeps_rows, calls.in_slices
-    for number, case in enumerate(cases):
+    for number, given in enumerate(cases):
+        case = given if given.hook else replace(given, asynchronous=("", "combine", "both", "")[number % 4])
         # With a hook, rows wait at their source if the ranks share a GPU, else they are pushed: each rank as it likes.
         calls.keeps_rows = (number + rank) % 3 != 0
         # All combine in slices, none, or each as it likes.

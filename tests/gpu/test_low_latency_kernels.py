@@ -136,7 +136,7 @@ def test_a_late_rank_is_named() -> None:
 
 def test_refusals() -> None:
     expected = (
-        ("2 results are alive",),
+        ("the result of the dispatch before the last is alive",),
         ("slots a later low_latency_dispatch has taken",),
         ("x has 8 tokens", "num_max_dispatch_tokens_per_rank=4"),
         ("multiple of 128, got 100",),
