@@ -40,7 +40,7 @@ void launch_tell(const TellParams& p, cudaStream_t stream) {
 }
 
 void launch_digest(const End& end, const DigestParams& p, cudaStream_t stream) {
-    if (p.num_experts / p.num_ranks > Digest::kMostExperts) throw std::invalid_argument("more experts than 4096");
+    if (p.num_experts > Digest::kMostExperts) throw std::invalid_argument("more experts than 4096");
     digest_kernel<<<1, kThreads, 0, stream>>>(end, p);
     DT_CUDA(cudaGetLastError());
 }

@@ -81,7 +81,7 @@ __device__ inline void tell(const TellParams& p) {
 
 // What all ranks' rows of counts come to, for one rank. One block.
 struct Digest {
-    static constexpr int kMostExperts = 4096;  // of one rank, as of all
+    static constexpr int kMostExperts = 4096;  // of all ranks together
     const End& end;
     const DigestParams& p;
 

@@ -232,6 +232,9 @@ __global__ void __launch_bounds__(kThreads, 1)
             const uint64_t* said = ready_word(end, number, n);
             if (cause == kNone && !wait_for(end, end.arrived + n, wanted[n], said, start))
                 cause = load_acquire_sys(said) == kGone ? kGaveUp : kMissingRows;
+            // Returns at once; but where a card's writes may reach this GPU's memory out of their order, behind those that the
+            // signal announces, which reading the word does not see to.
+            if (cause == kNone) nvshmem_signal_wait_until(end.arrived + n, NVSHMEM_CMP_GE, wanted[n]);
         }
         const unsigned bad = __ballot_sync(0xffffffffu, cause != kNone);
         if (bad != 0 && threadIdx.x == __ffs(bad) - 1) {

@@ -274,7 +274,7 @@ def buffers(work: Work) -> Buffers:
     received = int(work.num_tokens * units_reached(work, work.ranks)) * 2 * work.hidden
     if work.nodes == 1:
         return Buffers(0, received)
-    row = max(row_bytes(work, operation) for operation in ("dispatch", "combine"))
+    row = max(row_bytes(work, "dispatch"), row_bytes(work, "combine"), meta_bytes(work, "dispatch"))  # each travels alone
     # A segment for every node, in multiples of 128 bytes, of what leaves and of what comes.
     return Buffers(2 * work.nodes * round_up(work.num_tokens * row, 128), received)
 

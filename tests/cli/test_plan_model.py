@@ -110,6 +110,8 @@ def test_staging_is_what_the_rdma_engine_needs(dtype: str) -> None:
     work = m.Work(4, num_tokens=1001, hidden=7168, dispatch_dtype=dtype)
     segment = m.buffers(work).staging // 2 // 4 // 128 * 128
     assert 1001 * 14336 <= segment < 1001 * 14336 + 128
+    narrow = m.Work(4, num_tokens=1001, hidden=32, dispatch_dtype=dtype)  # whose words are wider
+    assert m.buffers(narrow).staging // 2 // 4 // 128 * 128 >= 1001 * 80
 
 
 @pytest.mark.parametrize(("nodes", "local", "top_k", "there"), [(2, 8, 8, 80), (256, 8, 8, 80), (4, 64, 7, 80), (4, 32, 7, 64)])

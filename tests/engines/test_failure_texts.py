@@ -12,7 +12,7 @@ from deepep_train import ArgumentError, DeepEPError, PeerTimeoutError
 from deepep_train.engines import processes
 from deepep_train.engines.base import DispatchRequest, Payload
 from deepep_train.engines.nvlink_failures import cuda_failed, device_error, layout_error, who_ended
-from deepep_train.engines.rail_failures import rail_error
+from deepep_train.engines.rail_failures import counts_error, rail_error
 from deepep_train.routing import rank_layout
 
 HERE = processes.identity()
@@ -53,6 +53,13 @@ def test_whose_topk_idx_is_wrong_is_told() -> None:
     )
     assert "and the arguments of rank 2 are wrong or differ" in str(error)
     assert isinstance(error, ArgumentError) and error.argument == "topk_idx" and list(error.ranks) == [1, 2, 63]
+
+
+def test_whose_topk_idx_is_wrong_is_told_between_nodes() -> None:
+    report = [1, 0, 0, 0, 2, 1, 0, *[4096] * 4, *[0] * 4]  # of four ranks: the second miscounted, the third differs
+    error = counts_error(report, 9, 0, lambda rows, row_bytes: rows * row_bytes)
+    assert "topk_idx of rank 1 has an index outside" in str(error) and "and the arguments of rank 2 are wrong" in str(error)
+    assert isinstance(error, ArgumentError) and error.argument == "topk_idx" and list(error.ranks) == [1, 2]
 
 
 def test_a_refusal_says_why() -> None:
