@@ -8,6 +8,7 @@ import ctypes
 import os
 import re
 import subprocess
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -171,7 +172,7 @@ class CpuRails(Rails):
     def __init__(self, peers: Peers, local: int, library: str, segment_bytes: int, most_stages: int) -> None:
         self.peers, self.local, self.nodes = peers, local, peers.size // local
         self.node, self.rail = divmod(peers.rank, local)
-        self.device, self.low_latency = CPU, None
+        self.device, self.low_latency, self._lock = CPU, None, threading.RLock()
         self.kernels = SimpleNamespace(head_words=5, found_words=8, report_head=3, **params())
         self.end: Any = End(library, segment_bytes)
         self.end.failed_flag = self.end.send = 0
@@ -269,7 +270,7 @@ class CpuRails(Rails):
                 assert node not in everyone[n], "nobody waits for these now"
                 continue
             count = recv_at[n + 1] - recv_at[n]
-            came = self._recv[n, : count * wire].view(count, wire)
+            came = self._recv[n, p.recv_offset : p.recv_offset + count * wire].view(count, wire)
             if n != node:
                 came.copy_(everyone[n][node])
             for what, beside in ((p.addresses, 0), (p.beside_addresses, p.row_bytes)):

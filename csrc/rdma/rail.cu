@@ -89,6 +89,9 @@ DT_DEVICE bool wait_for(const End& end, const uint64_t* word, uint64_t wanted, c
 // Of one row with what is beside it, as they travel.
 DT_DEVICE int64_t wire_bytes(const RailParams& p) { return p.row_bytes + p.beside_bytes; }
 
+// Where the rows of node n begin, on whatever rank.
+DT_DEVICE char* landing(const End& end, const RailParams& p, int n) { return end.recv + n * end.segment_bytes + p.recv_offset; }
+
 // With one warp: rows [first, first + count) of those sent, from where they are to `send`.
 __device__ void pack(const End& end, const RailParams& p, int64_t first, int count) {
     const auto* token = reinterpret_cast<const int32_t*>(p.token) + first;
@@ -129,7 +132,7 @@ __device__ void write_addresses(const End& end, const RailParams& p) {
         for (int f = recv_at[n] + blockIdx.x * kThreads + threadIdx.x; f < recv_at[n + 1]; f += gridDim.x * kThreads) {
             const int64_t i = f - recv_at[n];
             const int64_t t = n == end.node ? reinterpret_cast<const int32_t*>(p.token)[own + i] : 0;
-            const auto came = reinterpret_cast<uint64_t>(end.recv + n * end.segment_bytes + i * wire_bytes(p));
+            const auto came = reinterpret_cast<uint64_t>(landing(end, p, n) + i * wire_bytes(p));
             out[f] = n == end.node ? p.rows + t * p.row_bytes : came;
             if (out_beside != nullptr) out_beside[f] = n == end.node ? p.beside + t * p.beside_bytes : came + p.row_bytes;
         }
@@ -203,7 +206,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             __threadfence_system();  // the card, and the put's other lanes, read what this lane has packed
             fine = __shfl_sync(0xffffffffu, is_ready, 0);
             if (!fine) break;
-            char* to = end.recv + end.node * end.segment_bytes + (first - send_at[n]) * row_bytes;
+            char* to = landing(end, p, end.node) + (first - send_at[n]) * row_bytes;
             nvshmemx_qp_char_put_signal_nbi_warp(to, end.send + first * row_bytes, count * row_bytes, end.arrived + end.node,
                                                  static_cast<uint64_t>(count), NVSHMEM_SIGNAL_ADD,
                                                  n * end.num_local_ranks + end.rail, qp);
@@ -251,7 +254,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         for (int n = 0; n < end.num_nodes; ++n) {
             const int64_t bytes = (recv_at[n + 1] - recv_at[n]) * row_bytes;
             for (int64_t at = threadIdx.x * 16; n != end.node && comes_now(end, p, n) && at < bytes; at += kThreads * 16)
-                *reinterpret_cast<uint4*>(end.recv + n * end.segment_bytes + at) = uint4{~0u, ~0u, ~0u, ~0u};
+                *reinterpret_cast<uint4*>(landing(end, p, n) + at) = uint4{~0u, ~0u, ~0u, ~0u};
         }
     }
     if (threadIdx.x == 0) {

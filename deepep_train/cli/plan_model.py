@@ -274,7 +274,8 @@ def buffers(work: Work) -> Buffers:
     received = int(work.num_tokens * units_reached(work, work.ranks)) * 2 * work.hidden
     if work.nodes == 1:
         return Buffers(0, received)
-    row = max(row_bytes(work, "dispatch"), row_bytes(work, "combine"), meta_bytes(work, "dispatch"))  # each travels alone
+    # What goes beside a dispatch's rows lies behind them.
+    row = max(row_bytes(work, "dispatch") + meta_bytes(work, "dispatch"), row_bytes(work, "combine"))
     # A segment for every node, in multiples of 128 bytes, of what leaves and of what comes.
     return Buffers(2 * work.nodes * round_up(work.num_tokens * row, 128), received)
 

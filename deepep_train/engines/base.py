@@ -32,6 +32,9 @@ class Payload(NamedTuple):
     scales: Tensor | None = None
     blocks: ScaleBlocks | None = None
 
+    def parts(self) -> list[Tensor]:
+        return [self.data] if self.scales is None else [self.data, self.scales]
+
     def agreement(self) -> tuple[object, ...]:
         """What all ranks must agree on, by the names in `_PAYLOAD`."""
         data, scales, blocks = self

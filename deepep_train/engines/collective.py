@@ -191,10 +191,8 @@ class CollectiveEngine(Engine):
 
     def _move(self, request: DispatchRequest | RedispatchRequest, plan: CollectivePlan) -> Payload:
         payload = request.payload
-        parts = [payload.data] if payload.scales is None else [payload.data, payload.scales]
-        # FP8: copied as bytes, which every backend and every index kernel knows.
-        plain = [p.detach().view(torch.uint8) if p.dtype.itemsize == 1 else p.detach() for p in parts]
-        got = self._deliver(plain, plan, request)
+        parts = payload.parts()
+        got = self._deliver([plain(p) for p in parts], plan, request)
         data, *rest = [g.view(p.dtype) for g, p in zip(got, parts, strict=True)]
         scales = rest[0] if rest else None
         if scales is None or payload.blocks is None:
@@ -366,6 +364,11 @@ class CollectiveEngine(Engine):
 def _mine(plan: Plan) -> CollectivePlan:
     assert isinstance(plan, CollectivePlan), "Buffer lets no other engine's handle through"
     return plan
+
+
+def plain(part: Tensor) -> Tensor:
+    """FP8 is copied as bytes, which every backend and every index kernel knows."""
+    return part.detach().view(torch.uint8) if part.dtype.itemsize == 1 else part.detach()
 
 
 def words_along(request: DispatchRequest) -> Tensor:

@@ -176,6 +176,14 @@ class RailDomain:
                 raise
             leave(self.comm, stream, self.peers.rank, self._processes)
 
+    def owe_the_rest_later(self) -> None:
+        """At the end of an operation: what other ranks still wait for is the next one's."""
+        self._owed.clear()
+
+    def uninterrupted(self) -> AbstractContextManager[object]:
+        """No other thread's operation comes between those within."""
+        return self._lock
+
     def _need_open(self) -> None:
         """Under the lock, where another thread may have destroyed the buffer while this one waited."""
         if self._is_closed:

@@ -61,6 +61,13 @@ class Sizes(NamedTuple):
     tokens_per_expert: Tensor
 
 
+class Packed(NamedTuple):
+    """What goes beside the rows that leave, int32 [S, words], and [F, local ranks], room for `Words.number`."""
+
+    words: Tensor
+    number: Tensor
+
+
 class Words(NamedTuple):
     """What came beside the N rows: int32 [N, 2] their ranks and tokens, int64 [N, K] local experts, float32 [N, K] weights; and
     [F, local ranks], of the rows that this rank forwards, their numbers among those for each rank of its node."""
@@ -138,20 +145,17 @@ class Fresh:
         leaving, forwarded = int(known.send_at[-1]), int(known.recv_at[-1])
         return Sizes(num_received, num_rows, most, leaving, forwarded, known.tokens_per_expert)
 
-    def open(self, told: Told, found: Found, sizes: Sizes, request: DispatchRequest, signature: int) -> tuple[Tables, Words]:
-        """The tables, and what comes beside the rows: which ranks of the node a row is for goes with it, so that its forwarder
-        knows."""
+    def pack(self, told: Told, found: Found, sizes: Sizes, request: DispatchRequest) -> tuple[Tables, Packed]:
+        """The tables by which rows leave, without slots yet, and what goes beside these rows."""
         rails, idx, weights = self._rails, request.topk_idx, request.topk_weights
         num_tokens, top_k = told.in_rank.size(0), 0 if idx is None else idx.size(1)
         nodes, local = rails.nodes, rails.local
-        row_bytes = words_bytes(top_k, weights is not None, local)
         with rails.operation(None, *DISPATCH) as stream:
-            rails.need_room(sizes.most, row_bytes)
             idx, weights = (None if t is None else t.detach().contiguous() for t in (idx, weights))
             slot, number = self._ints(sizes.num_forwarded, local), self._ints(sizes.num_forwarded, local)
             token = self._ints(sizes.num_leaving)
             tables = Tables(token, found.send_at, found.recv_at, slot, told.place, sizes.most, stream)
-            words = self._ints(sizes.num_leaving, row_bytes // 4)
+            words = self._ints(sizes.num_leaving, words_bytes(top_k, weights is not None, local) // 4)
             p = rails.kernels.PackParams()
             p.is_token_in_rank, p.place, p.send_at = told.in_rank.data_ptr(), told.place.data_ptr(), found.send_at.data_ptr()
             p.topk_idx, p.topk_weights, p.words, p.token = (
@@ -163,20 +167,39 @@ class Fresh:
             p.num_tokens, p.top_k, p.num_ranks, p.num_nodes = num_tokens, top_k, self.num_ranks, nodes
             p.row_words = words.size(1)
             rails.end.pack_words(p, stream)
-            data = words.view(torch.uint8)
+            rails.owe_the_rest_later()
+            return tables, Packed(words, number)
+
+    def open(
+        self,
+        tables: Tables,
+        packed: Packed,
+        found: Found,
+        sizes: Sizes,
+        request: DispatchRequest,
+        signature: int,
+        behind: int,
+    ) -> Words:
+        """The slots, and what comes beside the rows: which ranks of the node a row is for goes with it, so that its forwarder
+        knows. `behind`: bytes of the rows that have crossed already; 0: they have not."""
+        rails, data = self._rails, packed.words.view(torch.uint8)
+        top_k = 0 if request.topk_idx is None else request.topk_idx.size(1)
+        row_bytes = data.size(1)
+        with rails.operation(None, *DISPATCH) as stream:
+            rails.need_room(sizes.most, behind + row_bytes)
             each = torch.arange(sizes.num_leaving, dtype=torch.int32, device=rails.device)
             by_row = replace(tables, token=each)  # a row that leaves has words of its own
-            addresses = rails.exchange(by_row, [data], row_bytes, signature, request.num_sms, stream)
+            addresses = rails.exchange(by_row, [data], row_bytes, signature, request.num_sms, stream, behind)
             s = rails.kernels.SlotParams()
             s.addresses, s.recv_at = addresses.data_ptr(), found.recv_at.data_ptr()
             s.theirs, s.begin = found.theirs.data_ptr(), found.begin.data_ptr()
-            s.slot, s.number, s.capacity = slot.data_ptr(), number.data_ptr(), sizes.num_forwarded
-            s.mask_at = 1 + top_k * (1 if weights is None else 2)
-            s.num_nodes, s.num_local_ranks = nodes, local
+            s.slot, s.number, s.capacity = tables.slot.data_ptr(), packed.number.data_ptr(), sizes.num_forwarded
+            s.mask_at = 1 + top_k * (1 if request.topk_weights is None else 2)
+            s.num_nodes, s.num_local_ranks = rails.nodes, rails.local
             rails.end.find_slots(s, stream)
             came = rails.arena.temporary((sizes.num_received, row_bytes), torch.uint8)
             rails.forward(tables, [data], addresses, [came], signature, request.num_sms, stream)
-            return tables, self._unpack(came, found, request, number, stream)
+            return self._unpack(came, found, request, packed.number, stream)
 
     def _unpack(self, came: Tensor, found: Found, request: DispatchRequest, number: Tensor, stream: int) -> Words:
         rails, n, num_local = self._rails, came.size(0), request.num_experts // self.num_ranks

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from deepep_train.engines.hops import Route
 from deepep_train.engines.rail_tables import ExpertTables, Tables
-from deepep_train.engines.rails import Rails
+from deepep_train.engines.rails import Crossed, Rails
 from deepep_train.engines.two_level import Forwarding
 
 
@@ -33,6 +33,7 @@ class RailRoute(Route):
         tables: of one element once they are made or learned; learning is a collective call.
         experts: in expert layout.
         known: of a rebuilt handle.
+        ahead: the rows of the dispatch that made this route, if they have crossed before; taken when they are passed on.
     """
 
     rails: Rails = field(kw_only=True)
@@ -41,6 +42,7 @@ class RailRoute(Route):
     tables: list[Tables] = field(kw_only=True, default_factory=list)
     experts: ExpertTables | None = field(kw_only=True, default=None)
     known: Known | None = field(kw_only=True, default=None)
+    ahead: list[Crossed] = field(kw_only=True, default_factory=list)
 
     def learn(self, operation: str) -> None:
         assert self.known is not None
@@ -52,7 +54,8 @@ class RailRoute(Route):
         return [*self.tables, self.experts, self.received]
 
     def send_together(self, parts: Sequence[Tensor], num_rows: int, signature: int, num_sms: int) -> list[Tensor]:
-        return self.rails.dispatch(self.tables[0], parts, num_rows, self.received, self.experts, signature, num_sms)
+        crossed = self.ahead.pop() if self.ahead else None
+        return self.rails.dispatch(self.tables[0], parts, num_rows, self.received, self.experts, signature, num_sms, crossed)
 
     def send(self, rows: Tensor, spare: int = 0) -> Tensor:
         raise NotImplementedError("rows of this route go with a signature")

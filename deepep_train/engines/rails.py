@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from deepep_train import _C  # type: ignore[attr-defined]
 from deepep_train.engines.arena import Landing
 from deepep_train.engines.peers import Peers
-from deepep_train.engines.rail_domain import RailDomain
+from deepep_train.engines.rail_domain import DISPATCH, RailDomain
 from deepep_train.engines.rail_rows import as_elements, as_rows
 from deepep_train.engines.rail_stages import Turns
 from deepep_train.engines.rail_tables import ExpertTables, Tables, leaving, node_counts, slots, to_everyone
@@ -27,6 +27,22 @@ DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # that are sum
 Step = Callable[[Turns, int], None]  # on this stream
 _PUT_BYTES = 32 << 10  # of one put, about: a quarter of it made FP8 dispatch 26% slower
 _SIGNATURES = (1 << 24) - 1  # on the rail, the last one apart: rail.cu's kSignatureBits and kRefuses
+
+
+class Crossed(NamedTuple):
+    """A dispatch's rows that have been put along the rail, and are not passed on yet.
+
+    Attributes:
+        data: one or two tensors, uint8 [T, n] each.
+        addresses: int64 [len(data), F], where they lie once they have come; this node's in `data`.
+    """
+
+    data: list[Tensor]
+    addresses: Tensor
+
+    @property
+    def row_bytes(self) -> int:
+        return sum(d.size(1) for d in self.data)
 
 
 class Rails(RailDomain):
@@ -56,6 +72,19 @@ class Rails(RailDomain):
 
     # Operations --------------------------------------------------------------------------------------------------------
 
+    def cross(self, tables: Tables, parts: Sequence[Tensor], signature: int, num_sms: int = 0) -> Crossed | None:
+        """The rows of a dispatch along the rail, ahead of the rest of it, whose arguments these are: `dispatch` passes on what
+        has come. Until then `Tables.slot` may be empty. None: in stages rows cross while others are passed on, none ahead."""
+        if self._network is not None:
+            return None
+        with self.operation(tables, *DISPATCH) as stream:
+            data = [as_rows(part) for part in parts]
+            row_bytes = sum(d.size(1) for d in data)
+            self.need_room(tables.most, row_bytes)
+            addresses = self.exchange(tables, data, row_bytes, signature, num_sms, stream)
+            self.owe_the_rest_later()
+            return Crossed(data, addresses)
+
     def dispatch(
         self,
         tables: Tables,
@@ -65,6 +94,7 @@ class Rails(RailDomain):
         experts: ExpertTables | None,
         signature: int,
         num_sms: int = 0,
+        crossed: Crossed | None = None,
     ) -> list[Tensor]:
         """One or two tensors' rows, which travel together, [T, n] each -> [num_rows, n] each.
 
@@ -72,18 +102,22 @@ class Rails(RailDomain):
             received: int32 [1] on the GPU, how many rows come, zeros behind them; None: all of them.
             experts: how they are arranged; None: by (source rank, token).
             signature: of what all ranks must agree on, which the kernels compare.
+            crossed: what `cross` has made of these parts, if it has.
         """
-        with self.operation(tables, *self.dispatch_steps, also=experts) as stream:
-            data = [as_rows(part) for part in parts]
-            wire_bytes = sum(d.size(1) for d in data)
-            self.need_room(tables.most, wire_bytes)
-            addresses = self._addresses(tables, data)
+        is_across = crossed is not None
+        with self.operation(tables, *(DISPATCH[1:] if is_across else self.dispatch_steps), also=experts) as stream:
+            if crossed is None:
+                data = [as_rows(part) for part in parts]
+                crossed = Crossed(data, self._addresses(tables, data))
+                self.need_room(tables.most, crossed.row_bytes)
+            data, addresses = crossed
+            row_bytes = crossed.row_bytes
             landings: list[Landing] = []
             visible: list[Tensor] = []
             network_sms, node_sms = self._shares(self.sms(num_sms, "dispatch"))
 
             def cross(turns: Turns, on: int) -> None:
-                self._cross(tables, data, addresses, wire_bytes, signature, network_sms, on, turns)
+                self._cross(tables, data, addresses, row_bytes, signature, network_sms, on, turns)
 
             def make_room() -> list[Tensor]:
                 if experts is not None:
@@ -96,7 +130,10 @@ class Rails(RailDomain):
                 visible[:] = visible or make_room()  # while the network is at work
                 self.forward(tables, data, addresses, visible, signature, node_sms, on, turns)
 
-            self._overlap(self.stages.dispatch, cross, forward, stream, network_is_first=True)
+            if is_across:
+                forward(self.stages.dispatch[0], stream)
+            else:
+                self._overlap(self.stages.dispatch, cross, forward, stream, network_is_first=True)
             if experts is None:
                 got = [self._arrive(one, received, num_sms, stream) for one in landings]
                 self.arena.watch(landings)
@@ -155,14 +192,23 @@ class Rails(RailDomain):
     # Their steps -------------------------------------------------------------------------------------------------------
 
     def exchange(
-        self, tables: Tables, data: Sequence[Tensor], wire_bytes: int, signature: int, num_sms: int, stream: int
+        self,
+        tables: Tables,
+        data: Sequence[Tensor],
+        wire_bytes: int,
+        signature: int,
+        num_sms: int,
+        stream: int,
+        behind: int = 0,
     ) -> Tensor:
-        """A dispatch's rows along the rail, of `wire_bytes` together.
+        """A dispatch's rows along the rail, of `wire_bytes` together; `behind` its rows of so many bytes that have come before
+        and are still wanted.
 
         Returns: where they lie once they have come, this node's in `data`: int64 [len(data), `tables.capacity`].
         """
         addresses = self._addresses(tables, data)
-        self._cross(tables, data, addresses, wire_bytes, signature, self.sms(num_sms, "dispatch"), stream)
+        sms = self.sms(num_sms, "dispatch")
+        self._cross(tables, data, addresses, wire_bytes, signature, sms, stream, recv_offset=tables.most * behind)
         return addresses
 
     def _addresses(self, tables: Tables, data: Sequence[Tensor]) -> Tensor:
@@ -178,6 +224,7 @@ class Rails(RailDomain):
         num_sms: int,
         stream: int,
         turns: Turns | None = None,
+        recv_offset: int = 0,
     ) -> None:
         """As `exchange`, in these turns; or, without `data`, what a combine has left in `send`."""
         p = self.kernels.RailParams()
@@ -190,7 +237,7 @@ class Rails(RailDomain):
         if addresses is not None and len(data) > 1:
             p.beside, p.beside_bytes, p.beside_addresses = data[1].data_ptr(), data[1].size(1), addresses[1].data_ptr()
         p.rows_per_put = max(1, _PUT_BYTES // wire_bytes)
-        p.signature, p.num_sms = signature % _SIGNATURES, num_sms
+        p.recv_offset, p.signature, p.num_sms = recv_offset, signature % _SIGNATURES, num_sms
         if turns is not None:
             p.first_turn, p.end_turn = turns
         self.end.rail(p, stream)

@@ -26,10 +26,11 @@ from deepep_train.engines.base import (
     need_rows_of,
     wrong_counts,
 )
-from deepep_train.engines.collective import CollectiveEngine, CollectivePlan
+from deepep_train.engines.collective import CollectiveEngine, CollectivePlan, plain
 from deepep_train.engines.hops import Hop, Route, to_device
 from deepep_train.engines.nvlink_failures import layout_error
 from deepep_train.engines.nvlink_tables import remember
+from deepep_train.engines.rail_domain import DISPATCH
 from deepep_train.engines.rail_fresh import Found, Fresh, Sizes, Told, Words, move_weights
 from deepep_train.engines.rail_route import Known, RailRoute
 from deepep_train.engines.rail_rows import counts_bytes, padded, words_bytes
@@ -99,7 +100,17 @@ class RdmaEngine(CollectiveEngine):
                 "num_worst_tokens",
             )
         request, told, found, sizes = self._count(prepared)
-        tables, words = self._fresh.open(told, found, sizes, request, self._signature("words", None, self.peers.calls))
+        with self.rails.uninterrupted():  # what has come along the rail lies there until it is passed on
+            return self._dispatch(request, told, found, sizes)
+
+    def _dispatch(self, request: DispatchRequest, told: Told, found: Found, sizes: Sizes) -> Received:
+        """Rows first, for all that follows can be made ready while they cross."""
+        tables, packed = self._fresh.pack(told, found, sizes, request)
+        parts, call = [plain(p) for p in request.payload.parts()], self._signature("rows", request, self.peers.calls)
+        crossed = self.rails.cross(tables, parts, call, request.num_sms)
+        behind = 0 if crossed is None else crossed.row_bytes
+        words_call = self._signature("words", None, self.peers.calls)
+        words = self._fresh.open(tables, packed, found, sizes, request, words_call, behind)
         experts, idx, weights = None, words.topk_idx, words.topk_weights
         if request.arrangement == "expert":
             try:
@@ -108,11 +119,13 @@ class RdmaEngine(CollectiveEngine):
                 if weights is not None:
                     weights = move_weights(self.rails, weights, experts, back=False)
             except Exception as error:  # noqa: BLE001 - whatever it is, the peers wait for this rank's rows
-                self.rails.refuse(self.rails.dispatch_steps, error)
+                self.rails.refuse(self.rails.dispatch_steps if crossed is None else DISPATCH[1:], error)
         received = found.received if request.num_worst_tokens else None
         route = RailRoute(
             (), rails=self.rails, num_tokens=told.in_rank.size(0), received=received, tables=[tables], experts=experts
         )
+        if crossed is not None:
+            route.ahead.append(crossed)
         if torch.cuda.is_current_stream_capturing():
             self.rails.keep([self.rails.everyone, *route.kept()])
         plan = CollectivePlan(
@@ -340,15 +353,15 @@ class RdmaEngine(CollectiveEngine):
 
 
 def _widest(request: DispatchRequest, num_local_ranks: int) -> int:
-    """Bytes of the widest rows that this dispatch, its cached repetitions and its combines will send: of the payload with its
-    scales, and of sums in its dtype, or in one of 16 bits if it has 8; or of what travels beside."""
+    """Bytes between two nodes for each row of this dispatch, its cached repetitions and its combines: of the payload with its
+    scales and what travels beside, which lies behind it; or of sums in its dtype, or in one of 16 bits if it has 8."""
     data, scales, _ = request.payload
     row = padded(data.size(1) * data.element_size())
     if scales is not None:
         row += padded(scales.size(1) * scales.element_size())
     sums = padded(data.size(1) * max(2, data.element_size()))
     top_k = 0 if request.topk_idx is None else request.topk_idx.size(1)
-    return max(row, sums, words_bytes(top_k, request.topk_weights is not None, num_local_ranks))
+    return max(row + words_bytes(top_k, request.topk_weights is not None, num_local_ranks), sums)
 
 
 class RailLayout(RankLayout):

@@ -208,7 +208,7 @@ def test_what_is_wrong_with_num_worst_tokens_fails_every_rank(
             assert at_fault == [1] or rank == 1
     if how == "room":
         most = max(n for r in range(4) for n in Picture(given, case.num_experts).num_tokens_per_node(r, 2))
-        assert f"num_rdma_bytes={4 * (most * 4096 + 128)}" in told[0][0]
+        assert f"num_rdma_bytes={4 * (most * (4096 + words_bytes(2, True, 2)) + 128)}" in told[0][0]
 
 
 def after_a_failed_stream(rank: int, size: int, group: dist.ProcessGroup, library: str, case: Exchange, given: Any) -> None:
