@@ -368,7 +368,7 @@ class Buffer(CheckedCalls, LowLatencyCalls):
             (recv_x, None, None, None, None, event). Rows come ordered by (source rank, token).
         """
         self.check()
-        inputs = [*(x if isinstance(x, (tuple, list)) else (x,)), topk_idx, topk_weights]
+        inputs = [*(x if isinstance(x, (tuple, list)) else (x,)), topk_idx, topk_weights, *_tensors_of(handle)]
         inputs += [is_token_in_rank, num_tokens_per_rank, num_tokens_per_rdma_rank, num_tokens_per_expert]
 
         def check_streams() -> None:
@@ -448,7 +448,7 @@ class Buffer(CheckedCalls, LowLatencyCalls):
             first, rounded once, and then, after the bias, the nodes.
         """
         self.check()
-        inputs = [x, topk_weights, *(bias if isinstance(bias, (tuple, list)) else (bias,))]
+        inputs = [x, topk_weights, *(bias if isinstance(bias, (tuple, list)) else (bias,)), *_tensors_of(handle)]
 
         def check_streams() -> None:
             checks.stream_arguments(previous_event, async_finish, allocate_on_comm_stream, config)
@@ -468,6 +468,11 @@ class Buffer(CheckedCalls, LowLatencyCalls):
     def internode_combine(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None, EventOverlap]:
         """`combine`, by the name V1 uses across nodes."""
         return self.combine(*args, **kwargs)
+
+
+def _tensors_of(handle: Any) -> tuple:
+    """What is no handle is refused where the peers hear of it."""
+    return handle if isinstance(handle, tuple) else ()
 
 
 def _sms_of(config: Any) -> int:

@@ -93,6 +93,22 @@ class CommStream:
         return result, self.finished
 
 
+def used_here(tensors: Iterable[Tensor | None], made_on: int) -> None:
+    """The current stream uses these, whose owner may drop them before it has done so: torch must not give their memory out
+    again until then. `made_on`: `current_id` where they were made."""
+    on_gpu = [t for t in tensors if t is not None and t.is_cuda]
+    if not on_gpu or current_id(on_gpu[0].device) == made_on or torch.cuda.is_current_stream_capturing():
+        return
+    current = torch.cuda.current_stream(on_gpu[0].device)
+    for t in on_gpu:
+        t.record_stream(current)
+
+
+def current_id(device: torch.device) -> int:
+    """Of the current stream; 0 for a CPU."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
 def _tensors_in(value: Any) -> Iterable[Tensor]:
     if isinstance(value, Tensor):
         yield value

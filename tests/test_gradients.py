@@ -11,6 +11,7 @@ from draws import FLOATS, Exchange, exchanges, row_values, values
 from harness import assert_same_bits, run_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from in_place import check_writes
 from reference import Given, Picture
 from torch import Tensor
 
@@ -258,3 +259,12 @@ def edited(rank: int, size: int, group: dist.ProcessGroup, case: Exchange, given
 def test_received_indices_that_were_written_to_are_noticed() -> None:
     """Gradients of the weights depend on them."""
     run_ranks(2, edited, case := replace(UNEVEN, tokens=(5, 3)), case.given())
+
+
+def written_to(rank: int, size: int, group: dist.ProcessGroup, case: Exchange, given: list[Given]) -> None:
+    mine = given[rank]
+    check_writes(dt.Buffer(group, timeout=20), mine.x, mine.topk_idx, mine.topk_weights, case.num_experts)
+
+
+def test_results_may_be_written_to() -> None:
+    run_ranks(2, written_to, case := replace(UNEVEN, tokens=(5, 3)), case.given())

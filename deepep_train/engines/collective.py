@@ -33,6 +33,7 @@ from deepep_train.engines.v1_handle import channels, checked_prefix, need_rank_l
 from deepep_train.errors import ArgumentError
 from deepep_train.handle import Plan
 from deepep_train.routing import ExpertRows, RankLayout, counted_down, expert_rows, local_topk_idx, rank_layout, tokens_per_node
+from deepep_train.streams import current_id, used_here
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,19 @@ class CollectivePlan(Plan):
     row_from: int64 [num_rows], which of the rows that the route gathers each row copies; None if rows stay as they come, with
         zeros behind them up to `num_rows`.
     experts: the expert-major arrangement, None in rank layout.
+    stream: the id of the one that made it.
     """
 
     route: Route
     row_from: Tensor | None
     experts: ExpertRows | None
+    stream: int = 0
+
+    def tables(self) -> list[Tensor | None]:
+        """All that calls along it read."""
+        arrangement = () if self.experts is None else self.experts
+        tables = [self.route.order, self.row_from, *(t for t in arrangement if isinstance(t, Tensor))]
+        return [*(hop.send_row for hop in self.route.hops), *tables]
 
 
 class CountsOfAll(NamedTuple):
@@ -141,6 +150,7 @@ class CollectiveEngine(Engine):
             route=route,
             row_from=_row_from(route, experts, num_received, num_rows),
             experts=experts,
+            stream=current_id(request.payload.data.device),
         )
         if weights is not None:
             weights = extend(weights if experts is None else weights_by_row(weights, experts), num_rows, 0.0)
@@ -187,7 +197,7 @@ class CollectiveEngine(Engine):
     def redispatch(self, prepared: Prepared[RedispatchRequest]) -> Payload:
         self._agree_if_cheap("dispatch with a handle", prepared)
         request = prepared.require()
-        return self._move(request, _mine(request.plan))
+        return self._move(request, _in_use(request.plan))
 
     def _move(self, request: DispatchRequest | RedispatchRequest, plan: CollectivePlan) -> Payload:
         payload = request.payload
@@ -262,7 +272,7 @@ class CollectiveEngine(Engine):
     def combine(self, prepared: Prepared[CombineRequest]) -> tuple[Tensor, Tensor | None]:
         self._agree_if_cheap("combine", prepared)
         request = prepared.require()
-        plan = _mine(request.plan)
+        plan = _in_use(request.plan)
         rows = request.rows[: plan.num_received]
         if plan.experts is not None:
             rows = ordered_sums(request.rows, plan.experts.by_token, plan.experts.offsets)
@@ -345,6 +355,7 @@ class CollectiveEngine(Engine):
             route=route,
             row_from=_row_from(route, None, num_received, num_received),
             experts=None,
+            stream=current_id(in_rank.device),
         )
 
     def check(self) -> None:
@@ -363,6 +374,13 @@ class CollectiveEngine(Engine):
 
 def _mine(plan: Plan) -> CollectivePlan:
     assert isinstance(plan, CollectivePlan), "Buffer lets no other engine's handle through"
+    return plan
+
+
+def _in_use(plan: Plan) -> CollectivePlan:
+    """A handle may be dropped as soon as a call that uses it returns, on whatever stream: its tables must not."""
+    plan = _mine(plan)
+    used_here(plan.tables(), plan.stream)
     return plan
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
@@ -23,6 +23,7 @@ from deepep_train.engines.low_latency_space import KernelHandle, Space, Waiting,
 from deepep_train.engines.low_latency_spaces import Spaces
 from deepep_train.engines.peers import Peers
 from deepep_train.errors import ArgumentError, DeepEPError
+from deepep_train.streams import used_here
 
 MAX_RANKS = _C.low_latency.max_ranks
 _MOST_SECONDS = 1e9  # of a timeout, four of which the kernels count as nanoseconds in 64 bits
@@ -228,39 +229,31 @@ class LowLatency:
             else:
                 space.shown[slots] = None
 
-        def use(tensors: Iterable[Tensor | None]) -> None:
-            """The caller may drop them before what is launched on this stream has run; a graph keeps what it uses."""
-            for t in tensors:
-                if t is not None and not torch.cuda.is_current_stream_capturing():
-                    t.record_stream(torch.cuda.current_stream(self._device))
-
         def launch(phase: str, stream: int) -> None:
             getattr(_C.low_latency, name + phase)(p, stream)
             if self._far is not None:
                 self._far.follow(name + phase, p, stream)
 
-        with self._ordered() as stream:
+        with self._ordered() as sent_on:
             for phase in phases[:1] if with_hook else phases:
-                launch(phase, stream)
+                launch(phase, sent_on)
             if torch.cuda.is_current_stream_capturing():
                 self._arena.keep((space, handle.pick_index))
                 space.was_captured = True
             if name == "dispatch":
-                handle.stream = stream
-            elif stream != handle.stream:
-                use((handle.pick_index,))
+                handle.stream = sent_on
+            else:
+                used_here((handle.pick_index,), handle.stream)
         if not with_hook:
             received()
             return None
         space.waiting[slots] = waiting = Waiting(f"low_latency_{name}")
-        sent_on = torch.cuda.current_stream(self._device)
 
         def hook() -> None:
             space.check_open()
             if space.waiting[slots] is not waiting:
                 raise DeepEPError(f"the hook of a low_latency_{name} may be called once")
-            if torch.cuda.current_stream(self._device) != sent_on:
-                use((*used, handle.pick_index))
+            used_here((*used, handle.pick_index), sent_on)
             with self._ordered() as stream:
                 launch(phases[-1], stream)
                 space.was_captured |= torch.cuda.is_current_stream_capturing()

@@ -477,6 +477,9 @@ class NvlinkEngine(NvlinkDomain):
         assert isinstance(plan, NvlinkPlan)
         if plan.as_made is not None and plan.as_made != seen(plan.kept[0]):
             raise ArgumentError("handle: its tensors have been written to since dispatch returned them", "handle")
+        # In expert layout the weights, which are the caller's, share their memory with a table.
+        if any(memory.numel() and not memory.data_ptr() for memory in plan.kept):
+            raise ArgumentError("handle: the memory of what dispatch returned has been freed (resize_)", "handle")
         if self._is_capturing:
             self._arena.keep(plan)
         elif plan.stream != stream:  # None, of a handle rebuilt from copies: nobody knows

@@ -149,15 +149,19 @@ def words_of(kinds: Kinds) -> list[int]:
 
 
 def parts_of(whole: Tensor, beside: Any, kinds: Kinds) -> list[Tensor | None]:
-    """Each as a tensor; `beside`: `_C.Beside`, measured."""
+    """Each as a tensor; `beside`: `_C.Beside`, measured.
+
+    Callers may write to them: torch counts writes to each on their own, and since the last step is a change of dtype, none is
+    a view to autograd.
+    """
     parts: list[Tensor | None] = []
     rooms = beside.rooms
-    for kind, part, words, room in zip(kinds, whole.split_with_sizes(rooms), beside.words, rooms, strict=True):
+    for kind, part, words, room in zip(kinds, whole.unsafe_split_with_sizes(rooms), beside.words, rooms, strict=True):
         if kind is None:
             parts.append(None)
             continue
         dtype, width = kind
         t = part if words == room else part[:words]
-        t = t if dtype is torch.int32 else t.view(dtype)
-        parts.append(t.view(-1, width) if width else t)
+        t = t.view(-1, width * (dtype.itemsize // 4)) if width else t
+        parts.append(t if dtype is torch.int32 else t.view(dtype))
     return parts

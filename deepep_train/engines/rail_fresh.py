@@ -48,6 +48,19 @@ class Found(NamedTuple):
         return self.found[2:3]
 
 
+class Seen(NamedTuple):
+    """What the CPU has waited for of it: `Found.found`, then the rows that leave this rank, and those that it forwards."""
+
+    verdict: int
+    is_bounded: int
+    num_received: int
+    num_rows: int
+    most: int
+    num_leaving: int
+    num_forwarded: int
+    tokens_per_expert: Tensor
+
+
 class Sizes(NamedTuple):
     """What the CPU knows of them, or the most there may be: rows that this rank receives, rows of its tensor, rows of one
     stream of any rank, rows that leave this rank, rows that it forwards; and int64 [experts here], on the CPU where it knows
@@ -106,11 +119,9 @@ class Fresh:
         rails.end.tell(p, rails.stream())
         return Told(row, place, in_rank)
 
-    def count(self, told: Told, request: DispatchRequest | None, widest: int, signature: int) -> tuple[Found, Tensor | None]:
-        """Exchange the rows of counts; `widest`: bytes of the widest rows that will be sent.
-
-        Returns: what they come to; and what the CPU has waited for of it, None if it has not.
-        """
+    def count(self, told: Told, request: DispatchRequest | None, widest: int, signature: int) -> tuple[Found, Seen | None]:
+        """Exchange the rows of counts; `widest`: bytes that each row will need in a segment. Without num_worst_tokens the CPU
+        waits."""
         rails, num_experts = self._rails, 0 if request is None else request.num_experts
         with rails.operation(rails.everyone, *DISPATCH) as stream:
             found, rows = self._room_for_found(num_experts // self.num_ranks), self._ints(self.num_ranks)
@@ -131,19 +142,25 @@ class Fresh:
             p.table = table.data_ptr()
             rails.end.digest(p, stream)
             waits = request is None or not request.num_worst_tokens
-            return found, found.block.cpu() if waits else None
+            return found, self._seen(found) if waits else None
 
-    def sizes(self, found: Found, seen: Tensor | None, request: DispatchRequest, widest: int) -> Sizes:
-        """`seen`: `found.block` on the CPU, or None: then the tensors have room for the most there may be."""
+    def _seen(self, found: Found) -> Seen:
+        block = found.block.cpu()
+        numbers, at, nodes = block.tolist(), 2 * found.expert_base.numel(), self._rails.nodes  # once: the GPU is idle
+        sent_at = at + self._found_words
+        recv_at = sent_at + nodes + 1
+        verdict, is_bounded, num_received, num_rows, most = numbers[at : at + 5]
+        leaving, forwarded = numbers[sent_at + nodes], numbers[recv_at + nodes]
+        return Seen(verdict, is_bounded, num_received, num_rows, most, leaving, forwarded, block[:at].view(torch.int64))
+
+    def sizes(self, found: Found, seen: Seen | None, request: DispatchRequest, widest: int) -> Sizes:
+        """Without `seen` the tensors have room for the most there may be."""
         rails, bound = self._rails, request.num_worst_tokens
         if seen is None:
             num_tokens, most = request.payload.data.size(0), rails.room(widest)
             forwarded = min(num_tokens, most) + (rails.nodes - 1) * most
             return Sizes(bound, bound, most, num_tokens * rails.nodes, forwarded, found.tokens_per_expert)
-        known = self._parts(seen, found.expert_base.numel())
-        _, _, num_received, num_rows, most, *_ = known.found.tolist()
-        leaving, forwarded = int(known.send_at[-1]), int(known.recv_at[-1])
-        return Sizes(num_received, num_rows, most, leaving, forwarded, known.tokens_per_expert)
+        return Sizes(*seen[2:])
 
     def pack(self, told: Told, found: Found, sizes: Sizes, request: DispatchRequest) -> tuple[Tables, Packed]:
         """The tables by which rows leave, without slots yet, and what goes beside these rows."""
@@ -258,11 +275,6 @@ class Fresh:
     def _parts(self, block: Tensor, num_local_experts: int) -> Found:
         per_expert, *others = block.split_with_sizes(self._widths(num_local_experts))
         return Found(block, per_expert.view(torch.int64), *others)
-
-    def verdict(self, seen: Tensor, num_local_experts: int) -> tuple[int, bool]:
-        """And whether any rank has num_worst_tokens, on which the buffer has then failed if the verdict is not 0."""
-        verdict, bounded, *_ = self._parts(seen, num_local_experts).found.tolist()
-        return verdict, bool(bounded)
 
 
 def move_weights(rails: Rails, weights: Tensor, experts: ExpertTables, back: bool) -> Tensor:

@@ -48,6 +48,7 @@ def as_rows(t: Tensor) -> Tensor:
 
 
 def as_elements(rows: Tensor, like: Tensor) -> Tensor:
-    """The reverse, in `like`'s dtype and width."""
+    """The reverse, in `like`'s dtype and width. The last step is a change of dtype: what comes out of that is no view to
+    autograd, so callers may write to it."""
     width = like.size(1) * like.element_size()
-    return rows[:, :width].contiguous().view(like.dtype).view(rows.size(0), like.size(1))
+    return rows[:, :width].contiguous().view(like.dtype)

@@ -170,16 +170,14 @@ class RdmaEngine(CollectiveEngine):
             prepared.request, prepared.error = None, error
             told = self._fresh.tell(None, None, 0)
         found, seen = self._fresh.count(told, prepared.request, widest, self._signature("counts", None, peers.calls))
-        if seen is not None:
-            verdict, is_bounded = self._fresh.verdict(seen, found.expert_base.numel())
-            if verdict and prepared.error is not None and is_bounded:
+        if seen is not None and seen.verdict:
+            if prepared.error is not None and seen.is_bounded:
                 raise prepared.error  # this is the end of the buffer: but first comes what is wrong here
             self.check()
-            if verdict:
-                if prepared.request is not None and wrong is not None and wrong.item():
-                    prepared.error = _layout_error(prepared.request, nodes)
-                peers.raise_disagreement("dispatch", described, prepared.error)
-                raise DeepEPError("dispatch: the ranks disagree, but not on anything that can be told")
+            if prepared.request is not None and wrong is not None and wrong.item():
+                prepared.error = _layout_error(prepared.request, nodes)
+            peers.raise_disagreement("dispatch", described, prepared.error)
+            raise DeepEPError("dispatch: the ranks disagree, but not on anything that can be told")
         sizes = self._fresh.sizes(found, seen, request, widest)
         if seen is not None:
             self.rails.make_room(sizes.most, widest)

@@ -14,9 +14,10 @@ from torch import Tensor
 if importlib.util.find_spec("deepep_train._C") is None:
     pytest.skip("the package was built without nvcc, so it has no kernels", allow_module_level=True)
 
-from low_latency_stand_ins import BUFFER, IDX, Kernels, Memory, X, combine, dispatch
+from low_latency_stand_ins import BUFFER, IDX, WEIGHTS, Kernels, Memory, X, combine, dispatch
 
 from deepep_train import ArgumentError, DeepEPError
+from deepep_train.engines import low_latency
 from deepep_train.engines.low_latency import LowLatency
 
 
@@ -116,14 +117,22 @@ def test_a_result_that_is_alive_alone_keeps_its_slots(engine: LowLatency) -> Non
 
 
 def test_a_handle_may_be_dropped_before_its_combine_has_run(engine: LowLatency, monkeypatch: pytest.MonkeyPatch) -> None:
-    recorded: list[int] = []
-    monkeypatch.setattr(torch.Tensor, "record_stream", lambda t, _: recorded.append(t.data_ptr()))
-    *_, handle, _ = dispatch(engine)
-    combine(engine, handle)
-    assert not recorded
-    monkeypatch.setattr(engine, "_ordered", lambda: nullcontext(7))  # as with async_finish: another stream
-    combine(engine, handle)
-    assert recorded == [handle.pick_index.data_ptr()]
+    used: list[tuple[set[int], int]] = []
+    monkeypatch.setattr(
+        low_latency,
+        "used_here",
+        lambda tensors, made_on: used.append(({t.data_ptr() for t in tensors if t is not None}, made_on)),
+    )
+    monkeypatch.setattr(engine, "_ordered", lambda: nullcontext(7))
+    *_, handle, hook = dispatch(engine, with_hook=True)
+    hook()
+    monkeypatch.setattr(engine, "_ordered", lambda: nullcontext(8))  # as with async_finish: another stream
+    z, hook = combine(engine, handle, with_hook=True)
+    hook()
+    picks = handle.pick_index.data_ptr()
+    assert [made_on for _, made_on in used] == [7, 7, 8] and used[1][0] == {picks}
+    assert {picks, handle[0].data_ptr()} <= used[0][0]
+    assert {picks, z.data_ptr(), WEIGHTS.data_ptr(), IDX.data_ptr()} <= used[2][0]
 
 
 def test_timeouts_that_do_not_fit_into_64_bits(engine: LowLatency, kernels: Kernels) -> None:

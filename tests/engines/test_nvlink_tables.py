@@ -6,9 +6,11 @@ import copy
 import io
 import pickle
 import threading
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from deepep_train.engines.nvlink_tables import (
     Known,
@@ -153,6 +155,31 @@ def test_what_comes_beside_the_rows_shares_an_allocation(by_row: bool) -> None:
     assert dispatch.offsets == [64, *(0 if t is None else t.data_ptr() for t in made)]
     assert dispatch.sizes == [700, *(0 if t is None else t.nbytes for t in made)]
     assert all(t is None or (t.data_ptr() - whole.data_ptr()) % 16 == 0 for t in made)
+
+
+def test_what_comes_beside_the_rows_may_be_written_to() -> None:
+    """As `_Dispatch` returns weights and saves indices, which lie in one allocation."""
+    kinds: Any = [None, (torch.int64, 2), (torch.float32, 2), (torch.int32, 0)]
+    beside = nvlink._C.Beside(words_of(kinds), False)
+
+    class Dispatch(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, weights: Tensor) -> Tensor:
+            _, idx, here, source = parts_of(torch.zeros(beside.measure(5, 5), dtype=torch.int32), beside, kinds)
+            assert idx is not None and here is not None and source is not None
+            ctx.save_for_backward(idx)
+            source.add_(1)
+            return here.copy_(weights)
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return grad + ctx.saved_tensors[0]
+
+    weights = torch.rand(5, 2, requires_grad=True)
+    here = Dispatch.apply(weights)
+    here.mul_(3)
+    here.sum().backward()
+    assert torch.equal(weights.grad, torch.full((5, 2), 3.0))
 
 
 def test_scales_that_go_on_from_where_they_come() -> None:

@@ -17,6 +17,7 @@ from rail_twins import arranged, counts_of, mask_words, masks_of, placed_picks
 from reference import Given, Picture, Row
 
 from deepep_train.engines.peers import Peers
+from deepep_train.engines.rail_rows import as_elements, as_rows
 from deepep_train.engines.rail_tables import Tables, leaving, slots
 from deepep_train.engines.two_level import learn_forwarding
 from deepep_train.routing import expert_rows, rank_layout, tokens_per_node
@@ -132,3 +133,13 @@ def test_the_limit_of_nodes_is_the_kernels() -> None:
     from deepep_train.engines.base import MAX_NODES
 
     assert f"constexpr int kMaxNodes = {MAX_NODES};" in (Path(__file__).parents[2] / "csrc/rdma/params.hpp").read_text()
+
+
+@pytest.mark.parametrize("hidden", [16, 13, 0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.uint8], ids=str)
+def test_rows_come_back_as_no_views(hidden: int, dtype: torch.dtype) -> None:
+    """Autograd lets nobody write to views that a function has made."""
+    for num_rows in (6, 0):
+        x = torch.randn(num_rows, hidden).to(dtype)
+        back = as_elements(as_rows(x).clone(), x)
+        assert torch.equal(back, x) and not back._is_view()

@@ -101,7 +101,8 @@ def test_num_worst_tokens(spare: int, layout: str) -> None:
 @pytest.mark.parametrize("hidden", [8, 16384])
 @pytest.mark.parametrize("layout", ["rank", "expert"])
 def test_smallest_and_largest_rows(hidden: int, layout: str) -> None:
-    check([Exchange((5, 12), hidden, 3, 4, "uniform", dtype, layout, 4) for dtype in (torch.bfloat16, torch.float16)])
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)
+    check([Exchange((5, 12), hidden, 3, 4, "uniform", dtype, layout, 4) for dtype in dtypes])
 
 
 @pytest.mark.parametrize("top_k", [1, 8, 11, 32])

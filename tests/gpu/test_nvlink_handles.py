@@ -7,6 +7,7 @@ import shared
 import torch
 import torch.distributed as dist
 from harness import assert_same_bits
+from in_place import check_writes
 from shared import LOCAL_EXPERTS, inputs, run_ranks
 from test_nvlink_streams import spin
 
@@ -134,3 +135,26 @@ def on_the_cpu(rank: int, size: int, group: dist.ProcessGroup) -> None:
 
 def test_a_handle_on_the_cpu_is_refused() -> None:
     run_ranks(2, on_the_cpu, fresh=True, timeout=40)
+
+
+def written_to(rank: int, size: int, group: dist.ProcessGroup) -> None:
+    x, idx, w = (t.cuda() for t in inputs(rank, size, 40))
+    check_writes(shared.buffer_of(group), x, idx, w, size * LOCAL_EXPERTS)
+
+
+def test_results_may_be_written_to() -> None:
+    run_ranks(2, written_to)
+
+
+def freed(rank: int, size: int, group: dist.ProcessGroup) -> None:
+    """In expert layout a handle's table lies in the memory of the weights."""
+    buffer = dt.Buffer(group, num_nvl_bytes=16 << 20, engine="nvlink", timeout=5)
+    x, idx, w = (t.cuda() for t in inputs(rank, size, 41))
+    out = dt.dispatch(x, idx, w, buffer=buffer, num_experts=size * LOCAL_EXPERTS, layout="expert")
+    out.topk_weights.untyped_storage().resize_(0)
+    with pytest.raises(dt.ArgumentError, match="has been freed"):
+        dt.combine(out.x, out.handle)
+
+
+def test_memory_of_a_handle_that_was_freed() -> None:
+    run_ranks(2, freed, fresh=True, timeout=40)

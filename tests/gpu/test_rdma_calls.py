@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import assert_same_bits
+from in_place import check_writes
 from shared import LOCAL_EXPERTS, buffer_of, capture_and_replay, inputs, layout_of, run_ranks
 from test_nvlink_streams import spin
 from test_rdma import USABLE
@@ -50,6 +51,16 @@ def graphs(rank: int, size: int, group: dist.ProcessGroup, local: int, layout: s
 @MESHES
 def test_graphs_capture_and_replay(mesh: tuple[int, int], layout: str, fresh: bool) -> None:
     run_ranks(mesh[0], graphs, mesh[1], layout, fresh, timeout=90)
+
+
+def written_to(rank: int, size: int, group: dist.ProcessGroup, local: int) -> None:
+    x, idx, w = (t.cuda() for t in inputs(rank, size, 40))
+    check_writes(buffer_of(group, "rdma", local), x, idx, w, size * LOCAL_EXPERTS)
+
+
+@meshes((4, 2), (2, 1))
+def test_results_may_be_written_to(mesh: tuple[int, int]) -> None:
+    run_ranks(mesh[0], written_to, mesh[1])
 
 
 def unwaiting(rank: int, size: int, group: dist.ProcessGroup, local: int, layout: str) -> float:
