@@ -7,6 +7,7 @@ on the GPU. Without, it waits once, for what the counts come to.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from deepep_train.engines.base import DispatchRequest, address_of
 from deepep_train.engines.rail_domain import DISPATCH
 from deepep_train.engines.rail_rows import counts_bytes, words_bytes
 from deepep_train.engines.rail_tables import ExpertTables, Tables
-from deepep_train.engines.rails import Rails
+from deepep_train.engines.rails import Crossed, Rails
 
 
 class Told(NamedTuple):
@@ -74,11 +75,20 @@ class Sizes(NamedTuple):
     tokens_per_expert: Tensor
 
 
-class Packed(NamedTuple):
-    """What goes beside the rows that leave, int32 [S, words], and [F, local ranks], room for `Words.number`."""
+class Leaving(NamedTuple):
+    """A dispatch before its words have crossed.
 
+    Attributes:
+        tables: without slots yet.
+        words: int32 [S, words], what goes beside the rows that leave.
+        number: int32 [F, local ranks], room for `Words.number`.
+        crossed: the rows, which are on their way; None: in stages they go later.
+    """
+
+    tables: Tables
     words: Tensor
     number: Tensor
+    crossed: Crossed | None
 
 
 class Words(NamedTuple):
@@ -162,8 +172,16 @@ class Fresh:
             return Sizes(bound, bound, most, num_tokens * rails.nodes, forwarded, found.tokens_per_expert)
         return Sizes(*seen[2:])
 
-    def pack(self, told: Told, found: Found, sizes: Sizes, request: DispatchRequest) -> tuple[Tables, Packed]:
-        """The tables by which rows leave, without slots yet, and what goes beside these rows."""
+    def leave(
+        self,
+        told: Told,
+        found: Found,
+        sizes: Sizes,
+        request: DispatchRequest,
+        parts: Sequence[Tensor],
+        signature: int,
+    ) -> Leaving:
+        """`parts`, `signature`: of the rows, as for `Rails.dispatch`."""
         rails, idx, weights = self._rails, request.topk_idx, request.topk_weights
         num_tokens, top_k = told.in_rank.size(0), 0 if idx is None else idx.size(1)
         nodes, local = rails.nodes, rails.local
@@ -184,24 +202,17 @@ class Fresh:
             p.num_tokens, p.top_k, p.num_ranks, p.num_nodes = num_tokens, top_k, self.num_ranks, nodes
             p.row_words = words.size(1)
             rails.end.pack_words(p, stream)
+            crossed = rails.cross(tables, parts, signature, request.num_sms, stream)
             rails.owe_the_rest_later()
-            return tables, Packed(words, number)
+            return Leaving(tables, words, number, crossed)
 
-    def open(
-        self,
-        tables: Tables,
-        packed: Packed,
-        found: Found,
-        sizes: Sizes,
-        request: DispatchRequest,
-        signature: int,
-        behind: int,
-    ) -> Words:
+    def open(self, leaving: Leaving, found: Found, sizes: Sizes, request: DispatchRequest, signature: int) -> Words:
         """The slots, and what comes beside the rows: which ranks of the node a row is for goes with it, so that its forwarder
-        knows. `behind`: bytes of the rows that have crossed already; 0: they have not."""
-        rails, data = self._rails, packed.words.view(torch.uint8)
+        knows."""
+        tables, words, number, crossed = leaving
+        rails, data = self._rails, words.view(torch.uint8)
         top_k = 0 if request.topk_idx is None else request.topk_idx.size(1)
-        row_bytes = data.size(1)
+        row_bytes, behind = data.size(1), 0 if crossed is None else crossed.row_bytes
         with rails.operation(None, *DISPATCH) as stream:
             rails.need_room(sizes.most, behind + row_bytes)
             each = torch.arange(sizes.num_leaving, dtype=torch.int32, device=rails.device)
@@ -210,13 +221,13 @@ class Fresh:
             s = rails.kernels.SlotParams()
             s.addresses, s.recv_at = addresses.data_ptr(), found.recv_at.data_ptr()
             s.theirs, s.begin = found.theirs.data_ptr(), found.begin.data_ptr()
-            s.slot, s.number, s.capacity = tables.slot.data_ptr(), packed.number.data_ptr(), sizes.num_forwarded
+            s.slot, s.number, s.capacity = tables.slot.data_ptr(), number.data_ptr(), sizes.num_forwarded
             s.mask_at = 1 + top_k * (1 if request.topk_weights is None else 2)
             s.num_nodes, s.num_local_ranks = rails.nodes, rails.local
             rails.end.find_slots(s, stream)
             came = rails.arena.temporary((sizes.num_received, row_bytes), torch.uint8)
             rails.forward(tables, [data], addresses, [came], signature, request.num_sms, stream)
-            return self._unpack(came, found, request, packed.number, stream)
+            return self._unpack(came, found, request, number, stream)
 
     def _unpack(self, came: Tensor, found: Found, request: DispatchRequest, number: Tensor, stream: int) -> Words:
         rails, n, num_local = self._rails, came.size(0), request.num_experts // self.num_ranks

@@ -72,19 +72,6 @@ class Rails(RailDomain):
 
     # Operations --------------------------------------------------------------------------------------------------------
 
-    def cross(self, tables: Tables, parts: Sequence[Tensor], signature: int, num_sms: int = 0) -> Crossed | None:
-        """The rows of a dispatch along the rail, ahead of the rest of it, whose arguments these are: `dispatch` passes on what
-        has come. Until then `Tables.slot` may be empty. None: in stages rows cross while others are passed on, none ahead."""
-        if self._network is not None:
-            return None
-        with self.operation(tables, *DISPATCH) as stream:
-            data = [as_rows(part) for part in parts]
-            row_bytes = sum(d.size(1) for d in data)
-            self.need_room(tables.most, row_bytes)
-            addresses = self.exchange(tables, data, row_bytes, signature, num_sms, stream)
-            self.owe_the_rest_later()
-            return Crossed(data, addresses)
-
     def dispatch(
         self,
         tables: Tables,
@@ -190,6 +177,16 @@ class Rails(RailDomain):
             return as_elements(out, rows)
 
     # Their steps -------------------------------------------------------------------------------------------------------
+
+    def cross(self, tables: Tables, parts: Sequence[Tensor], signature: int, num_sms: int, stream: int) -> Crossed | None:
+        """The rows of a dispatch along the rail, ahead of `dispatch`, whose arguments these are and which passes on what has
+        come; until then `Tables.slot` may be empty. None: in stages rows cross while others are passed on, none ahead."""
+        if self._network is not None:
+            return None
+        data = [as_rows(part) for part in parts]
+        row_bytes = sum(d.size(1) for d in data)
+        self.need_room(tables.most, row_bytes)
+        return Crossed(data, self.exchange(tables, data, row_bytes, signature, num_sms, stream))
 
     def exchange(
         self,

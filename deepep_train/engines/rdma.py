@@ -105,12 +105,10 @@ class RdmaEngine(CollectiveEngine):
 
     def _dispatch(self, request: DispatchRequest, told: Told, found: Found, sizes: Sizes) -> Received:
         """Rows first, for all that follows can be made ready while they cross."""
-        tables, packed = self._fresh.pack(told, found, sizes, request)
         parts, call = [plain(p) for p in request.payload.parts()], self._signature("rows", request, self.peers.calls)
-        crossed = self.rails.cross(tables, parts, call, request.num_sms)
-        behind = 0 if crossed is None else crossed.row_bytes
-        words_call = self._signature("words", None, self.peers.calls)
-        words = self._fresh.open(tables, packed, found, sizes, request, words_call, behind)
+        leaving = self._fresh.leave(told, found, sizes, request, parts, call)
+        tables, *_, crossed = leaving
+        words = self._fresh.open(leaving, found, sizes, request, self._signature("words", None, self.peers.calls))
         experts, idx, weights = None, words.topk_idx, words.topk_weights
         if request.arrangement == "expert":
             try:
