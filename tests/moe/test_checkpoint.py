@@ -32,7 +32,7 @@ def _step(model: nn.Module, optimizer: torch.optim.Optimizer, rank: int, step: i
     moe.reduce_gradients(model)
     optimizer.step()
     moe.update_expert_biases(model)
-    return float(loss)
+    return loss.item()
 
 
 def _contents(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
