@@ -26,9 +26,9 @@ def _by_hand(router: TopKRouter, x: Tensor, limited: int) -> tuple[list[set[int]
         open_groups = sorted(range(groups), key=lambda g: -best[g])[:limited]
         experts = [g * per_group + i for g in open_groups for i in range(per_group)]
         top = sorted(experts, key=lambda e: -choice[e].item())[: router.top_k]
-        total = sum(float(scores[e]) for e in top) if router.normalize_weights else 1.0
+        total = sum(scores[e].item() for e in top) if router.normalize_weights else 1.0
         chosen.append(set(top))
-        weights.append({e: router.scaling_factor * float(scores[e]) / total for e in top})
+        weights.append({e: router.scaling_factor * scores[e].item() / total for e in top})
     return chosen, weights
 
 
