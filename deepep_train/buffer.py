@@ -472,7 +472,7 @@ class Buffer(CheckedCalls, LowLatencyCalls):
 
 def _tensors_of(handle: Any) -> tuple:
     """What is no handle is refused where the peers hear of it."""
-    return handle if isinstance(handle, tuple) else ()
+    return tuple(handle) if isinstance(handle, (tuple, list)) else ()
 
 
 def _sms_of(config: Any) -> int:

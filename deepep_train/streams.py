@@ -95,7 +95,11 @@ class CommStream:
 
 def used_here(tensors: Iterable[Tensor | None], made_on: int) -> None:
     """The current stream uses these, whose owner may drop them before it has done so: torch must not give their memory out
-    again until then. `made_on`: `current_id` where they were made."""
+    again until then. In a capture nothing is recorded: who captures keeps them for as long as the graph.
+
+    Args:
+        made_on: `current_id` where they were made.
+    """
     on_gpu = [t for t in tensors if t is not None and t.is_cuda]
     if not on_gpu or current_id(on_gpu[0].device) == made_on or torch.cuda.is_current_stream_capturing():
         return

@@ -179,6 +179,7 @@ class CpuRails(Rails):
         for name in ("rail", "sum"):
             setattr(self.end, name, self._launched(getattr(self, f"_run_{name}"), "rail" if name == "rail" else None))
         self.report = torch.zeros(3 + 3 * peers.size, dtype=torch.int64)
+        self.refused: list[list[str]] = []  # what would have been told to other ranks, operation by operation
         # What nobody writes to is what nobody may read.
         room = lambda shape, dtype: torch.full(tuple(shape), 77, dtype=dtype)  # noqa: E731
         self._seen: dict[int, int] = {}  # bytes of tensors that others read, by their address
@@ -229,7 +230,11 @@ class CpuRails(Rails):
     @contextmanager
     def operation(self, tables: Tables | None, *steps: str, also: ExpertTables | None = None) -> Iterator[int]:
         self._owed = list(steps)
-        yield 0
+        try:
+            yield 0
+        except BaseException:
+            self.refused.append(list(self._owed))
+            raise
         assert not self._owed
 
     def stream(self) -> int:

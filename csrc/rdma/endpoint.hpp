@@ -49,7 +49,7 @@ public:
     void refuse(bool for_good, uint64_t stream) const;
     void rail(const RailParams& p, uint64_t stream) const;
     void sum(const SumParams& p, uint64_t stream) const;
-    // Of a fresh dispatch, in this order: this rank's counts; what all ranks' come to; the words that travel before the rows;
+    // Of a fresh dispatch, in this order: this rank's counts; what all ranks' come to; the words that travel beside the rows;
     // where what came goes within the node; the received words, apart.
     void tell(const TellParams& p, uint64_t stream) const;
     void digest(const DigestParams& p, uint64_t stream) const;

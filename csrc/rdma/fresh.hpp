@@ -66,7 +66,7 @@ struct DigestParams {
 constexpr int kReportHead = 3;
 constexpr int kAtFaultMiscounted = 2;
 
-// What travels before the rows that leave, words for each: its token's number, indices and weights, and a bit for each rank of
+// What travels beside the rows that leave, words for each: its token's number, indices and weights, and a bit for each rank of
 // the node where it goes.
 struct PackParams {
     uint64_t is_token_in_rank = 0;

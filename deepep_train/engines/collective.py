@@ -43,7 +43,7 @@ class CollectivePlan(Plan):
     row_from: int64 [num_rows], which of the rows that the route gathers each row copies; None if rows stay as they come, with
         zeros behind them up to `num_rows`.
     experts: the expert-major arrangement, None in rank layout.
-    stream: the id of the one that made it.
+    stream: the id of the one that made it; the rdma engine's calls record their own tables.
     """
 
     route: Route

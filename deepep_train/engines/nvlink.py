@@ -478,7 +478,7 @@ class NvlinkEngine(NvlinkDomain):
         if plan.as_made is not None and plan.as_made != seen(plan.kept[0]):
             raise ArgumentError("handle: its tensors have been written to since dispatch returned them", "handle")
         # In expert layout the weights, which are the caller's, share their memory with a table.
-        if any(memory.numel() and not memory.data_ptr() for memory in plan.kept):
+        if plan.addresses() != plan.kept_at:
             raise ArgumentError("handle: the memory of what dispatch returned has been freed (resize_)", "handle")
         if self._is_capturing:
             self._arena.keep(plan)

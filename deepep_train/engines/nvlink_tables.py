@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +28,7 @@ class NvlinkPlan(Plan):
         has_tail: whether the received tensor may have more rows than arrived.
         stream: the id of the stream that its tables were made on; None: unknown.
         as_made: `seen` of the memory of the tables that the caller has tensors of; None: nobody knows.
+        kept_at: where the memory is, unless somebody has freed it.
     """
 
     tables: Any
@@ -35,6 +36,13 @@ class NvlinkPlan(Plan):
     has_tail: bool
     stream: int | None
     as_made: Seen
+    kept_at: tuple[int, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kept_at", self.addresses())  # the way of a frozen class
+
+    def addresses(self) -> tuple[int, ...]:
+        return tuple([memory.data_ptr() for memory in self.kept])
 
 
 Seen = tuple[tuple[int, int] | None, ...] | None

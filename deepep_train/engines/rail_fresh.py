@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -93,12 +93,19 @@ class Leaving(NamedTuple):
 
 class Words(NamedTuple):
     """What came beside the N rows: int32 [N, 2] their ranks and tokens, int64 [N, K] local experts, float32 [N, K] weights; and
-    [F, local ranks], of the rows that this rank forwards, their numbers among those for each rank of its node."""
+    [F, local ranks], of the rows that this rank forwards, their numbers among those for each rank of its node.
+
+    In expert layout also room for what `arrange` makes of them, and for the weights of all rows, float32 [M] of zeros. It is
+    taken before the words cross, as the rest is: this rank can still refuse then, in its node and to its rail.
+    """
 
     source: Tensor
     topk_idx: Tensor | None
     topk_weights: Tensor | None
     number: Tensor
+    experts: ExpertTables | None = None
+    chunks: Tensor | None = None
+    row_weights: Tensor | None = None
 
 
 class Fresh:
@@ -215,6 +222,8 @@ class Fresh:
         row_bytes, behind = data.size(1), 0 if crossed is None else crossed.row_bytes
         with rails.operation(None, *DISPATCH) as stream:
             rails.need_room(sizes.most, behind + row_bytes)
+            came = rails.arena.temporary((sizes.num_received, row_bytes), torch.uint8)
+            got = self._room_for_words(found, sizes, request, number)
             each = torch.arange(sizes.num_leaving, dtype=torch.int32, device=rails.device)
             by_row = replace(tables, token=each)  # a row that leaves has words of its own
             addresses = rails.exchange(by_row, [data], row_bytes, signature, request.num_sms, stream, behind)
@@ -225,43 +234,53 @@ class Fresh:
             s.mask_at = 1 + top_k * (1 if request.topk_weights is None else 2)
             s.num_nodes, s.num_local_ranks = rails.nodes, rails.local
             rails.end.find_slots(s, stream)
-            came = rails.arena.temporary((sizes.num_received, row_bytes), torch.uint8)
             rails.forward(tables, [data], addresses, [came], signature, request.num_sms, stream)
-            return self._unpack(came, found, request, number, stream)
+            self._unpack(came, found, request, got, stream)
+            return got
 
-    def _unpack(self, came: Tensor, found: Found, request: DispatchRequest, number: Tensor, stream: int) -> Words:
-        rails, n, num_local = self._rails, came.size(0), request.num_experts // self.num_ranks
-        top_k = 0 if request.topk_idx is None else request.topk_idx.size(1)
-        source = self._ints(n, 2)
-        idx = weights = None
+    def _room_for_words(self, found: Found, sizes: Sizes, request: DispatchRequest, number: Tensor) -> Words:
+        device, n = self._rails.device, sizes.num_received
+        source, idx, weights = self._ints(n, 2), None, None
         if request.topk_idx is not None:
-            idx = torch.empty(n, top_k, dtype=torch.int64, device=rails.device)
+            idx = torch.empty(n, request.topk_idx.size(1), dtype=torch.int64, device=device)
             if request.topk_weights is not None:
-                weights = torch.empty(n, top_k, dtype=torch.float32, device=rails.device)
+                weights = torch.empty(idx.shape, dtype=torch.float32, device=device)
+        got = Words(source, idx, weights, number)
+        if request.arrangement != "expert":
+            return got
+        assert idx is not None
+        rows_of, row_slot, pick_row = self._ints(*idx.shape), self._ints(sizes.num_rows), self._ints(*idx.shape)
+        experts = ExpertTables(rows_of, row_slot, pick_row, found.received)
+        by_row = None if weights is None else torch.zeros(sizes.num_rows, dtype=torch.float32, device=device)
+        chunks = self._ints(_C.place_chunks, found.expert_base.numel())
+        return got._replace(experts=experts, chunks=chunks, row_weights=by_row)
+
+    def _unpack(self, came: Tensor, found: Found, request: DispatchRequest, got: Words, stream: int) -> None:
+        rails, num_local = self._rails, request.num_experts // self.num_ranks
         p = rails.kernels.UnpackParams()
         p.words, p.received_upto, p.num_received = came.data_ptr(), found.received_upto.data_ptr(), found.received.data_ptr()
-        p.source, p.topk_idx, p.topk_weights = source.data_ptr(), address_of(idx), address_of(weights)
-        p.capacity, p.top_k, p.row_words, p.num_ranks = n, top_k, came.size(1) // 4, self.num_ranks
+        p.source, p.topk_idx, p.topk_weights = got.source.data_ptr(), address_of(got.topk_idx), address_of(got.topk_weights)
+        p.capacity, p.row_words, p.num_ranks = came.size(0), came.size(1) // 4, self.num_ranks
+        p.top_k = 0 if got.topk_idx is None else got.topk_idx.size(1)
         p.first_expert, p.num_local_experts = rails.peers.rank * num_local, num_local
         rails.end.unpack_words(p, stream)
-        return Words(source, idx, weights, number)
 
-    def arrange(self, idx: Tensor, found: Found, num_rows: int, num_sms: int) -> ExpertTables:
-        """The rows of received tokens by expert; `idx`: int64 [N, K], local numbers."""
-        rails, (n, top_k), num_local = self._rails, idx.shape, found.expert_base.numel()
-        pick_row, chunks = self._ints(n, top_k), self._ints(_C.place_chunks, num_local)
+    def arrange(self, got: Words, found: Found, num_sms: int) -> None:
+        """The rows of received tokens by expert: what `got.experts` is to hold."""
+        rails, idx, experts, chunks = self._rails, got.topk_idx, got.experts, got.chunks
+        assert idx is not None and experts is not None and chunks is not None
         p = _C.PlaceParams()
         p.topk_idx, p.expert_base = idx.data_ptr(), found.expert_base.data_ptr()
-        p.pick_row, p.chunk_counts = pick_row.data_ptr(), chunks.data_ptr()
-        p.num_tokens, p.top_k, p.num_experts, p.num_ranks = n, top_k, num_local, 1
+        p.pick_row, p.chunk_counts = experts.pick_row.data_ptr(), chunks.data_ptr()
+        p.num_tokens, p.top_k, p.num_experts, p.num_ranks = *idx.shape, found.expert_base.numel(), 1
         with rails.operation(None) as stream:
             rails.comm.place_picks(p, stream)
-            rows_of, row_slot = pick_row.clone(), self._ints(num_rows)
+            experts.rows_of.copy_(experts.pick_row)
             a = _C.ArrangeParams()
-            a.rows_of, a.row_slot, a.num_received = rows_of.data_ptr(), row_slot.data_ptr(), found.received.data_ptr()
-            a.num_rows, a.top_k, a.num_sms = num_rows, top_k, rails.sms(num_sms, "dispatch")
+            a.rows_of, a.row_slot = experts.rows_of.data_ptr(), experts.row_slot.data_ptr()
+            a.num_received, a.num_rows, a.top_k = experts.received.data_ptr(), experts.row_slot.numel(), idx.size(1)
+            a.num_sms = rails.sms(num_sms, "dispatch")
             rails.comm.arrange_rows(a, stream)
-        return ExpertTables(rows_of, row_slot, pick_row, found.received)
 
     def _ints(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int32, device=self._rails.device)
@@ -288,11 +307,11 @@ class Fresh:
         return Found(block, per_expert.view(torch.int64), *others)
 
 
-def move_weights(rails: Rails, weights: Tensor, experts: ExpertTables, back: bool) -> Tensor:
-    """float32 [N, K] -> [M], 0.0 on padding; or `back`, 0.0 where the expert lives elsewhere."""
-    num_rows, weights = experts.row_slot.numel(), weights.detach().contiguous()
-    shape: Any = experts.pick_row.shape if back else (num_rows,)
-    out = (torch.empty if back else torch.zeros)(shape, dtype=torch.float32, device=rails.device)
+def move_weights(rails: Rails, weights: Tensor, experts: ExpertTables, by_row: Tensor | None = None) -> Tensor:
+    """float32 [N, K] -> [M] to `by_row`, which is 0.0, and stays so on padding. Without it back: [M] -> [N, K], 0.0 where the
+    expert lives elsewhere."""
+    num_rows, weights, back = experts.row_slot.numel(), weights.detach().contiguous(), by_row is None
+    out = torch.empty(experts.pick_row.shape, dtype=torch.float32, device=rails.device) if by_row is None else by_row
     p = rails.kernels.WeightParams()
     by_pick, by_row = (out, weights) if back else (weights, out)
     p.by_pick, p.by_row = by_pick.data_ptr(), by_row.data_ptr()

@@ -30,7 +30,7 @@ from deepep_train.engines.collective import CollectiveEngine, CollectivePlan, pl
 from deepep_train.engines.hops import Hop, Route, to_device
 from deepep_train.engines.nvlink_failures import layout_error
 from deepep_train.engines.nvlink_tables import remember
-from deepep_train.engines.rail_domain import DISPATCH
+from deepep_train.engines.rail_domain import DISPATCH, RAIL
 from deepep_train.engines.rail_fresh import Found, Fresh, Sizes, Told, Words, move_weights
 from deepep_train.engines.rail_route import Known, RailRoute
 from deepep_train.engines.rail_rows import counts_bytes, padded, words_bytes
@@ -109,15 +109,15 @@ class RdmaEngine(CollectiveEngine):
         leaving = self._fresh.leave(told, found, sizes, request, parts, call)
         tables, *_, crossed = leaving
         words = self._fresh.open(leaving, found, sizes, request, self._signature("words", None, self.peers.calls))
-        experts, idx, weights = None, words.topk_idx, words.topk_weights
-        if request.arrangement == "expert":
+        experts, idx, weights = words.experts, words.topk_idx, words.topk_weights
+        if experts is not None:
             try:
-                assert idx is not None
-                experts = self._fresh.arrange(idx, found, sizes.num_rows, request.num_sms)
+                self._fresh.arrange(words, found, request.num_sms)
                 if weights is not None:
-                    weights = move_weights(self.rails, weights, experts, back=False)
+                    weights = move_weights(self.rails, weights, experts, words.row_weights)
             except Exception as error:  # noqa: BLE001 - whatever it is, the peers wait for this rank's rows
-                self.rails.refuse(self.rails.dispatch_steps if crossed is None else DISPATCH[1:], error)
+                # The rail has them, and hears of it in its next exchange.
+                self.rails.refuse(self.rails.dispatch_steps if crossed is None else (*DISPATCH[1:], RAIL), error)
         received = found.received if request.num_worst_tokens else None
         route = RailRoute(
             (), rails=self.rails, num_tokens=told.in_rank.size(0), received=received, tables=[tables], experts=experts
@@ -249,7 +249,7 @@ class RdmaEngine(CollectiveEngine):
             return z, None
         if experts is not None:
             try:
-                weights = move_weights(self.rails, weights, experts, back=True)
+                weights = move_weights(self.rails, weights, experts)
             except Exception as error:  # noqa: BLE001 - as in `dispatch`
                 self.rails.refuse(self.rails.combine_steps, error)
         return z, route.add_back(weights[: plan.num_received], None, (), call, request.num_sms)

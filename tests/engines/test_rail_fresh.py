@@ -211,6 +211,97 @@ def test_what_is_wrong_with_num_worst_tokens_fails_every_rank(
         assert f"num_rdma_bytes={4 * (most * (4096 + words_bytes(2, True, 2)) + 128)}" in told[0][0]
 
 
+def with_scales(
+    rank: int, size: int, group: dist.ProcessGroup, library: str, local: int, case: Exchange, given: list[Given]
+) -> None:
+    """FP8 rows and their scales, with words behind both."""
+    from rail_on_cpu import engine_on_cpu
+
+    engine, collective = engine_on_cpu(group, local, library, 64 << 10), CollectiveEngine(group, 20, local, True, 9)
+    mine = given[rank]
+    data = mine.x.to(torch.float8_e4m3fn)
+    payload = Payload(data, torch.rand(data.size(0), 3, generator=torch.Generator().manual_seed(rank)))
+    layout = collective.layout(mine.topk_idx, case.num_experts)
+    theirs = collective.dispatch(Prepared(lambda: request_of(case, mine, payload=payload, layout=layout))).payload
+    for bound in (4096, 0):
+        got = engine.dispatch(Prepared(lambda b=bound: request_of(case, mine, b, payload=payload)))
+        engine.check()
+        again = engine._move(request_of(case, mine, payload=payload), got.plan)
+        n = theirs.data.size(0)
+        assert theirs.scales is not None
+        for rows, scales, _ in (got.payload, again):
+            assert scales is not None
+            assert_same_bits(rows[:n].view(torch.uint8), theirs.data.view(torch.uint8))
+            assert_same_bits(scales[:n], theirs.scales)
+
+
+@pytest.mark.parametrize("mesh", [(4, 2), (4, 1), (6, 2)], ids=str)
+def test_scales_travel_with_their_rows(mesh: tuple[int, int], library: str) -> None:
+    size, local = mesh
+    case = Exchange(TOKENS[:size], 16, 2, 3, "uniform", torch.float32)
+    run_ranks(size, with_scales, library, local, case, case.given())
+
+
+def in_a_segment(
+    rank: int, size: int, group: dist.ProcessGroup, library: str, case: Exchange, given: list[Given], room: int
+) -> tuple[Tensor, str]:
+    """With num_worst_tokens, for which no memory is made; and what the engine says then."""
+    from rail_on_cpu import engine_on_cpu
+
+    engine = engine_on_cpu(group, 2, library, room)
+    got = engine.dispatch(Prepared(lambda: request_of(case, given[rank], 4096)))
+    try:
+        engine.check()
+    except dt.ArgumentError as error:
+        return got.payload.data, str(error)
+    return got.payload.data, ""
+
+
+def test_rows_and_words_fill_a_segment(library: str) -> None:
+    case = Exchange(TOKENS[:4], 256, 2, 3, "uniform", torch.float32)
+    given = case.given()
+    picture = Picture(given, case.num_experts)
+    most = max(n for r in range(4) for n in picture.num_tokens_per_node(r, 2))
+    room = most * (1024 + words_bytes(2, True, 2))
+    for rank, (rows, said) in enumerate(run_ranks(4, in_a_segment, library, case, given, room)):
+        expected = picture.arrive(rank, "rank", 1, 4096).x
+        assert_same_bits(rows, expected)
+        assert not said
+    for _, said in run_ranks(4, in_a_segment, library, case, given, room - 1):
+        assert f"{most} rows of {1024 + words_bytes(2, True, 2)} bytes between two nodes do not fit" in said
+
+
+def raises_behind_the_rows(
+    rank: int, size: int, group: dist.ProcessGroup, library: str, case: Exchange, given: list[Given]
+) -> list[list[list[str]]]:
+    """What a rank still tells the others that fails once its rows are on their way; all do, so the engine goes on."""
+    from rail_on_cpu import engine_on_cpu
+
+    engine, found = engine_on_cpu(group, 2, library, 64 << 10), []
+    fine = engine.dispatch(Prepared(lambda: request_of(case, given[rank])))
+    rails: Any = engine.rails
+
+    def fails(*_: Any) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    for owner, name in ((engine._fresh, "_room_for_words"), (rails.comm, "place_picks")):
+        real = getattr(owner, name)
+        setattr(owner, name, fails)
+        rails.refused.clear()
+        with pytest.raises(torch.OutOfMemoryError):
+            engine.dispatch(Prepared(lambda: request_of(case, given[rank])))
+        found.append([steps for steps in rails.refused if steps])
+        setattr(owner, name, real)
+        assert_same_bits(engine.dispatch(Prepared(lambda: request_of(case, given[rank]))).payload.data, fine.payload.data)
+    return found
+
+
+def test_who_raises_behind_the_rows_tells_its_node_and_its_rail(library: str) -> None:
+    case = Exchange((7, 3, 70, 11), 8, 2, 3, "uniform", torch.float32, "expert", 4)
+    for found in run_ranks(4, raises_behind_the_rows, library, case, case.given()):
+        assert found == [[["rail", "dispatch"]], [["dispatch", "rail"]]]
+
+
 def after_a_failed_stream(rank: int, size: int, group: dist.ProcessGroup, library: str, case: Exchange, given: Any) -> None:
     """What the rail has failed to bring is not looked at."""
     from rail_on_cpu import engine_on_cpu
