@@ -28,6 +28,7 @@ from deepep_train.engines.base import (
     aligned,
     need_rows_of,
 )
+from deepep_train.engines.nvlink_copies import plan_of_copies
 from deepep_train.engines.nvlink_domain import NvlinkDomain
 from deepep_train.engines.nvlink_failures import layout_error
 from deepep_train.engines.nvlink_tables import (
@@ -44,7 +45,7 @@ from deepep_train.engines.nvlink_tables import (
 )
 from deepep_train.engines.peers import Peers
 from deepep_train.engines.signature import hashed, numbered
-from deepep_train.engines.v1_handle import channels, checked_prefix, need_rank_layout
+from deepep_train.engines.v1_handle import channels
 from deepep_train.errors import ArgumentError, DeepEPError
 from deepep_train.handle import LAYOUTS, Plan
 from deepep_train.routing import RankLayout
@@ -504,39 +505,13 @@ class NvlinkEngine(NvlinkDomain):
     def plan_of(self, tensors: tuple[Tensor, ...]) -> Plan:
         if (plan := remembered(tensors, self._token)) is not None:
             return plan
-        # Copies, or written to: no kernel may run on what they say before somebody has looked.
-        need_rank_layout(tensors)
-        prefix_RR, _, _, source, _, send_slot = tensors
-        if send_slot.device != self.device:
-            raise ArgumentError(f"handle must lie on {self.device}, this engine's device, got {send_slot.device}", "handle")
         if torch.cuda.is_current_stream_capturing():
             raise ArgumentError(
                 "handle: tensors that are not those that dispatch returned are checked by the CPU, which cannot be done in a "
                 "CUDA graph's capture",
                 "handle",
             )
-        prefix = checked_prefix(tensors, self.rank, is_slot=True)
-        send_slot, received = send_slot.contiguous(), prefix_RR[-1, self.rank].reshape(1)
-        tables = _C.Tables(send_slot.shape[0], 0, 0, self.peers.size, False, False)
-        tables.send_slot = tables.send_row = tables.pull_row = send_slot.data_ptr()
-        tables.num_received = received.data_ptr()
-        return NvlinkPlan(
-            number=hashed("copied handle", *prefix.flatten().tolist()),
-            num_tokens=send_slot.size(0),
-            num_received=source.size(0),
-            num_rows=source.size(0),
-            num_experts=0,
-            top_k=0,
-            layout="rank",
-            alignment=1,
-            tokens_per_expert=torch.empty(0, dtype=torch.int64),
-            recv_topk_idx=None,
-            tables=tables,
-            kept=(send_slot, received),
-            has_tail=True,  # it may: nobody knows any more
-            stream=None,
-            as_made=None,
-        )
+        return plan_of_copies(tensors, self.rank, self.peers.size, self.device)
 
     def _explain(self, prepared: Prepared[DispatchRequest], fresh: _Fresh | None) -> NoReturn:
         """Some rank's arguments are wrong or differ: exchange texts, raise the same everywhere."""
