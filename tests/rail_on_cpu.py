@@ -268,7 +268,7 @@ class CpuRails(Rails):
                 for i, t in enumerate(view(p.token + 4 * first, (count,), torch.int32).tolist()):
                     rows[i, : p.row_bytes] = view(p.rows + t * p.row_bytes, (p.row_bytes,), torch.uint8)
                     rows[i, p.row_bytes :] = view(p.beside + t * p.beside_bytes, (p.beside_bytes,), torch.uint8)
-            sent[n] = rows.clone()
+            sent[n] = p.recv_offset, rows.clone()
         everyone = self._everybody(sent)[self.rail :: self.local]
         for n in range(nodes):
             if (node - n) % nodes not in turns:
@@ -277,7 +277,9 @@ class CpuRails(Rails):
             count = recv_at[n + 1] - recv_at[n]
             came = self._recv[n, p.recv_offset : p.recv_offset + count * wire].view(count, wire)
             if n != node:
-                came.copy_(everyone[n][node])
+                offset, rows = everyone[n][node]
+                assert offset == p.recv_offset, "a put lands where its sender says"
+                came.copy_(rows)
             for what, beside in ((p.addresses, 0), (p.beside_addresses, p.row_bytes)):
                 if not what:
                     continue

@@ -28,7 +28,7 @@ class NvlinkPlan(Plan):
         has_tail: whether the received tensor may have more rows than arrived.
         stream: the id of the stream that its tables were made on; None: unknown.
         as_made: `seen` of the memory of the tables that the caller has tensors of; None: nobody knows.
-        kept_at: where the memory is, unless somebody has freed it.
+        kept_at: where the memory was; elsewhere, or nowhere, it has been freed since.
     """
 
     tables: Any

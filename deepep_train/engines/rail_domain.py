@@ -35,6 +35,9 @@ _OUTLIVING: list[list[object]] = []
 # What the ranks wait for in an exchange that is not in stages, in order: the rail's part, and nvlink's operation.
 RAIL = "rail"
 DISPATCH = (RAIL, "dispatch")
+# What a rank owes that raises once its rows and words have crossed: its part in the node, and word to its rail, which has all
+# that it waits for, in the next exchange.
+BEHIND_WORDS = ("dispatch", RAIL)
 
 
 class RailDomain:
@@ -176,8 +179,8 @@ class RailDomain:
                 raise
             leave(self.comm, stream, self.peers.rank, self._processes)
 
-    def owe_the_rest_later(self) -> None:
-        """At the end of an operation: what other ranks still wait for is the next one's."""
+    def owe_no_more(self) -> None:
+        """What other ranks still wait for is the next operation's, or was to be told of a failure."""
         self._owed.clear()
 
     def uninterrupted(self) -> AbstractContextManager[object]:

@@ -153,8 +153,8 @@ class Fresh:
             if request is not None:
                 p.alignment, p.expert_layout = request.alignment, int(request.arrangement == "expert")
             num_sms = 0 if request is None else request.num_sms
-            addresses = rails.exchange(rails.everyone, [data], data.size(1), signature, num_sms, stream)
             table = rails.arena.temporary((self.num_ranks, data.size(1)), torch.uint8)
+            addresses = rails.exchange(rails.everyone, [data], data.size(1), signature, num_sms, stream)
             rails.forward(rails.everyone, [data], addresses, [table], signature, num_sms, stream)
             p.table = table.data_ptr()
             rails.end.digest(p, stream)
@@ -210,7 +210,7 @@ class Fresh:
             p.row_words = words.size(1)
             rails.end.pack_words(p, stream)
             crossed = rails.cross(tables, parts, signature, request.num_sms, stream)
-            rails.owe_the_rest_later()
+            rails.owe_no_more()
             return Leaving(tables, words, number, crossed)
 
     def open(self, leaving: Leaving, found: Found, sizes: Sizes, request: DispatchRequest, signature: int) -> Words:

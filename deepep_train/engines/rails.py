@@ -16,7 +16,7 @@ from torch import Tensor
 from deepep_train import _C  # type: ignore[attr-defined]
 from deepep_train.engines.arena import Landing
 from deepep_train.engines.peers import Peers
-from deepep_train.engines.rail_domain import DISPATCH, RailDomain
+from deepep_train.engines.rail_domain import BEHIND_WORDS, RailDomain
 from deepep_train.engines.rail_rows import as_elements, as_rows
 from deepep_train.engines.rail_stages import Turns
 from deepep_train.engines.rail_tables import ExpertTables, Tables, leaving, node_counts, slots, to_everyone
@@ -92,7 +92,7 @@ class Rails(RailDomain):
             crossed: what `cross` has made of these parts, if it has.
         """
         is_across = crossed is not None
-        with self.operation(tables, *(DISPATCH[1:] if is_across else self.dispatch_steps), also=experts) as stream:
+        with self.operation(tables, *(BEHIND_WORDS if is_across else self.dispatch_steps), also=experts) as stream:
             if crossed is None:
                 data = [as_rows(part) for part in parts]
                 crossed = Crossed(data, self._addresses(tables, data))
@@ -101,6 +101,7 @@ class Rails(RailDomain):
             row_bytes = crossed.row_bytes
             landings: list[Landing] = []
             visible: list[Tensor] = []
+            by_expert: list[Tensor] = []
             network_sms, node_sms = self._shares(self.sms(num_sms, "dispatch"))
 
             def cross(turns: Turns, on: int) -> None:
@@ -108,6 +109,7 @@ class Rails(RailDomain):
 
             def make_room() -> list[Tensor]:
                 if experts is not None:
+                    by_expert.extend(torch.empty(num_rows, d.size(1), dtype=torch.uint8, device=self.device) for d in data)
                     return [self.arena.temporary((experts.rows_of.size(0), d.size(1)), torch.uint8) for d in data]
                 landed = self.arena.land([((num_rows, d.size(1)), torch.uint8) for d in data])
                 landings.extend(one for one in landed if one)
@@ -119,13 +121,16 @@ class Rails(RailDomain):
 
             if is_across:
                 forward(self.stages.dispatch[0], stream)
+                self.owe_no_more()
             else:
                 self._overlap(self.stages.dispatch, cross, forward, stream, network_is_first=True)
             if experts is None:
                 got = [self._arrive(one, received, num_sms, stream) for one in landings]
                 self.arena.watch(landings)
             else:
-                got = [self._expand(rows, experts, num_sms, stream) for rows in visible]
+                got = by_expert
+                for came, rows in zip(visible, got, strict=True):
+                    self._expand(came, rows, experts, num_sms, stream)
             return [as_elements(rows, part) for rows, part in zip(got, parts, strict=True)]
 
     def combine(
@@ -319,17 +324,15 @@ class Rails(RailDomain):
             self.comm.expand(p, stream)
         return rows if landing.tensor is rows else landing.tensor.copy_(rows)
 
-    def _expand(self, came: Tensor, experts: ExpertTables, num_sms: int, stream: int) -> Tensor:
+    def _expand(self, came: Tensor, out: Tensor, experts: ExpertTables, num_sms: int, stream: int) -> None:
         """[N, row_bytes] -> [M, row_bytes]."""
-        num_rows, row_bytes = experts.row_slot.numel(), came.size(1)
-        out = torch.empty(num_rows, row_bytes, dtype=torch.uint8, device=self.device)
+        num_rows, row_bytes = out.shape
         p = _C.ExpandParams()
         p.x, p.source, p.row_bytes, p.num_rows = out.data_ptr(), came.data_ptr(), row_bytes, num_rows
         p.rows_of, p.row_slot, p.top_k = experts.rows_of.data_ptr(), experts.row_slot.data_ptr(), experts.rows_of.size(1)
         p.num_several = p.num_received = experts.received.data_ptr()
         p.num_sms = self.sms(num_sms, "dispatch")
         self.comm.expand(p, stream)
-        return out
 
     def _reduce(self, rows: Tensor, experts: ExpertTables, dtype: int, num_sms: int, stream: int) -> Tensor:
         """[M, row_bytes] -> [N, row_bytes], which peers can read."""

@@ -30,7 +30,7 @@ from deepep_train.engines.collective import CollectiveEngine, CollectivePlan, pl
 from deepep_train.engines.hops import Hop, Route, to_device
 from deepep_train.engines.nvlink_failures import layout_error
 from deepep_train.engines.nvlink_tables import remember
-from deepep_train.engines.rail_domain import DISPATCH, RAIL
+from deepep_train.engines.rail_domain import BEHIND_WORDS
 from deepep_train.engines.rail_fresh import Found, Fresh, Sizes, Told, Words, move_weights
 from deepep_train.engines.rail_route import Known, RailRoute
 from deepep_train.engines.rail_rows import counts_bytes, padded, words_bytes
@@ -116,8 +116,7 @@ class RdmaEngine(CollectiveEngine):
                 if weights is not None:
                     weights = move_weights(self.rails, weights, experts, words.row_weights)
             except Exception as error:  # noqa: BLE001 - whatever it is, the peers wait for this rank's rows
-                # The rail has them, and hears of it in its next exchange.
-                self.rails.refuse(self.rails.dispatch_steps if crossed is None else (*DISPATCH[1:], RAIL), error)
+                self.rails.refuse(self.rails.dispatch_steps if crossed is None else BEHIND_WORDS, error)
         received = found.received if request.num_worst_tokens else None
         route = RailRoute(
             (), rails=self.rails, num_tokens=told.in_rank.size(0), received=received, tables=[tables], experts=experts

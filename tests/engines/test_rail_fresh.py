@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -284,12 +285,18 @@ def raises_behind_the_rows(
     def fails(*_: Any) -> None:
         raise torch.OutOfMemoryError("no room")
 
-    for owner, name in ((engine._fresh, "_room_for_words"), (rails.comm, "place_picks")):
+    by_rank = replace(case, layout="rank")
+    for owner, name, asked in (
+        (engine._fresh, "_room_for_words", case),
+        (rails.comm, "place_picks", case),
+        (rails.end, "move_weights", case),
+        (rails.arena, "land", by_rank),
+    ):
         real = getattr(owner, name)
         setattr(owner, name, fails)
         rails.refused.clear()
         with pytest.raises(torch.OutOfMemoryError):
-            engine.dispatch(Prepared(lambda: request_of(case, given[rank])))
+            engine.dispatch(Prepared(lambda a=asked: request_of(a, given[rank])))
         found.append([steps for steps in rails.refused if steps])
         setattr(owner, name, real)
         assert_same_bits(engine.dispatch(Prepared(lambda: request_of(case, given[rank]))).payload.data, fine.payload.data)
@@ -299,7 +306,7 @@ def raises_behind_the_rows(
 def test_who_raises_behind_the_rows_tells_its_node_and_its_rail(library: str) -> None:
     case = Exchange((7, 3, 70, 11), 8, 2, 3, "uniform", torch.float32, "expert", 4)
     for found in run_ranks(4, raises_behind_the_rows, library, case, case.given()):
-        assert found == [[["rail", "dispatch"]], [["dispatch", "rail"]]]
+        assert found == [[["rail", "dispatch"]], *[[["dispatch", "rail"]]] * 3]
 
 
 def after_a_failed_stream(rank: int, size: int, group: dist.ProcessGroup, library: str, case: Exchange, given: Any) -> None:

@@ -2,8 +2,8 @@
    segment until the words that say where they go have come, behind them. rail.pml has the rest of the protocol.
 
    2 nodes of one rank, 2 queue pairs each, ROUNDS rounds of counts, rows, words and sums without anything between them. A segment has
-   two places: its begin, where counts, rows and sums lie, and what is behind the rows. The network reads what it puts when it delivers
-   it, and queue pairs overtake each other.
+   two places: its begin, where counts, rows and sums lie, and what is behind the rows. Every exchange has one row each way, so that what
+   several puts of an exchange, and the memory that they are read from, may do is rail.pml's alone.
 
    Broken on purpose: NO_OFFSET (words lie where the rows do), NO_READY, ROWS_LAST (the next exchange begins before the rows have been
    passed on). */
