@@ -93,20 +93,7 @@ def main(argv: list[str] | None = None) -> int:
 
 # As a command, for pytest; tests/cluster/test_slurm.py runs it as several machines do -------------------------------------
 
-_SIZES = (
-    "--num-tokens",
-    "33",
-    "--hidden",
-    "128",
-    "--num-topk",
-    "3",
-    "--num-experts",
-    "8",
-    "--device",
-    "cpu",
-    "--deadline",
-    "90",
-)
+_SIZES = v1_runner.small(33, 128)
 
 
 def _command(*arguments: str, **environment: str) -> subprocess.Popen[str]:

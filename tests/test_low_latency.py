@@ -147,20 +147,7 @@ def main(argv: list[str] | None = None) -> int:
 
 # For pytest -----------------------------------------------------------------------------------------------------------------
 
-_SIZES = (
-    "--num-tokens",
-    "9",
-    "--hidden",
-    "512",
-    "--num-topk",
-    "3",
-    "--num-experts",
-    "8",
-    "--device",
-    "cpu",
-    "--deadline",
-    "90",
-)
+_SIZES = v1_runner.small(9, 512)
 
 
 def test_checks_pass_on_two_cpu_processes() -> None:

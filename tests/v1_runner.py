@@ -63,6 +63,12 @@ class Parser(argparse.ArgumentParser):
         return args
 
 
+def small(num_tokens: int, hidden: int) -> list[str]:
+    """The arguments of what pytest runs on CPUs."""
+    sizes = {"num-tokens": num_tokens, "hidden": hidden, "num-topk": 3, "num-experts": 8, "device": "cpu", "deadline": 90}
+    return [f"--{name}={value}" for name, value in sizes.items()]
+
+
 def nodes_of(parser: Parser) -> Nodes:
     """Under torchrun its machines and, in `parser`, its processes; else those of the environment."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:

@@ -49,19 +49,6 @@ class Found(NamedTuple):
         return self.found[2:3]
 
 
-class Seen(NamedTuple):
-    """What the CPU has waited for of it: `Found.found`, then the rows that leave this rank, and those that it forwards."""
-
-    verdict: int
-    is_bounded: int
-    num_received: int
-    num_rows: int
-    most: int
-    num_leaving: int
-    num_forwarded: int
-    tokens_per_expert: Tensor
-
-
 class Sizes(NamedTuple):
     """What the CPU knows of them, or the most there may be: rows that this rank receives, rows of its tensor, rows of one
     stream of any rank, rows that leave this rank, rows that it forwards; and int64 [experts here], on the CPU where it knows
@@ -73,6 +60,14 @@ class Sizes(NamedTuple):
     num_leaving: int
     num_forwarded: int
     tokens_per_expert: Tensor
+
+
+class Seen(NamedTuple):
+    """What the CPU has waited for of it; the first two as in `Found.found`."""
+
+    verdict: int
+    is_bounded: int
+    sizes: Sizes
 
 
 class Leaving(NamedTuple):
@@ -168,7 +163,8 @@ class Fresh:
         recv_at = sent_at + nodes + 1
         verdict, is_bounded, num_received, num_rows, most = numbers[at : at + 5]
         leaving, forwarded = numbers[sent_at + nodes], numbers[recv_at + nodes]
-        return Seen(verdict, is_bounded, num_received, num_rows, most, leaving, forwarded, block[:at].view(torch.int64))
+        per_expert = block[:at].view(torch.int64)
+        return Seen(verdict, is_bounded, Sizes(num_received, num_rows, most, leaving, forwarded, per_expert))
 
     def sizes(self, found: Found, seen: Seen | None, request: DispatchRequest, widest: int) -> Sizes:
         """Without `seen` the tensors have room for the most there may be."""
@@ -177,7 +173,7 @@ class Fresh:
             num_tokens, most = request.payload.data.size(0), rails.room(widest)
             forwarded = min(num_tokens, most) + (rails.nodes - 1) * most
             return Sizes(bound, bound, most, num_tokens * rails.nodes, forwarded, found.tokens_per_expert)
-        return Sizes(*seen[2:])
+        return seen.sizes
 
     def leave(
         self,
