@@ -93,12 +93,8 @@ class Rails(RailDomain):
         """
         is_across = crossed is not None
         with self.operation(tables, *(BEHIND_WORDS if is_across else self.dispatch_steps), also=experts) as stream:
-            if crossed is None:
-                data = [as_rows(part) for part in parts]
-                crossed = Crossed(data, self._addresses(tables, data))
-                self.need_room(tables.most, crossed.row_bytes)
-            data, addresses = crossed
-            row_bytes = crossed.row_bytes
+            crossed = crossed or self._to_cross(tables, parts)
+            (data, addresses), row_bytes = crossed, crossed.row_bytes
             landings: list[Landing] = []
             visible: list[Tensor] = []
             by_expert: list[Tensor] = []
@@ -188,10 +184,14 @@ class Rails(RailDomain):
         come; until then `Tables.slot` may be empty. None: in stages rows cross while others are passed on, none ahead."""
         if self._network is not None:
             return None
+        crossed = self._to_cross(tables, parts)
+        self._cross(tables, *crossed, crossed.row_bytes, signature, self.sms(num_sms, "dispatch"), stream)
+        return crossed
+
+    def _to_cross(self, tables: Tables, parts: Sequence[Tensor]) -> Crossed:
         data = [as_rows(part) for part in parts]
-        row_bytes = sum(d.size(1) for d in data)
-        self.need_room(tables.most, row_bytes)
-        return Crossed(data, self.exchange(tables, data, row_bytes, signature, num_sms, stream))
+        self.need_room(tables.most, sum(d.size(1) for d in data))
+        return Crossed(data, self._addresses(tables, data))
 
     def exchange(
         self,
