@@ -180,6 +180,7 @@ class CpuRails(Rails):
             setattr(self.end, name, self._launched(getattr(self, f"_run_{name}"), "rail" if name == "rail" else None))
         self.report = torch.zeros(3 + 3 * peers.size, dtype=torch.int64)
         self.refused: list[list[str]] = []  # what would have been told to other ranks, operation by operation
+        self.stayed = 0  # exchanges that did not take place, as the counts did not allow them
         # What nobody writes to is what nobody may read.
         room = lambda shape, dtype: torch.full(tuple(shape), 77, dtype=dtype)  # noqa: E731
         self._seen: dict[int, int] = {}  # bytes of tensors that others read, by their address
@@ -257,6 +258,9 @@ class CpuRails(Rails):
         return self._everybody(mine)[self.node * self.local :][: self.local]
 
     def _run_rail(self, p: Any) -> None:
+        if p.goes and not int(view(p.goes, (1,), torch.int32)):
+            self.stayed += 1
+            return
         nodes, node, wire = self.nodes, self.node, p.row_bytes + p.beside_bytes
         turns = range(p.first_turn, min(p.end_turn, nodes))
         send_at, recv_at = (view(at, (nodes + 1,), torch.int32).tolist() for at in (p.send_at, p.recv_at))

@@ -254,6 +254,7 @@ __device__ inline void digest(const End& end, const DigestParams& p) {
         found[kBounded] = bounded;
         found[kNumRows] = verdict == kFine ? at<int32_t>(p.rows)[p.rank] : 0;
         found[kMost] = most;
+        found[kGoes] = verdict == kFine && int64_t{most} <= p.room;
     }
 }
 
@@ -285,7 +286,7 @@ __device__ inline void pack_words(const PackParams& p) {
         const int node = static_cast<int>(i % p.num_nodes);
         const int64_t row = at<const int32_t>(p.send_at)[node] + place;
         at<int32_t>(p.token)[row] = static_cast<int32_t>(t);
-        for (int word = 0; word < p.row_words; ++word)
+        for (int word = 0; p.words != 0 && word < p.row_words; ++word)
             at<int32_t>(p.words)[row * p.row_words + word] = word_of(p, t, node, word);
     }
 }

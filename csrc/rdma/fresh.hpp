@@ -32,7 +32,7 @@ struct TellParams {
 };
 
 // What `DigestParams.found` says, by place.
-enum Found { kVerdict = 0, kBounded = 1, kNumReceived = 2, kNumRows = 3, kMost = 4, kFoundWords = 8 };
+enum Found { kVerdict = 0, kBounded = 1, kNumReceived = 2, kNumRows = 3, kMost = 4, kGoes = 5, kFoundWords = 8 };
 // Why a dispatch cannot take place; the same on every rank. kBad: some rank's arguments are wrong, or differ from this rank's.
 enum Verdict { kFine = 0, kBad = 1, kOverflow = 2, kNoRoom = 3, kFailedBefore = 4 };
 
@@ -42,7 +42,8 @@ struct DigestParams {
     // Out, one after another, all 0 if the dispatch does not take place: `result_words` of int32.
     uint64_t tokens_per_expert = 0;  // int64 [E / R]: rows of this rank's experts, rounded up
     uint64_t found = 0;              // int32 [kFoundWords]: a verdict, whether any rank has num_worst_tokens, N, the rows of
-                                     // this rank's tensor, and the most rows of one stream over all ranks
+                                     // this rank's tensor, the most rows of one stream over all ranks, and
+                                     // whether rows may cross: the dispatch takes place, and they fit
     uint64_t send_at = 0;            // int32 [nodes + 1]: where each node's begin among the rows that leave
     uint64_t recv_at = 0;            // int32 [nodes + 1]: the same of the F
     uint64_t received_upto = 0;      // int32 [R]: rows that this rank gets from ranks up to each
@@ -74,7 +75,7 @@ struct PackParams {
     uint64_t topk_weights = 0;  // float32 [T, K]; 0: none
     uint64_t place = 0;
     uint64_t send_at = 0;
-    uint64_t words = 0;  // out, int32 [S, row_words]: by node, and then by the token's place
+    uint64_t words = 0;  // out, int32 [S, row_words]: by node, and then by the token's place; 0: not wanted
     uint64_t token = 0;  // out, int32 [S]: the token of each
     int num_tokens = 0;
     int top_k = 0;

@@ -2,21 +2,21 @@
 GPU. csrc/rdma/fresh.hpp says what the kernels are given; the names here are its.
 
 With `num_worst_tokens` the CPU waits for none of it: tensors have room for the most there may be, and how much there is stays
-on the GPU. Without, it waits once, for what the counts come to.
+on the GPU. Without, it waits once, for what the counts come to, while the rows cross already.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from deepep_train import _C  # type: ignore[attr-defined]
 from deepep_train.engines.base import DispatchRequest, address_of
-from deepep_train.engines.rail_domain import DISPATCH
+from deepep_train.engines.rail_domain import DISPATCH, RAIL
 from deepep_train.engines.rail_rows import counts_bytes, words_bytes
 from deepep_train.engines.rail_tables import ExpertTables, Tables
 from deepep_train.engines.rails import Crossed, Rails
@@ -48,6 +48,11 @@ class Found(NamedTuple):
         """int32 [1]: N."""
         return self.found[2:3]
 
+    @property
+    def goes(self) -> Tensor:
+        """int32 [1]: whether rows may cross."""
+        return self.found[5:6]
+
 
 class Sizes(NamedTuple):
     """What the CPU knows of them, or the most there may be: rows that this rank receives, rows of its tensor, rows of one
@@ -63,27 +68,24 @@ class Sizes(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What the CPU has waited for of it; the first two as in `Found.found`."""
+    """What the CPU has waited for of it; all but the sizes as in `Found.found`."""
 
     verdict: int
     is_bounded: int
+    goes: int
     sizes: Sizes
 
 
 class Leaving(NamedTuple):
-    """A dispatch before its words have crossed.
+    """A dispatch's rows before anybody knows how many there are, with room for the most there may be.
 
     Attributes:
-        tables: without slots yet.
-        words: int32 [S, words], what goes beside the rows that leave.
-        number: int32 [F, local ranks], room for `Words.number`.
-        crossed: the rows, which are on their way; None: in stages they go later.
+        crossed: the rows, and room for where those that come will lie.
+        token: int32 [T * nodes], room for `Tables.token`.
     """
 
-    tables: Tables
-    words: Tensor
-    number: Tensor
-    crossed: Crossed | None
+    crossed: Crossed
+    token: Tensor
 
 
 class Words(NamedTuple):
@@ -101,6 +103,25 @@ class Words(NamedTuple):
     experts: ExpertTables | None = None
     chunks: Tensor | None = None
     row_weights: Tensor | None = None
+
+
+class _ToCpu:
+    """int32 [n] on its way from the GPU, for whose arrival the CPU waits, and for nothing that is launched behind it."""
+
+    def __init__(self, n: int, device: torch.device) -> None:
+        on_gpu = device.type == "cuda"
+        self._block = torch.empty(n, dtype=torch.int32, pin_memory=on_gpu)
+        self._came = torch.cuda.Event() if on_gpu else None
+
+    def leave(self, block: Tensor) -> None:
+        self._block.copy_(block, non_blocking=True)
+        if self._came is not None:
+            self._came.record()
+
+    def wait(self) -> Tensor:
+        if self._came is not None:
+            self._came.synchronize()
+        return self._block
 
 
 class Fresh:
@@ -131,12 +152,34 @@ class Fresh:
         rails.end.tell(p, rails.stream())
         return Told(row, place, in_rank)
 
-    def count(self, told: Told, request: DispatchRequest | None, widest: int, signature: int) -> tuple[Found, Seen | None]:
-        """Exchange the rows of counts; `widest`: bytes that each row will need in a segment. Without num_worst_tokens the CPU
-        waits."""
+    def make_ready(self, told: Told, parts: Sequence[Tensor], widest: int) -> Leaving | None:
+        """What a dispatch's rows need to cross. None: in stages they cross while others are passed on, none before."""
+        if not self._rails.crosses_ahead:
+            return None
+        num_tokens, nodes = told.place.shape
+        capacity = self._most_forwarded(num_tokens, widest)
+        return Leaving(self._rails.to_cross(parts, capacity), self._ints(num_tokens * nodes))
+
+    def _most_forwarded(self, num_tokens: int, widest: int) -> int:
+        rails, most = self._rails, self._rails.room(widest)
+        return min(num_tokens, most) + (rails.nodes - 1) * most
+
+    def count(
+        self, told: Told, leaving: Leaving | None, request: DispatchRequest | None, widest: int, signature: int, of_rows: int
+    ) -> tuple[Found, Seen | None]:
+        """Exchange the rows of counts, and let the dispatch's rows cross right behind if they may, which is found on the GPU.
+        Without num_worst_tokens the CPU waits for the counts.
+
+        Args:
+            leaving: of `request`; both None: this rank has but word that its arguments are wrong, and nobody's rows will cross.
+            widest: bytes that each row will need in a segment.
+            signature, of_rows: of the counts and of the rows, as for `Rails.dispatch`.
+        """
         rails, num_experts = self._rails, 0 if request is None else request.num_experts
-        with rails.operation(rails.everyone, *DISPATCH) as stream:
+        waits = request is None or not request.num_worst_tokens
+        with rails.operation(rails.everyone, *DISPATCH, *(() if leaving is None else (RAIL,))) as stream:
             found, rows = self._room_for_found(num_experts // self.num_ranks), self._ints(self.num_ranks)
+            to_cpu = _ToCpu(found.block.numel(), rails.device) if waits else None
             data = told.row.unsqueeze(0).view(torch.uint8)
             p = rails.kernels.DigestParams()
             p.rows, p.result_words, p.report = rows.data_ptr(), found.block.numel(), rails.report.data_ptr()
@@ -153,86 +196,102 @@ class Fresh:
             rails.forward(rails.everyone, [data], addresses, [table], signature, num_sms, stream)
             p.table = table.data_ptr()
             rails.end.digest(p, stream)
-            waits = request is None or not request.num_worst_tokens
-            return found, self._seen(found) if waits else None
+            if to_cpu is not None:
+                to_cpu.leave(found.block)
+            if leaving is not None:
+                assert request is not None
+                self._cross(told, found, leaving, request, of_rows, stream, found.goes)
+        return found, None if to_cpu is None else self._seen(found, to_cpu.wait())
 
-    def _seen(self, found: Found) -> Seen:
-        block = found.block.cpu()
-        numbers, at, nodes = block.tolist(), 2 * found.expert_base.numel(), self._rails.nodes  # once: the GPU is idle
+    def cross(
+        self, told: Told, found: Found, request: DispatchRequest, parts: Sequence[Tensor], widest: int, signature: int
+    ) -> Leaving | None:
+        """The rows, for which there was no room when `count` would have let them cross; None: in stages."""
+        rails = self._rails
+        with rails.operation(None, *DISPATCH) as stream:
+            leaving = self.make_ready(told, parts, widest)
+            if leaving is not None:
+                self._cross(told, found, leaving, request, signature, stream, None)
+            rails.owe_no_more()
+            return leaving
+
+    def _cross(
+        self,
+        told: Told,
+        found: Found,
+        leaving: Leaving,
+        request: DispatchRequest,
+        signature: int,
+        stream: int,
+        goes: Tensor | None,
+    ) -> None:
+        """Which token each row is, and the rows. Launches alone: what else can fail has been done before."""
+        crossed, token = leaving
+        p = self._to_pack(told, found, token)
+        self._rails.end.pack_words(p, stream)
+        tables = Tables(token, found.send_at, found.recv_at, self._ints(0, self._rails.local), told.place, 0, stream)
+        self._rails.cross(tables, crossed, signature, request.num_sms, stream, goes)
+
+    def _to_pack(self, told: Told, found: Found, token: Tensor) -> Any:
+        """`PackParams` that ask for tokens, and for no words."""
+        p = self._rails.kernels.PackParams()
+        p.is_token_in_rank, p.place, p.send_at = told.in_rank.data_ptr(), told.place.data_ptr(), found.send_at.data_ptr()
+        p.token, p.num_ranks = token.data_ptr(), self.num_ranks
+        p.num_tokens, p.num_nodes = told.place.shape
+        return p
+
+    def _seen(self, found: Found, block: Tensor) -> Seen:
+        numbers, at, nodes = block.tolist(), 2 * found.expert_base.numel(), self._rails.nodes  # all at once: it is waited for
         sent_at = at + self._found_words
         recv_at = sent_at + nodes + 1
-        verdict, is_bounded, num_received, num_rows, most = numbers[at : at + 5]
+        verdict, is_bounded, num_received, num_rows, most, goes = numbers[at : at + 6]
         leaving, forwarded = numbers[sent_at + nodes], numbers[recv_at + nodes]
-        per_expert = block[:at].view(torch.int64)
-        return Seen(verdict, is_bounded, Sizes(num_received, num_rows, most, leaving, forwarded, per_expert))
+        per_expert = block[:at].clone().view(torch.int64)
+        return Seen(verdict, is_bounded, goes, Sizes(num_received, num_rows, most, leaving, forwarded, per_expert))
 
     def sizes(self, found: Found, seen: Seen | None, request: DispatchRequest, widest: int) -> Sizes:
         """Without `seen` the tensors have room for the most there may be."""
         rails, bound = self._rails, request.num_worst_tokens
         if seen is None:
             num_tokens, most = request.payload.data.size(0), rails.room(widest)
-            forwarded = min(num_tokens, most) + (rails.nodes - 1) * most
+            forwarded = self._most_forwarded(num_tokens, widest)
             return Sizes(bound, bound, most, num_tokens * rails.nodes, forwarded, found.tokens_per_expert)
         return seen.sizes
 
-    def leave(
-        self,
-        told: Told,
-        found: Found,
-        sizes: Sizes,
-        request: DispatchRequest,
-        parts: Sequence[Tensor],
-        signature: int,
-    ) -> Leaving:
-        """`parts`, `signature`: of the rows, as for `Rails.dispatch`."""
+    def open(
+        self, told: Told, found: Found, sizes: Sizes, request: DispatchRequest, behind: int, signature: int
+    ) -> tuple[Tables, Words]:
+        """The dispatch's tables, and what comes beside its rows, which lie in their segments, `behind` bytes each, until they
+        are passed on. Which ranks of the node a row is for goes with it, so that its forwarder knows."""
         rails, idx, weights = self._rails, request.topk_idx, request.topk_weights
-        num_tokens, top_k = told.in_rank.size(0), 0 if idx is None else idx.size(1)
-        nodes, local = rails.nodes, rails.local
-        with rails.operation(None, *DISPATCH) as stream:
-            idx, weights = (None if t is None else t.detach().contiguous() for t in (idx, weights))
-            slot, number = self._ints(sizes.num_forwarded, local), self._ints(sizes.num_forwarded, local)
-            token = self._ints(sizes.num_leaving)
-            tables = Tables(token, found.send_at, found.recv_at, slot, told.place, sizes.most, stream)
-            words = self._ints(sizes.num_leaving, words_bytes(top_k, weights is not None, local) // 4)
-            p = rails.kernels.PackParams()
-            p.is_token_in_rank, p.place, p.send_at = told.in_rank.data_ptr(), told.place.data_ptr(), found.send_at.data_ptr()
-            p.topk_idx, p.topk_weights, p.words, p.token = (
-                address_of(idx),
-                address_of(weights),
-                words.data_ptr(),
-                token.data_ptr(),
-            )
-            p.num_tokens, p.top_k, p.num_ranks, p.num_nodes = num_tokens, top_k, self.num_ranks, nodes
-            p.row_words = words.size(1)
-            rails.end.pack_words(p, stream)
-            crossed = rails.cross(tables, parts, signature, request.num_sms, stream)
-            rails.owe_no_more()
-            return Leaving(tables, words, number, crossed)
-
-    def open(self, leaving: Leaving, found: Found, sizes: Sizes, request: DispatchRequest, signature: int) -> Words:
-        """The slots, and what comes beside the rows: which ranks of the node a row is for goes with it, so that its forwarder
-        knows."""
-        tables, words, number, crossed = leaving
-        rails, data = self._rails, words.view(torch.uint8)
-        top_k = 0 if request.topk_idx is None else request.topk_idx.size(1)
-        row_bytes, behind = data.size(1), 0 if crossed is None else crossed.row_bytes
+        top_k, local = 0 if idx is None else idx.size(1), rails.local
+        row_bytes = words_bytes(top_k, weights is not None, local)
         with rails.operation(None, *DISPATCH) as stream:
             rails.need_room(sizes.most, behind + row_bytes)
+            idx, weights = (None if t is None else t.detach().contiguous() for t in (idx, weights))
             came = rails.arena.temporary((sizes.num_received, row_bytes), torch.uint8)
+            slot, number = self._ints(sizes.num_forwarded, local), self._ints(sizes.num_forwarded, local)
             got = self._room_for_words(found, sizes, request, number)
+            token, words = self._ints(sizes.num_leaving), self._ints(sizes.num_leaving, row_bytes // 4)
+            tables = Tables(token, found.send_at, found.recv_at, slot, told.place, sizes.most, stream)
             each = torch.arange(sizes.num_leaving, dtype=torch.int32, device=rails.device)
             by_row = replace(tables, token=each)  # a row that leaves has words of its own
+            p = self._to_pack(told, found, token)
+            p.topk_idx, p.topk_weights, p.words = address_of(idx), address_of(weights), words.data_ptr()
+            p.top_k, p.row_words = top_k, words.size(1)
+            rails.end.pack_words(p, stream)
+            data = words.view(torch.uint8)
             addresses = rails.exchange(by_row, [data], row_bytes, signature, request.num_sms, stream, behind)
             s = rails.kernels.SlotParams()
             s.addresses, s.recv_at = addresses.data_ptr(), found.recv_at.data_ptr()
             s.theirs, s.begin = found.theirs.data_ptr(), found.begin.data_ptr()
-            s.slot, s.number, s.capacity = tables.slot.data_ptr(), number.data_ptr(), sizes.num_forwarded
-            s.mask_at = 1 + top_k * (1 if request.topk_weights is None else 2)
-            s.num_nodes, s.num_local_ranks = rails.nodes, rails.local
+            s.slot, s.number, s.capacity = slot.data_ptr(), number.data_ptr(), sizes.num_forwarded
+            s.mask_at = 1 + top_k * (1 if weights is None else 2)
+            s.num_nodes, s.num_local_ranks = rails.nodes, local
             rails.end.find_slots(s, stream)
             rails.forward(tables, [data], addresses, [came], signature, request.num_sms, stream)
             self._unpack(came, found, request, got, stream)
-            return got
+            return tables, got
 
     def _room_for_words(self, found: Found, sizes: Sizes, request: DispatchRequest, number: Tensor) -> Words:
         device, n = self._rails.device, sizes.num_received

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from deepep_train import _C  # type: ignore[attr-defined]
 from deepep_train.engines.arena import Landing
+from deepep_train.engines.base import address_of
 from deepep_train.engines.peers import Peers
 from deepep_train.engines.rail_domain import BEHIND_WORDS, RailDomain
 from deepep_train.engines.rail_rows import as_elements, as_rows
@@ -30,11 +31,11 @@ _SIGNATURES = (1 << 24) - 1  # on the rail, the last one apart: rail.cu's kSigna
 
 
 class Crossed(NamedTuple):
-    """A dispatch's rows that have been put along the rail, and are not passed on yet.
+    """A dispatch's rows that are put along the rail, and passed on later.
 
     Attributes:
         data: one or two tensors, uint8 [T, n] each.
-        addresses: int64 [len(data), F], where they lie once they have come; this node's in `data`.
+        addresses: int64 [len(data), F or more], where they lie once they have come; this node's in `data`.
     """
 
     data: list[Tensor]
@@ -89,12 +90,13 @@ class Rails(RailDomain):
             received: int32 [1] on the GPU, how many rows come, zeros behind them; None: all of them.
             experts: how they are arranged; None: by (source rank, token).
             signature: of what all ranks must agree on, which the kernels compare.
-            crossed: what `cross` has made of these parts, if it has.
+            crossed: these parts, if they have crossed before: `cross`.
         """
         is_across = crossed is not None
         with self.operation(tables, *(BEHIND_WORDS if is_across else self.dispatch_steps), also=experts) as stream:
-            crossed = crossed or self._to_cross(tables, parts)
+            crossed = crossed or self.to_cross(parts, tables.capacity)
             (data, addresses), row_bytes = crossed, crossed.row_bytes
+            self.need_room(tables.most, row_bytes)
             landings: list[Landing] = []
             visible: list[Tensor] = []
             by_expert: list[Tensor] = []
@@ -179,19 +181,21 @@ class Rails(RailDomain):
 
     # Their steps -------------------------------------------------------------------------------------------------------
 
-    def cross(self, tables: Tables, parts: Sequence[Tensor], signature: int, num_sms: int, stream: int) -> Crossed | None:
-        """The rows of a dispatch along the rail, ahead of `dispatch`, whose arguments these are and which passes on what has
-        come; until then `Tables.slot` may be empty. None: in stages rows cross while others are passed on, none ahead."""
-        if self._network is not None:
-            return None
-        crossed = self._to_cross(tables, parts)
-        self._cross(tables, *crossed, crossed.row_bytes, signature, self.sms(num_sms, "dispatch"), stream)
-        return crossed
+    @property
+    def crosses_ahead(self) -> bool:
+        """Whether a dispatch's rows may cross before it; not in stages, where they cross while others are passed on."""
+        return self._network is None
 
-    def _to_cross(self, tables: Tables, parts: Sequence[Tensor]) -> Crossed:
+    def to_cross(self, parts: Sequence[Tensor], capacity: int) -> Crossed:
+        """These rows, which have not crossed yet, with room for where so many will lie that come."""
         data = [as_rows(part) for part in parts]
-        self.need_room(tables.most, sum(d.size(1) for d in data))
-        return Crossed(data, self._addresses(tables, data))
+        return Crossed(data, self._addresses(len(data), capacity))
+
+    def cross(self, tables: Tables, rows: Crossed, signature: int, num_sms: int, stream: int, goes: Tensor | None) -> None:
+        """The rows of a dispatch along the rail, ahead of `dispatch`, which passes on what has come: of `tables` only what
+        leaves and what comes need be known. If int32 [1] `goes` is 0 there, it is on all ranks, and nothing happens."""
+        sms = self.sms(num_sms, "dispatch")
+        self._cross(tables, rows.data, rows.addresses, rows.row_bytes, signature, sms, stream, goes=goes)
 
     def exchange(
         self,
@@ -208,13 +212,13 @@ class Rails(RailDomain):
 
         Returns: where they lie once they have come, this node's in `data`: int64 [len(data), `tables.capacity`].
         """
-        addresses = self._addresses(tables, data)
+        addresses = self._addresses(len(data), tables.capacity)
         sms = self.sms(num_sms, "dispatch")
         self._cross(tables, data, addresses, wire_bytes, signature, sms, stream, recv_offset=tables.most * behind)
         return addresses
 
-    def _addresses(self, tables: Tables, data: Sequence[Tensor]) -> Tensor:
-        return torch.empty(len(data), tables.capacity, dtype=torch.int64, device=self.device)
+    def _addresses(self, num_parts: int, capacity: int) -> Tensor:
+        return torch.empty(num_parts, capacity, dtype=torch.int64, device=self.device)
 
     def _cross(
         self,
@@ -227,8 +231,9 @@ class Rails(RailDomain):
         stream: int,
         turns: Turns | None = None,
         recv_offset: int = 0,
+        goes: Tensor | None = None,
     ) -> None:
-        """As `exchange`, in these turns; or, without `data`, what a combine has left in `send`."""
+        """As `exchange`, in these turns; or, without `data`, what a combine has left in `send`. `goes` as for `cross`."""
         p = self.kernels.RailParams()
         there, back = tables.send_at.data_ptr(), tables.recv_at.data_ptr()
         p.send_at, p.recv_at = (there, back) if data else (back, there)
@@ -240,6 +245,7 @@ class Rails(RailDomain):
             p.beside, p.beside_bytes, p.beside_addresses = data[1].data_ptr(), data[1].size(1), addresses[1].data_ptr()
         p.rows_per_put = max(1, _PUT_BYTES // wire_bytes)
         p.recv_offset, p.signature, p.num_sms = recv_offset, signature % _SIGNATURES, num_sms
+        p.goes = address_of(goes)
         if turns is not None:
             p.first_turn, p.end_turn = turns
         self.end.rail(p, stream)

@@ -34,7 +34,7 @@ from deepep_train.engines.rail_domain import BEHIND_WORDS
 from deepep_train.engines.rail_fresh import Found, Fresh, Sizes, Told, Words, move_weights
 from deepep_train.engines.rail_route import Known, RailRoute
 from deepep_train.engines.rail_rows import counts_bytes, padded, words_bytes
-from deepep_train.engines.rails import DTYPES, Rails
+from deepep_train.engines.rails import DTYPES, Crossed, Rails
 from deepep_train.engines.signature import hashed, numbered
 from deepep_train.engines.two_level import Forwarding, two_level
 from deepep_train.engines.v1_handle import channels
@@ -99,16 +99,13 @@ class RdmaEngine(CollectiveEngine):
                 "counts, which the CPU waits for",
                 "num_worst_tokens",
             )
-        request, told, found, sizes = self._count(prepared)
         with self.rails.uninterrupted():  # what has come along the rail lies there until it is passed on
-            return self._dispatch(request, told, found, sizes)
+            return self._dispatch(*self._count(prepared))
 
-    def _dispatch(self, request: DispatchRequest, told: Told, found: Found, sizes: Sizes) -> Received:
-        """Rows first, for all that follows can be made ready while they cross."""
-        parts, call = [plain(p) for p in request.payload.parts()], self._signature("rows", request, self.peers.calls)
-        leaving = self._fresh.leave(told, found, sizes, request, parts, call)
-        tables, *_, crossed = leaving
-        words = self._fresh.open(leaving, found, sizes, request, self._signature("words", None, self.peers.calls))
+    def _dispatch(self, request: DispatchRequest, told: Told, found: Found, sizes: Sizes, crossed: Crossed | None) -> Received:
+        """All but the counts and the rows' crossing, behind which all of it is made ready."""
+        behind, call = 0 if crossed is None else crossed.row_bytes, self._signature("words", None, self.peers.calls)
+        tables, words = self._fresh.open(told, found, sizes, request, behind, call)
         experts, idx, weights = words.experts, words.topk_idx, words.topk_weights
         if experts is not None:
             try:
@@ -145,13 +142,14 @@ class RdmaEngine(CollectiveEngine):
         remember(tensors, plan, self._token)  # V1's callers may hand these back as a plain tuple
         return Received(payload, None if experts is not None else idx, weights, plan, tensors)
 
-    def _count(self, prepared: Prepared[DispatchRequest]) -> tuple[DispatchRequest, Told, Found, Sizes]:
+    def _count(self, prepared: Prepared[DispatchRequest]) -> tuple[DispatchRequest, Told, Found, Sizes, Crossed | None]:
         """Agree on a fresh dispatch, by the kernels that move rows: a row of counts from each rank to all. One width serves all
         calls, so that they meet even where the ranks' arguments differ. What is wrong on one rank raises on all; with
-        num_worst_tokens on any of them the kernels fail all ranks' buffers, since no CPU waits."""
+        num_worst_tokens on any of them the kernels fail all ranks' buffers, since no CPU waits. Rows cross behind, but in
+        stages."""
         peers, nodes = self.peers, self.num_nodes
         described = peers.describe("dispatch", prepared)
-        wrong, widest = None, 1
+        wrong, leaving, widest, of_rows = None, None, 1, 0
         try:
             request = prepared.require()
             if request.layout is None:
@@ -161,12 +159,15 @@ class RdmaEngine(CollectiveEngine):
             wrong, widest = _is_wrong(request, nodes), _widest(request, self.num_local_ranks)
             agreed = hashed("dispatch", peers.number, request.num_worst_tokens > 0, request.agreement())
             told = self._fresh.tell(request, wrong, numbered(agreed, peers.calls))
+            parts, of_rows = [plain(p) for p in request.payload.parts()], self._signature("rows", request, peers.calls)
+            leaving = self._fresh.make_ready(told, parts, widest)
         except Exception as error:
             if torch.cuda.is_current_stream_capturing():  # they raise, too, or run nothing of what they capture
                 raise
             prepared.request, prepared.error = None, error
             told = self._fresh.tell(None, None, 0)
-        found, seen = self._fresh.count(told, prepared.request, widest, self._signature("counts", None, peers.calls))
+        of_counts = self._signature("counts", None, peers.calls)
+        found, seen = self._fresh.count(told, leaving, prepared.request, widest, of_counts, of_rows)
         if seen is not None and seen.verdict:
             if prepared.error is not None and seen.is_bounded:
                 raise prepared.error  # this is the end of the buffer: but first comes what is wrong here
@@ -176,9 +177,10 @@ class RdmaEngine(CollectiveEngine):
             peers.raise_disagreement("dispatch", described, prepared.error)
             raise DeepEPError("dispatch: the ranks disagree, but not on anything that can be told")
         sizes = self._fresh.sizes(found, seen, request, widest)
-        if seen is not None:
+        if seen is not None and not seen.goes:
             self.rails.make_room(sizes.most, widest)
-        return request, told, found, sizes
+            leaving = self._fresh.cross(told, found, request, parts, widest, of_rows)
+        return request, told, found, sizes, None if leaving is None else leaving.crossed
 
     def _need_served(self, request: DispatchRequest) -> None:
         if request.num_experts > MAX_EXPERTS:

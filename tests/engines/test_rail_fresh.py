@@ -212,6 +212,34 @@ def test_what_is_wrong_with_num_worst_tokens_fails_every_rank(
         assert f"num_rdma_bytes={4 * (most * (4096 + words_bytes(2, True, 2)) + 128)}" in told[0][0]
 
 
+def grows(
+    rank: int, size: int, group: dist.ProcessGroup, library: str, local: int, cases: list[Exchange], given: Any, stages: int
+) -> list[Tensor]:
+    """Of segments in which only the first and the last dispatch fit; the others' rows cross once there is room."""
+    from rail_on_cpu import engine_on_cpu
+
+    engine, found, stayed = engine_on_cpu(group, local, library, 20 << 10, stages), [], []
+    for case, mine in zip(cases, given, strict=True):
+        found.append(engine.dispatch(Prepared(lambda m=mine, c=case: request_of(c, m[rank]))).payload.data)
+        stayed.append(engine.rails.stayed)  # type: ignore[attr-defined]
+    assert stayed == ([0] * 4 if stages > 1 else [0, 1, 2, 2])
+    return found
+
+
+@pytest.mark.parametrize(("mesh", "stages"), [((4, 2), 1), ((6, 2), 1), ((6, 2), 2)], ids=str)
+def test_rows_for_which_there_is_no_room_yet(mesh: tuple[int, int], stages: int, library: str) -> None:
+    size, local = mesh
+    cases = [
+        Exchange(tuple(factor * n for n in TOKENS[:size]), 256, 2, 3, "uniform", torch.float32, layout, seed=seed)
+        for seed, (factor, layout) in enumerate([(0, "rank"), (2, "rank"), (6, "expert"), (1, "rank")])
+    ]
+    pictures = [Picture(case.given(), case.num_experts) for case in cases]
+    got = run_ranks(size, grows, library, local, cases, [p.given for p in pictures], stages, timeout=100)
+    for rank, results in enumerate(got):
+        for case, picture, x in zip(cases, pictures, results, strict=True):
+            assert_same_bits(x, picture.arrive(rank, case.layout, 1).x)
+
+
 def with_scales(
     rank: int, size: int, group: dist.ProcessGroup, library: str, local: int, case: Exchange, given: list[Given]
 ) -> None:
