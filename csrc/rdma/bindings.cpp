@@ -70,7 +70,8 @@ PYBIND11_MODULE(_rdma, m) {
         py::class_<P>(m, "RailParams")
             .def(py::init<>()) DT_FIELD(rows) DT_FIELD(token) DT_FIELD(send_at) DT_FIELD(recv_at) DT_FIELD(addresses)
                 DT_FIELD(beside) DT_FIELD(beside_addresses) DT_FIELD(beside_bytes) DT_FIELD(row_bytes) DT_FIELD(recv_offset)
-                    DT_FIELD(signature) DT_FIELD(goes) DT_FIELD(rows_per_put) DT_FIELD(first_turn) DT_FIELD(end_turn) DT_FIELD(num_sms);
+                    DT_FIELD(signature) DT_FIELD(goes) DT_FIELD(rows_per_put) DT_FIELD(first_turn) DT_FIELD(end_turn)
+                        DT_FIELD(num_sms);
     }
     {
         using P = SumParams;

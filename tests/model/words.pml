@@ -1,5 +1,8 @@
-/* A fresh dispatch's three exchanges along a rail, and a combine's (deepep_train/engines/rdma.py, `_dispatch`): rows lie in their
+/* A fresh dispatch's three exchanges along a rail, and a combine's (deepep_train/engines/rdma.py, `dispatch`): rows lie in their
    segment until the words that say where they go have come, behind them. rail.pml has the rest of the protocol.
+
+   The rows' exchange is launched before the CPU knows of the counts; where these do not allow it, all ranks find so and none enters it, so what
+   follows is the exchange after the counts.
 
    2 nodes of one rank, 2 queue pairs each, ROUNDS rounds of counts, rows, words and sums without anything between them. A segment has
    two places: its begin, where counts, rows and sums lie, and what is behind the rows. Every exchange has one row each way, so that what
