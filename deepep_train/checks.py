@@ -37,6 +37,7 @@ def need(condition: bool, argument: str, expected: str, got: Any) -> None:
 
 # Counts of rows, experts and bytes: far above what fits a machine, and safely inside the int64 that headers are made of.
 LARGEST = 2**48
+MOST_EXPERTS = 1 << 20  # of which every rank has a table
 
 
 def integer(value: Any, argument: str, minimum: int = 0) -> int:
@@ -193,6 +194,7 @@ def _scale_blocks(value: Any, argument: str) -> None:
 
 def experts(num_experts: Any, num_ranks: int) -> int:
     integer(num_experts, "num_experts", 1)
+    need(num_experts <= MOST_EXPERTS, "num_experts", f"at most {MOST_EXPERTS}", num_experts)
     if num_experts % num_ranks:
         raise ArgumentError(f"num_experts={num_experts} must be divisible by the group's {num_ranks} ranks", "num_experts")
     return num_experts

@@ -39,7 +39,20 @@ class Plan:
     recv_topk_idx: Tensor | None
 
 
-class Handle(tuple):
+class OfBuffer(tuple):
+    """A tuple that belongs to what a buffer knows: copies are itself, and other processes have no use for it."""
+
+    def __copy__(self) -> OfBuffer:
+        return self
+
+    def __deepcopy__(self, _: Any) -> OfBuffer:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(f"a {type(self).__name__} cannot be pickled: it belongs to a Buffer of this process")
+
+
+class Handle(OfBuffer):
     """A tuple of tensors, in the places where DeepEP V1's users read them, that also knows its buffer and its plan.
 
     Handles are independent of each other and may be used any number of times, in any order.
@@ -53,15 +66,6 @@ class Handle(tuple):
         self.plan = plan
         self.buffer = buffer
         return self
-
-    def __copy__(self) -> Handle:
-        return self
-
-    def __deepcopy__(self, _: Any) -> Handle:
-        return self
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError("a Handle cannot be pickled: it belongs to a Buffer of this process")
 
     def __repr__(self) -> str:
         p = self.plan

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from deepep_train import fp8
 from deepep_train.engines.base import CombineRequest, DispatchRequest, Engine, Payload, Prepared
-from deepep_train.engines.low_latency_arguments import Shape, check_combine, check_dispatch, shape_of
-from deepep_train.errors import ArgumentError
-from deepep_train.handle import Plan
+from deepep_train.engines.low_latency_arguments import TOP_K, Shape, check_combine, check_dispatch, not_a_handle, shape_of
+from deepep_train.errors import DeepEPError
+from deepep_train.handle import OfBuffer, Plan
 
 
-class LowLatencyHandle(tuple):
+class LowLatencyHandle(OfBuffer):
     """V1's tuple: src_info int32 [L, R*M], layout_range int64 [L, R], M, hidden, num_experts.
 
     src_info holds the token that each row came from. layout_range holds, for each source rank, (first row << 32) | rows.
@@ -41,7 +41,7 @@ class LowLatencyHandle(tuple):
 def handle_of(buffer: Any, handle: Any) -> LowLatencyHandle:
     """The handle, if it is one of this buffer's."""
     if not isinstance(handle, LowLatencyHandle) or handle.buffer is not buffer:
-        raise ArgumentError("handle must be what this buffer's low_latency_dispatch returned", "handle")
+        raise not_a_handle(handle)
     return handle
 
 
@@ -49,7 +49,7 @@ def handle_of(buffer: Any, handle: Any) -> LowLatencyHandle:
 class _DispatchOfPicks(DispatchRequest):
     """The ranks must agree on what a low-latency dispatch was asked for, which its picks alone do not say."""
 
-    names = ("num_max_dispatch_tokens_per_rank", "choices per token", *DispatchRequest.names)
+    names = ("num_max_dispatch_tokens_per_rank", TOP_K, *DispatchRequest.names)
     shape: Shape = field(kw_only=True)
 
     def agreement(self) -> tuple[object, ...]:
@@ -88,7 +88,7 @@ def dispatch(
         picks = torch.where(_first_picks(topk_idx) == torch.arange(top_k, device=x.device), topk_idx, -1).reshape(-1, 1)
         token = torch.arange(x.size(0), device=x.device).repeat_interleave(top_k).unsqueeze(1)
         # The token's number travels in the place of its weight: exact in float32 up to 2**24 tokens.
-        recipe = f"round_scale={round_scale}" if use_fp8 else ""
+        recipe = f"use_fp8={use_fp8}, round_scale={round_scale}, use_ue8m0={use_ue8m0}"
         given = (payload, engine.layout(picks, num_experts), picks, token.float(), num_experts, "expert")
         return _DispatchOfPicks(*given, recipe=recipe, shape=shape)
 
@@ -99,9 +99,13 @@ def dispatch(
     shape = asked.shape
     plan, counts = got.plan, got.plan.tokens_per_expert.tolist()
     slots = num_ranks * max_tokens
-    recv = [None if t is None else _spread(t, counts, slots) for t in got.payload[:2]]
     assert got.topk_weights is not None
-    source = _spread(got.topk_weights.to(torch.int32).unsqueeze(1), counts, slots).squeeze(2)
+    try:
+        recv = [None if t is None else _spread(t, counts, slots) for t in got.payload[:2]]
+        source = _spread(got.topk_weights.to(torch.int32).unsqueeze(1), counts, slots).squeeze(2)
+    except RuntimeError as error:
+        what = f"num_max_dispatch_tokens_per_rank={max_tokens} rows of {shape.hidden} values for each of {num_ranks} ranks"
+        raise DeepEPError(f"low_latency_dispatch: no memory for {len(counts)} experts' {what}") from error
     recv_count = torch.tensor(counts, dtype=torch.int32, device=source.device)
     if cumulative_stats is not None:
         cumulative_stats += recv_count

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -134,6 +135,7 @@ WRONG_DISPATCH: dict[str, Any] = {
     "x": torch.zeros(4, 0, dtype=torch.bfloat16),
     "num_max_dispatch_tokens_per_rank": 3.0,
     "num_experts": EXPERTS + 1,
+    "num_experts, too many": EXPERTS << 40,
     "use_fp8": 1,
     "round_scale": None,
     "use_ue8m0": True,
@@ -157,7 +159,7 @@ WRONG_COMBINE: dict[str, Any] = {
     "async_finish": "soon",
 }
 DIFFERENT: dict[str, Any] = {"num_max_dispatch_tokens_per_rank": 5, "topk_idx": torch.zeros(4, 3, dtype=torch.int64)}
-DIFFERENT["round_scale"] = True
+DIFFERENT |= {"round_scale": True, "use_fp8": False}
 
 
 def _wrong_on_one(rank: int, size: int, group: dist.ProcessGroup) -> list[tuple[str, str, tuple[int, ...]]]:
@@ -176,6 +178,9 @@ def _wrong_on_one(rank: int, size: int, group: dist.ProcessGroup) -> list[tuple[
             with pytest.raises(ArgumentError) as caught:
                 call(**right | changed)
             seen.append((name, str(caught.value), caught.value.ranks))
+    with pytest.raises(DeepEPError, match=r"no memory for 6 experts' num_max_dispatch_tokens_per_rank=140737488355328"):
+        buffer.low_latency_dispatch(x, idx, 1 << 47, EXPERTS)
+    assert copy.copy(handle) is handle and copy.deepcopy([handle])[0] is handle
     buffer.low_latency_combine(**back)  # still works
     return seen
 
@@ -186,7 +191,8 @@ def test_whatever_is_wrong_on_one_rank_is_named_on_all() -> None:
     assert len(first) == len(WRONG_DISPATCH) + len(WRONG_COMBINE) + len(DIFFERENT)
     for name, text, ranks in first:
         if name.endswith("differs"):
-            assert "the ranks disagree on" in text
+            assert "the ranks disagree on" in text and " on rank 1" in text
+            assert name != "use_fp8, differs" or "use_fp8=False" in text
             continue
         argument = name.partition(",")[0]
         assert ranks == (1,) and f"rank 1: {argument}" in text, (name, text)

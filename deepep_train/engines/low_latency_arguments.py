@@ -27,6 +27,7 @@ class Shape(NamedTuple):
 # The kernels'; csrc/low_latency/params.hpp has all but the tokens.
 LIMITS = Shape(max_tokens=1 << 16, hidden=16384, num_experts=1024, top_k=16)
 _NAMES = ("num_max_dispatch_tokens_per_rank", "x", "num_experts", "topk_idx")
+HIDDEN, TOP_K = "x's hidden size", "topk_idx's top-k"  # what of these arguments a shape has
 
 
 def shape_of(
@@ -51,11 +52,21 @@ def shape_of(
     return Shape(max_tokens, x.size(1), num_experts, topk_idx.size(1))
 
 
+def agreed(shape: Shape) -> dict[str, object]:
+    """What the ranks must agree on, as the caller knows it."""
+    return dict(zip((_NAMES[0], HIDDEN, _NAMES[2], TOP_K), shape, strict=True))
+
+
+def not_a_handle(value: object) -> ArgumentError:
+    text = f"handle must be what this buffer's low_latency_dispatch returned, got {checks.shown(value)}"
+    return ArgumentError(text, "handle")
+
+
 def check_limits(shape: Shape, names: Sequence[str] = _NAMES) -> None:
     """Raise `ArgumentError` if the kernels do not serve this shape; `names`: the arguments that its numbers come from."""
     for name, value, most, multiple in zip(names, shape, LIMITS, (1, fp8.BLOCK, 1, 1), strict=True):
         if value > most or value % multiple:
-            what = {"x": "x's hidden size", "topk_idx": "topk_idx's top-k"}.get(name, name)
+            what = {"x": HIDDEN, "topk_idx": TOP_K}.get(name, name)
             wanted = f"up to {most}" if value > most else f"that is a multiple of {multiple}"
             raise ArgumentError(f"the low-latency kernels take {what} {wanted}, got {value}", name)
 

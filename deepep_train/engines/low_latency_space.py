@@ -8,17 +8,18 @@ from typing import Any
 from torch import Tensor
 
 from deepep_train import _C  # type: ignore[attr-defined]
-from deepep_train.engines.low_latency_arguments import Shape
+from deepep_train.engines.low_latency_arguments import Shape, not_a_handle
 from deepep_train.engines.low_latency_blocks import Block
 from deepep_train.engines.low_latency_sizes import SETS
 from deepep_train.errors import ArgumentError, DeepEPError
+from deepep_train.handle import OfBuffer
 
 
 class _Life:
     """Lives as long as a handle: there are no weak references to tuples."""
 
 
-class KernelHandle(tuple):
+class KernelHandle(OfBuffer):
     """V1's tuple: src_info int32 [L, R*M], layout_range int64 [L, R], M, hidden, num_experts; and what combine needs.
 
     Attributes:
@@ -46,7 +47,7 @@ class KernelHandle(tuple):
 def handle_of(buffer: Any, handle: Any) -> KernelHandle:
     """The handle, if it may still be combined through."""
     if not isinstance(handle, KernelHandle) or handle.buffer is not buffer:
-        raise ArgumentError("handle must be what this buffer's low_latency_dispatch returned", "handle")
+        raise not_a_handle(handle)
     if handle.space.numbers[handle.set] != handle.number:
         raise ArgumentError("handle is of a result whose slots a later low_latency_dispatch has taken", "handle")
     return handle

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deepep_train import _C  # type: ignore[attr-defined]
 from deepep_train.engines.arena import Arena, ArenaFull
-from deepep_train.engines.low_latency_arguments import Shape
+from deepep_train.engines.low_latency_arguments import Shape, agreed
 from deepep_train.engines.low_latency_blocks import Block, choose, give_back, offered
 from deepep_train.engines.low_latency_far import OtherNodes
 from deepep_train.engines.low_latency_sizes import arena_bytes
@@ -71,7 +71,7 @@ class Spaces:
         block: Block | None = None
         with offered() as idle:
             mine = {"name": secrets.randbits(62), "idle": [[b.name, b.num_bytes] for b in idle.values()]}
-            everyone = self._agree(mine | {"agreed": {} if shape is None else shape._asdict()}, error)
+            everyone = self._agree(mine | {"agreed": {} if shape is None else agreed(shape)}, error)
             assert shape is not None
             num_bytes = _C.low_latency.space_bytes(self._describe(_C.low_latency.Common(), shape))
             if self._far is not None and (again := choose([other["idle"] for other in everyone], num_bytes)) is not None:

@@ -143,7 +143,7 @@ def test_refusals() -> None:
         ("hidden size up to 16384, got 16512",),
         ("top-k up to 16, got 17",),
         ("num_experts up to 1024, got 2050",),
-        ("disagree on max_tokens", "6 on rank 0", "5 on rank 1"),
+        ("disagree on num_max_dispatch_tokens_per_rank", "6 on rank 0", "5 on rank 1"),
         ("async_finish",),
         ("handle must be",),
         ("get_next_low_latency_combine_buffer",),
