@@ -230,13 +230,14 @@ class CpuRails(Rails):
 
     @contextmanager
     def operation(self, tables: Tables | None, *steps: str, also: ExpertTables | None = None) -> Iterator[int]:
-        self._owed = list(steps)
-        try:
-            yield 0
-        except BaseException:
-            self.refused.append(list(self._owed))
-            raise
-        assert not self._owed
+        with self._lock:
+            self._owed = list(steps)
+            try:
+                yield 0
+            except BaseException:
+                self.refused.append(list(self._owed))
+                raise
+            assert not self._owed
 
     def stream(self) -> int:
         return 0

@@ -23,7 +23,8 @@ struct RailParams {
     int64_t beside_bytes = 0;
     int64_t recv_offset = 0;  // where rows begin in the segment that they come to, a multiple of 16
     uint64_t signature = 0;   // of what the rail's ranks must agree on: 24 bits, not all of them set
-    uint64_t goes = 0;        // int32 [1]: 0 there, on all of the rail, and the exchange does not take place; 0: it does
+    // Where an int32 lies, 0 on all of the rail or on none: if it is, nobody enters this exchange. No address: all do.
+    uint64_t goes = 0;
     int rows_per_put = 1;
     // Turns that the exchange has: in turn t rows go to the t-th node behind this one and come from the t-th before it; in
     // turns 0 and num_nodes, of this node's own, nothing crosses. What other turns' are is neither put, nor waited for.

@@ -75,6 +75,11 @@ class RailDomain:
         self.comm, self.arena, self._processes = memory.comm, memory.arena, memory.processes
         self._max_sms, self._default_sms = memory.max_sms, memory.default_sms
         segment = max(1, rail_bytes // 2 // self.nodes // _SEGMENT_STEP) * _SEGMENT_STEP
+        mine = {"error": error, "agreed": {VARIABLE: rail_stages, "bytes between two nodes (num_rdma_bytes)": segment}}
+        everyone = peers.gather_objects(mine, "Buffer")
+        raise_if_broken(everyone)
+        raise_if_different("Buffer", [other["agreed"] for other in everyone])
+        error = ""
         # What they wait for where rows move.
         self.stages = stages_of(self.nodes, rail_stages)
         num_stages = len(self.stages.dispatch)
@@ -85,10 +90,8 @@ class RailDomain:
             how = (self.device.index, peers.rank, peers.size, num_local_ranks, segment, num_qps, float(peers.timeout))
             self.end = nvshmem.before_deadline(peers, lambda: self.kernels.Endpoint(*how, self.comm.failed_flag))
         except RuntimeError as caught:
-            error = error or str(caught)
-        everyone = peers.gather_objects({"error": error, "stages": rail_stages}, "Buffer")
-        raise_if_broken(everyone)
-        raise_if_different("Buffer", [{VARIABLE: other["stages"]} for other in everyone])
+            error = str(caught)
+        raise_if_broken(peers.gather_objects({"error": error}, "Buffer"))
         # What the kernels leave when a dispatch's counts do not allow it: csrc/rdma/fresh.hpp's `report`.
         self.report = torch.zeros(self.kernels.report_head + 3 * peers.size, dtype=torch.int64, pin_memory=True)
         one_gpu = len(set(memory.gpus[first : first + num_local_ranks])) == 1

@@ -1,5 +1,5 @@
-"""What stands before the rows of a fresh dispatch over `Rails`: counts, tables, and the words beside the rows, all made on the
-GPU. csrc/rdma/fresh.hpp says what the kernels are given; the names here are its.
+"""A fresh dispatch over `Rails` until its rows are passed on: counts, the rows' crossing, tables, and the words beside the
+rows, all made on the GPU. csrc/rdma/fresh.hpp says what the kernels are given; the names here are its.
 
 With `num_worst_tokens` the CPU waits for none of it: tensors have room for the most there may be, and how much there is stays
 on the GPU. Without, it waits once, for what the counts come to, while the rows cross already.
@@ -110,7 +110,7 @@ class _ToCpu:
 
     def __init__(self, n: int, device: torch.device) -> None:
         on_gpu = device.type == "cuda"
-        self._block = torch.empty(n, dtype=torch.int32, pin_memory=on_gpu)
+        self._block = torch.empty(n, dtype=torch.int32, device="cpu", pin_memory=on_gpu)
         self._came = torch.cuda.Event() if on_gpu else None
 
     def leave(self, block: Tensor) -> None:
@@ -168,7 +168,8 @@ class Fresh:
         self, told: Told, leaving: Leaving | None, request: DispatchRequest | None, widest: int, signature: int, of_rows: int
     ) -> tuple[Found, Seen | None]:
         """Exchange the rows of counts, and let the dispatch's rows cross right behind if they may, which is found on the GPU.
-        Without num_worst_tokens the CPU waits for the counts.
+        Without num_worst_tokens the CPU waits for the counts. Between these two nothing but launches can fail: a rank that did
+        would refuse an exchange that others may not enter, and wait for them until the deadline.
 
         Args:
             leaving: of `request`; both None: this rank has but word that its arguments are wrong, and nobody's rows will cross.
@@ -177,7 +178,8 @@ class Fresh:
         """
         rails, num_experts = self._rails, 0 if request is None else request.num_experts
         waits = request is None or not request.num_worst_tokens
-        with rails.operation(rails.everyone, *DISPATCH, *(() if leaving is None else (RAIL,))) as stream:
+        steps = (*DISPATCH, RAIL) if rails.crosses_ahead else DISPATCH  # whatever this rank's own arguments are
+        with rails.operation(rails.everyone, *steps) as stream:
             found, rows = self._room_for_found(num_experts // self.num_ranks), self._ints(self.num_ranks)
             to_cpu = _ToCpu(found.block.numel(), rails.device) if waits else None
             data = told.row.unsqueeze(0).view(torch.uint8)
@@ -200,18 +202,22 @@ class Fresh:
                 to_cpu.leave(found.block)
             if leaving is not None:
                 assert request is not None
+                p = self._to_pack(told, found, leaving.token)
+                rails.end.pack_words(p, stream)
                 self._cross(told, found, leaving, request, of_rows, stream, found.goes)
-        return found, None if to_cpu is None else self._seen(found, to_cpu.wait())
+            rails.owe_no_more()
+            return found, None if to_cpu is None else self._seen(found, to_cpu.wait())
 
     def cross(
-        self, told: Told, found: Found, request: DispatchRequest, parts: Sequence[Tensor], widest: int, signature: int
-    ) -> Leaving | None:
-        """The rows, for which there was no room when `count` would have let them cross; None: in stages."""
-        rails = self._rails
+        self, told: Told, found: Found, leaving: Leaving, request: DispatchRequest, widest: int, signature: int
+    ) -> Leaving:
+        """The rows, for which there was no room when `count` would have let them cross, and is now; gives what it was given
+        with room for where they will lie."""
+        rails, data = self._rails, leaving.crossed.data
         with rails.operation(None, *DISPATCH) as stream:
-            leaving = self.make_ready(told, parts, widest)
-            if leaving is not None:
-                self._cross(told, found, leaving, request, signature, stream, None)
+            addresses = rails.addresses(len(data), self._most_forwarded(told.place.size(0), widest))
+            leaving = leaving._replace(crossed=Crossed(data, addresses))
+            self._cross(told, found, leaving, request, signature, stream, None)
             rails.owe_no_more()
             return leaving
 
@@ -225,10 +231,7 @@ class Fresh:
         stream: int,
         goes: Tensor | None,
     ) -> None:
-        """Which token each row is, and the rows. Launches alone: what else can fail has been done before."""
         crossed, token = leaving
-        p = self._to_pack(told, found, token)
-        self._rails.end.pack_words(p, stream)
         tables = Tables(token, found.send_at, found.recv_at, self._ints(0, self._rails.local), told.place, 0, stream)
         self._rails.cross(tables, crossed, signature, request.num_sms, stream, goes)
 

@@ -189,7 +189,7 @@ class Rails(RailDomain):
     def to_cross(self, parts: Sequence[Tensor], capacity: int) -> Crossed:
         """These rows, which have not crossed yet, with room for where so many will lie that come."""
         data = [as_rows(part) for part in parts]
-        return Crossed(data, self._addresses(len(data), capacity))
+        return Crossed(data, self.addresses(len(data), capacity))
 
     def cross(self, tables: Tables, rows: Crossed, signature: int, num_sms: int, stream: int, goes: Tensor | None) -> None:
         """The rows of a dispatch along the rail, ahead of `dispatch`, which passes on what has come: of `tables` only what
@@ -212,12 +212,13 @@ class Rails(RailDomain):
 
         Returns: where they lie once they have come, this node's in `data`: int64 [len(data), `tables.capacity`].
         """
-        addresses = self._addresses(len(data), tables.capacity)
+        addresses = self.addresses(len(data), tables.capacity)
         sms = self.sms(num_sms, "dispatch")
         self._cross(tables, data, addresses, wire_bytes, signature, sms, stream, recv_offset=tables.most * behind)
         return addresses
 
-    def _addresses(self, num_parts: int, capacity: int) -> Tensor:
+    def addresses(self, num_parts: int, capacity: int) -> Tensor:
+        """Room for `Crossed.addresses`."""
         return torch.empty(num_parts, capacity, dtype=torch.int64, device=self.device)
 
     def _cross(

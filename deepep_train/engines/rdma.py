@@ -179,7 +179,8 @@ class RdmaEngine(CollectiveEngine):
         sizes = self._fresh.sizes(found, seen, request, widest)
         if seen is not None and not seen.goes:
             self.rails.make_room(sizes.most, widest)
-            leaving = self._fresh.cross(told, found, request, parts, widest, of_rows)
+            if leaving is not None:
+                leaving = self._fresh.cross(told, found, leaving, request, widest, of_rows)
         return request, told, found, sizes, None if leaving is None else leaving.crossed
 
     def _need_served(self, request: DispatchRequest) -> None:

@@ -9,9 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
+from harness import run_ranks
 
 from deepep_train import DeepEPError, PeerTimeoutError
+from deepep_train.engines import rail_domain
 from deepep_train.engines.nvlink import NvlinkEngine
+from deepep_train.engines.peers import Peers
 from deepep_train.engines.rail_domain import RailDomain
 
 
@@ -117,3 +121,20 @@ def test_cuda_that_has_failed_is_what_is_told(kind: str, sees: str, monkeypatch:
     with pytest.raises(DeepEPError, match="CUDA has failed on rank 0: an earlier kernel"), getattr(domain, begin)():
         if sees == "the operation":
             raise RuntimeError("cudaLaunchKernel failed")
+
+
+def of_other_sizes(rank: int, size: int, group: dist.ProcessGroup) -> str:
+    memory = SimpleNamespace(comm=None, arena=None, processes=[], max_sms=1, default_sms={}, gpus=[0] * size)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "current_device", lambda: 0)
+        patch.setattr(rail_domain.nvshmem, "start", lambda *_: None)
+        patch.setattr(rail_domain, "map_memory", lambda *_: memory)
+        with pytest.raises(DeepEPError) as caught:
+            RailDomain(Peers(group, 20), 1, 1 << 20, (rank + 1) << 20, 8, lambda: 0)
+    return str(caught.value)
+
+
+def test_memory_between_nodes_must_be_the_same_on_all_ranks() -> None:
+    """Nothing is taken before: that is a collective call, which wants it so."""
+    for text in run_ranks(2, of_other_sizes):
+        assert "bytes between two nodes (num_rdma_bytes): 262144 on rank 0; 524288 on rank 1" in text

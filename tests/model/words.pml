@@ -1,8 +1,8 @@
 /* A fresh dispatch's three exchanges along a rail, and a combine's (deepep_train/engines/rdma.py, `dispatch`): rows lie in their
    segment until the words that say where they go have come, behind them. rail.pml has the rest of the protocol.
 
-   The rows' exchange is launched before the CPU knows of the counts; where these do not allow it, all ranks find so and none enters it, so what
-   follows is the exchange after the counts.
+   The rows' exchange is launched before the CPU knows of the counts; where these do not allow it, all ranks find so and none enters it: there the
+   round ends, as the CPU raises. (Where there was no room, the CPU makes it, and the exchange that follows is the same.)
 
    2 nodes of one rank, 2 queue pairs each, ROUNDS rounds of counts, rows, words and sums without anything between them. A segment has
    two places: its begin, where counts, rows and sums lie, and what is behind the rows. Every exchange has one row each way, so that what
@@ -27,6 +27,7 @@ bool unread[4];
 byte ready[4];    /* of each rank: what the other says, two words in turns */
 byte arrived[2];
 byte leaving[2];
+bool goes[ROUNDS]; /* of each round's counts */
 
 chan net[4] = [2] of {byte, byte};
 
@@ -80,6 +81,10 @@ proctype Rank(byte r)
     :: round < ROUNDS ->
         exchange(BEGIN); /* counts */
         pass_on(BEGIN, number);
+        if
+        :: !goes[round] -> round++; goto next
+        :: else -> skip
+        fi;
         exchange(BEGIN); /* rows */
         exchange(BEHIND); /* words */
         pass_on(BEHIND, number);
@@ -91,7 +96,8 @@ proctype Rank(byte r)
         exchange(BEGIN); /* sums */
         pass_on(BEGIN, number);
 #endif
-        round++
+        round++;
+next:   skip
     :: else -> break
     od
 }
@@ -100,6 +106,11 @@ init
 {
     byte r = 0;
     atomic {
+        do
+        :: r < ROUNDS -> if :: goes[r] = true :: goes[r] = false fi; r++
+        :: else -> break
+        od;
+        r = 0;
         do
         :: r < 2 -> run Network(r, 0); run Network(r, 1); run Rank(r); r++
         :: else -> break
