@@ -124,7 +124,9 @@ def report(given: argparse.Namespace, history: list[dict[str, float]]) -> None:
     from matplotlib import pyplot as plt
 
     tokens = given.micro_batches * given.micro_batch * given.sequence * dist.get_world_size()
-    speed = tokens / statistics.median(e["seconds"] for e in history)
+    seconds = sorted(e["seconds"] for e in history)
+    speed = tokens / statistics.median(seconds)
+    slow, fast = (tokens / seconds[len(seconds) * quarter // 4] for quarter in (3, 1))
     layers = "Transformer Engine" if WITH_TE else "local"
     given.out.mkdir(parents=True, exist_ok=True)
     log = {"dispatcher": given.dispatcher, "precision": given.precision, "layers": layers, "tokens_per_second": speed}
@@ -137,7 +139,7 @@ def report(given: argparse.Namespace, history: list[dict[str, float]]) -> None:
     plt.close(figure)
     first, last = history[0]["loss"], history[-1]["loss"]
     what = f"{given.dispatcher}: loss {first:.3f} -> {last:.3f} in {len(history)} steps"
-    print(f"{what}, median {speed:,.0f} tokens/s; see {given.out}")
+    print(f"{what}, median {speed:,.0f} tokens/s, half of the steps {slow:,.0f} to {fast:,.0f}; see {given.out}")
 
 
 def main() -> None:

@@ -157,9 +157,11 @@ class _Run:
         self._say(f"--- sample, begun with {PROMPT} held-out bytes ---\n{text}\n---")
 
     def _summarize(self, start: int) -> None:
-        speeds = [entry["tokens_per_second"] for entry in self.history["steps"][start:]]
+        speeds = sorted(entry["tokens_per_second"] for entry in self.history["steps"][start:])
         if speeds:
-            self._say(f"median {sorted(speeds)[len(speeds) // 2]:,.0f} tokens/s, {self.log['seconds']:.0f} s in all")
+            slow, median, fast = (speeds[len(speeds) * quarter // 4] for quarter in (1, 2, 3))
+            half = f"half of the steps {slow:,.0f} to {fast:,.0f}"
+            self._say(f"median {median:,.0f} tokens/s, {half}, {self.log['seconds']:.0f} s in all")
         if self.history["evals"]:
             self._say(
                 f"held-out loss {self.history['evals'][-1]['loss']:.3f} nats per byte; "
