@@ -67,12 +67,18 @@ _WITH_MEMORY = (Tensor, torch.nn.Parameter)
 
 def _has_memory(value: Any) -> bool:
     """Whether its elements are what lies at its `data_ptr()`: that of a DTensor, say, is 0, and so is that of a tensor whose
-    storage was freed; what a negated view has there is not its elements."""
+    storage was freed, while a part of one points right behind nothing; what a negated view has there is not its elements."""
     if type(value) not in _WITH_MEMORY and (
         not isinstance(value, Tensor) or is_traceable_wrapper_subclass(value) or hasattr(value, "fake_mode")
     ):
         return False
-    return (value.data_ptr() != 0 or not value.numel()) and not value.is_neg()
+    return not value.numel() or (value.data_ptr() != 0 and _is_stored(value) and not value.is_neg())
+
+
+def _is_stored(t: Tensor) -> bool:
+    """Whether its storage still reaches to its last element."""
+    size = t.numel() if t.is_contiguous() else 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+    return (t.storage_offset() + size) * t.element_size() <= t.untyped_storage().nbytes()
 
 
 def tensor(
@@ -102,7 +108,7 @@ def tensor(
     if is_read and not _has_memory(value):
         text = f"{argument} must be {wanted} with memory of its own, got a {type(value).__name__}"
         text += "; pass its local part, x.to_local()" if hasattr(value, "to_local") else ""
-        text += " whose storage is empty" if type(value) in _WITH_MEMORY and not value.is_neg() else ""
+        text += " whose storage is empty or too short" if type(value) in _WITH_MEMORY and not value.is_neg() else ""
         text += " that is a negated view: pass x.resolve_neg()" if value.is_neg() else ""
         raise ArgumentError(text, argument.partition(":")[0])
     need(value.dtype in dtypes, argument, wanted, value)

@@ -66,6 +66,27 @@ def test_low_latency_calls_across_nodes_want_nvshmem_on_every_rank() -> None:
         assert (chosen, reasons) == ("collective, asked for rdma, collective", ["rdma: rank 1: NVSHMEM has no 7 bytes more"])
 
 
+@pytest.mark.parametrize(
+    ("backend", "caching", "why"),
+    [
+        ("native", "0", ""),
+        ("cudaMallocAsync", "", "'cudaMallocAsync' (PYTORCH_CUDA_ALLOC_CONF)"),
+        ("native", "1", "PYTORCH_NO_CUDA_MEMORY_CACHING=1"),
+    ],
+)
+def test_allocators_without_pools_are_obstacles(backend: str, caching: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: backend)
+    monkeypatch.setattr(engines, "_kernels_obstacle", lambda: "")
+    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda _: True)
+    monkeypatch.setenv("PYTORCH_NO_CUDA_MEMORY_CACHING", caching)
+    found = engines._survey_nvlink()
+    assert found.usable == (not why)
+    assert why in found.reason
+
+
 def test_doctor_looks_at_the_pairs_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "choose", lambda _: engines.Choice("nvlink", []))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

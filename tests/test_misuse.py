@@ -27,6 +27,19 @@ def _freed(t: torch.Tensor) -> torch.Tensor:
     return t
 
 
+def _part_of_freed(t: torch.Tensor) -> torch.Tensor:
+    whole = torch.cat([t, t])
+    part = whole[len(t) :]
+    whole.untyped_storage().resize_(0)
+    return part
+
+
+def _cut_short(t: torch.Tensor) -> torch.Tensor:
+    t = t.t().contiguous().t()
+    t.untyped_storage().resize_(t.untyped_storage().nbytes() - 1)
+    return t
+
+
 def _idx(change: Any, **how: Any) -> Misuse:
     return Misuse("dispatch", "topk_idx", lambda s: {"topk_idx": change(s)}, **how)
 
@@ -67,6 +80,8 @@ PAYLOAD = {
     "x is nested": _x(lambda s: torch.nested.nested_tensor([s.x, s.x[:1]], layout=torch.jagged)),
     "x has no memory of its own, as a DTensor": _x(lambda s: TwoTensor(s.x, s.x)),
     "x's storage was freed": _x(lambda s: _freed(s.x)),
+    "x is a part of what was freed": _x(lambda s: _part_of_freed(s.x)),
+    "x's storage was cut short": _x(lambda s: _cut_short(s.x)),
     "x is a negated view": _x(lambda s: torch._neg_view(s.x)),
     "x has no columns": _x(lambda s: s.x[:, :0]),
     "x is wrong on two ranks": _x(lambda s: s.x[0], ranks=(0, 2), size=3),

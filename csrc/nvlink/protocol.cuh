@@ -4,8 +4,9 @@
 // another, in the same order on every rank, and each takes the next epoch. An epoch passes two meetings:
 //   ready  "my tensor of this operation lies at these offsets, and may be written (dispatch) or read (combine)";
 //   done   "I have written everything I send you" (dispatch), "I have read everything of yours" (combine).
-// A rank leaves an operation only after every peer's `done`, so nobody is ever more than one operation ahead of anybody: data
-// words alternate between two slots and are never overwritten before they are read, and flags only ever grow.
+// A rank leaves an operation only after every peer's `done` (an exchange of counts, which has one meeting, after every peer's
+// counts), so nobody is ever more than one operation ahead of anybody: data words alternate between two slots and are never
+// overwritten before they are read, and flags only ever grow.
 #pragma once
 
 #include <cstdint>
@@ -27,7 +28,7 @@ enum Arguments : int64_t { kArgumentsFine = 0, kArgumentsWrong = 1, kMiscounted 
 
 // A rank's part in an exchange of counts.
 struct Counts {
-    int64_t status;     // kArguments
+    int64_t status;     // Arguments
     int64_t signature;  // hash of what the ranks must agree on
     int64_t bound;      // num_worst_tokens
     int32_t per_rank[kMaxRanks];

@@ -121,9 +121,20 @@ def _survey_nvlink() -> Surveyed:
         return Surveyed("nvlink", False, "torch sees no CUDA device")
     if torch.cuda.get_device_capability() < (8, 0):
         return Surveyed("nvlink", False, f"{torch.cuda.get_device_name()} is older than sm_80")
+    if why := _allocator_obstacle():
+        return Surveyed("nvlink", False, why)
     if why := _kernels_obstacle():
         return Surveyed("nvlink", False, f"its kernels do not run on {torch.cuda.get_device_name()}: {why}")
     return Surveyed("nvlink", True, f"for up to {MAX_NVLINK_RANKS} ranks of one host whose GPUs reach each other's memory")
+
+
+def _allocator_obstacle() -> str:
+    """The arena is one of torch's memory pools."""
+    if (backend := torch.cuda.get_allocator_backend()) != "native":
+        return f"torch's CUDA allocator is {backend!r} (PYTORCH_CUDA_ALLOC_CONF), which has no memory pools"
+    if os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING") == "1":
+        return "PYTORCH_NO_CUDA_MEMORY_CACHING=1: torch then takes nothing out of memory pools"
+    return ""
 
 
 def _kernels_obstacle() -> str:

@@ -94,7 +94,7 @@ class NvlinkEngine(NvlinkDomain):
         if data.shape[1] * data.element_size() % 16:
             raise ArgumentError(
                 f"{argument} must have rows of a multiple of 16 bytes on the nvlink engine, got {data.size(1)} elements of "
-                f"{data.element_size()}",
+                f"{data.element_size()}; engine='collective' serves any",
                 argument,
             )
         if payload.scales is not None and payload.scales.element_size() != 4:
@@ -531,12 +531,13 @@ def _need_routing(num_experts: int, topk_idx: Tensor | None, alignment: int = 1)
     if num_experts > MAX_EXPERTS or alignment > MAX_ALIGNMENT:
         raise ArgumentError(
             f"the nvlink engine serves up to {MAX_EXPERTS} experts and alignments up to {MAX_ALIGNMENT}, got "
-            f"num_experts={num_experts} and alignment={alignment}",
+            f"num_experts={num_experts} and alignment={alignment}; engine='collective' serves more",
             "num_experts" if num_experts > MAX_EXPERTS else "alignment",
         )
     if topk_idx is not None and topk_idx.shape[1] > MAX_TOP_K:
         shape = list(topk_idx.shape)
-        raise ArgumentError(f"the nvlink engine serves up to top-{MAX_TOP_K}, got topk_idx {shape}", "topk_idx")
+        text = f"the nvlink engine serves up to top-{MAX_TOP_K}, got topk_idx {shape}; engine='collective' serves more"
+        raise ArgumentError(text, "topk_idx")
 
 
 def _blocks_of(payload: Payload, is_expert: bool) -> ScaleBlocks | None:
