@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import time
 
@@ -41,6 +42,21 @@ def test_failures_are_told_and_the_next_run_works(how: str, text: str) -> None:
         run_ranks(1, fail, how, timeout=1.0)
     assert time.monotonic() - started < 10
     assert run_ranks(1, add, torch.ones(1))[0].item() == 1
+
+
+def abort_at_the_end(rank: int, size: int, group: dist.ProcessGroup, words: str) -> None:
+    def end() -> None:
+        os.write(2, words.encode())
+        os.abort()
+
+    atexit.register(end)
+
+
+def test_only_gloos_own_way_of_ending_is_forgiven() -> None:
+    run_ranks(1, abort_at_the_end, "terminate called without an active exception\n", fresh=True)
+    for words in ("", "an assertion\n", "terminate called after throwing an instance of 'std::runtime_error'\n"):
+        with pytest.raises(RankFailure, match="did not exit cleanly"):
+            run_ranks(1, abort_at_the_end, words, fresh=True)
 
 
 def test_results_keep_their_bits_and_strides() -> None:
