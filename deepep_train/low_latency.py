@@ -104,6 +104,8 @@ def dispatch(
         recv = [None if t is None else _spread(t, counts, slots) for t in got.payload[:2]]
         source = _spread(got.topk_weights.to(torch.int32).unsqueeze(1), counts, slots).squeeze(2)
     except RuntimeError as error:
+        if got.payload.data.is_cuda and not isinstance(error, torch.OutOfMemoryError):
+            raise  # something else has failed, earlier
         what = f"num_max_dispatch_tokens_per_rank={max_tokens} rows of {shape.hidden} values for each of {num_ranks} ranks"
         raise DeepEPError(f"low_latency_dispatch: no memory for {len(counts)} experts' {what}") from error
     recv_count = torch.tensor(counts, dtype=torch.int32, device=source.device)

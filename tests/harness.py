@@ -29,8 +29,8 @@ _START_SECONDS = 90.0  # importing torch on a busy machine
 _GRACE_SECONDS = 3.0  # for the other ranks to tell what they saw, once one has failed
 _LEAVE_SECONDS = 20.0
 _LAST_WORDS = 6000  # characters: torch's tracebacks of C++ are long, and the reason stands before them
-# A C++ thread that nobody has joined when its process ends. gloo, left without destroy_process_group, does this now and then, more
-# often under load and without this library, too, which starts no C++ threads (docs/troubleshooting.md).
+# A C++ thread that nobody has joined when its process ends. gloo, left without destroy_process_group, does this now and then,
+# more often under load and without this library, too, which starts no C++ threads (docs/troubleshooting.md).
 _GLOO_LEAVES = "terminate called without an active exception"
 
 

@@ -325,7 +325,8 @@ void* allocate(size_t bytes) {
     void* memory = nvshmem_malloc(bytes);
     if (memory == nullptr)
         throw std::runtime_error("NVSHMEM has no " + std::to_string(bytes) +
-                                 " bytes more; NVSHMEM_SYMMETRIC_SIZE says how many it has");
+                                 " bytes more: the GPU's memory is full, or what NVSHMEM_MAX_MEMORY_PER_GPU says, or, with "
+                                 "NVSHMEM_DISABLE_CUDA_VMM=1, NVSHMEM_SYMMETRIC_SIZE");
     return memory;
 }
 

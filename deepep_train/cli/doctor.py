@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from deepep_train.version import __version__
 
 OPTIONAL_PACKAGES = ("megatron-core", "transformer-engine", "nvidia-nvshmem-cu13", "nvidia-nvshmem-cu12", "triton")
 
+IBGDA = "ibgda"
 _LIVE_SECONDS = 120.0
 
 
@@ -38,12 +39,20 @@ def add_parser(commands: Any) -> None:
         "--live", action="store_true", help="besides, exchange small batches between this machine's GPUs and name slow ranks"
     )
     parser.add_argument("--ranks", type=int, help="of --live (default: one for each GPU)")
+    parser.add_argument(
+        "--need",
+        nargs="+",
+        default=[],
+        choices=[*engines.ENGINES[1:], IBGDA],
+        help=f"fail unless these engines can be used, and, for {IBGDA}, GPUs may put over the network themselves",
+    )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit status 0 if at least one engine can be used."""
+    """Exit status 0 if at least one engine can be used, and all that are needed."""
     report = examine()
+    report["missing"] = missing(args.need, report)
     usable = [e["name"] for e in report["engines"] if e["usable"]]
     if args.brief and usable and not args.json:
         print(
@@ -63,7 +72,16 @@ def run(args: argparse.Namespace) -> int:
         print("".join(f"{line}\n" for line in live.as_lines(report["live"])), end="")
     if failure is not None:
         raise failure
-    return 0 if usable else 1
+    for text in report["missing"]:
+        print(f"needed, and missing: {text}", file=sys.stderr)
+    return 0 if usable and not report["missing"] else 1
+
+
+def missing(needed: Sequence[str], report: dict[str, Any]) -> list[str]:
+    """What of `needed` this machine does not have, and why."""
+    why = {engine["name"]: "" if engine["usable"] else engine["reason"] for engine in report["engines"]}
+    why[IBGDA] = report["network"]["puts by GPUs"]
+    return [f"{name}: {why[name]}" for name in needed if why[name]]
 
 
 def _live(num_ranks: int) -> dict[str, Any]:

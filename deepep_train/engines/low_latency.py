@@ -85,7 +85,7 @@ class LowLatency:
         self._l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
         self._spaces = Spaces(peers, arena, addresses, ordered, device, far)
         self._mask = torch.zeros(peers.size, dtype=torch.int32, device=device)
-        self._bad_index = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._bad_index = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
         # Every call of the engine looks at it, and `item` takes ten times as long.
         self._seen_bad_index = ctypes.c_int32.from_address(self._bad_index.data_ptr())
 

@@ -30,6 +30,15 @@ def test_doctor_names_engines_and_reasons() -> None:
     assert report["auto"]["engine"] in {e["name"] for e in report["engines"] if e["usable"]}
 
 
+def test_doctor_fails_where_what_is_needed_is_missing() -> None:
+    assert _run("doctor", "--need", "collective").returncode == 0
+    done = _run("doctor", "--need", "collective", "ibgda", "--json")
+    assert done.returncode == 1
+    (missing,) = json.loads(done.stdout)["missing"]
+    assert missing.startswith("ibgda: NVSHMEM_IB_ENABLE_IBGDA=1 is not set")
+    assert f"needed, and missing: {missing}" in done.stderr
+
+
 def test_doctors_json_has_what_ranks_have_measured() -> None:
     done = _run("doctor", "--json", "--live", "--ranks", "2")
     assert done.returncode == 0, done.stderr

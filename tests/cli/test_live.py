@@ -24,7 +24,7 @@ MEASURED = {
 
 def run(monkeypatch: pytest.MonkeyPatch, ranks: Any, **args: bool) -> int:
     monkeypatch.setattr(doctor, "run_ranks", ranks)
-    return doctor.run(Namespace(**{"json": False, "brief": False, "live": True, "ranks": 2} | args))
+    return doctor.run(Namespace(**{"json": False, "brief": False, "live": True, "ranks": 2, "need": []} | args))
 
 
 def measure(_: int, __: Any, out: Path, deadline: float) -> None:

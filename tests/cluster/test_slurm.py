@@ -43,7 +43,7 @@ def pretender(tmp_path: Path) -> dict[str, str]:
 
 def run(job: dict[str, str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        ["bash", str(SBATCH)], cwd=ROOT, env=os.environ | job, capture_output=True, text=True, timeout=200, check=False
+        ["bash", str(SBATCH)], cwd=ROOT, env=os.environ | job, capture_output=True, text=True, timeout=400, check=False
     )
 
 
@@ -59,7 +59,7 @@ def test_what_every_node_is_asked(job: dict[str, str], pretender: dict[str, str]
     asked = Path(job["ASKED"]).read_text().splitlines()
     for node in (0, 1):
         mine = [line.split("|", 4) for line in asked if line.startswith(f"{node}|")]
-        assert mine[0][4] == "-m deepep_train doctor"
+        assert mine[0][4] == "-m deepep_train doctor --need rdma collective"
         assert any("-m pytest" in line[4] and line[4].endswith("tests/gpu") for line in mine)
         internode = [line for line in mine if "test_internode.py" in line[4]]
         assert [line[4].split("--engine ")[1].split()[0] for line in internode] == ["rdma", "collective"]
@@ -79,6 +79,15 @@ def test_a_node_that_fails_doctor_ends_the_job(job: dict[str, str], pretender: d
     assert "no engine works here" in done.stderr and "nothing else was started" in done.stderr
     assert "pytest" not in Path(pretender["ASKED"]).read_text()
     assert packed(job) == {"doctor.log"}
+
+
+@pytest.mark.parametrize(("engines", "asked"), [("rdma", "rdma ibgda"), ("collective", "collective")])
+def test_rdma_is_to_put_from_gpus(job: dict[str, str], pretender: dict[str, str], engines: str, asked: str) -> None:
+    done = run(job | pretender | {"DEVICE": "cuda", "ENGINES": engines, "PARTS": "doctor"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "puts of rdma: NVSHMEM_IB_ENABLE_IBGDA=1" in done.stdout
+    lines = Path(pretender["ASKED"]).read_text().splitlines()
+    assert len(lines) == 2 and all(line.endswith(f"doctor --need {asked}") for line in lines)
 
 
 def test_two_nodes_for_real(job: dict[str, str]) -> None:
