@@ -251,7 +251,12 @@ def rank_cases(
         def again_fp8() -> Any:
             return dispatch(pair, buffer=buffer, handle=handle)
 
+        def fresh_fp8() -> Any:
+            return dispatch(pair, idx, weights, buffer=buffer, num_experts=shape.num_experts)
+
         cases.append(case("dispatch fp8", "dispatch FP8 + scales, cached", most, again_fp8, row_and_scales, "dispatch"))
+        width = row_and_scales + row_and_picks - row
+        cases.append(case("dispatch fp8 fresh", "dispatch FP8 + scales, fresh", most, fresh_fp8, width, "dispatch"))
     name = "combine bf16, peer-visible input"
     cases += [case("combine", name, n, lambda: combine(visible, handle), row, "combine") for n in sms]
     name = "combine bf16, any input"
