@@ -47,7 +47,8 @@ def run_ranks(
         fn: a top-level function of an importable module.
         args: travel by pickle, and so do the results.
         timeout: seconds until everything is killed and the test fails.
-        fresh: use new processes, which afterwards must exit with status 0 on their own, without destroy_process_group.
+        fresh: use new processes, which afterwards must exit on their own, without destroy_process_group, with status 0, or
+            as gloo does (`_GLOO_LEAVES`).
         dead: ranks that are meant to die on the way (with `fresh`); their result is None.
     """
     __tracebackhide__ = True

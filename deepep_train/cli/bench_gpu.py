@@ -241,9 +241,9 @@ def rank_cases(
         return Case(key, name, shape, n, call, rows[moved] * width, back * width, peer=beside)
 
     cases = [case("dispatch", "dispatch bf16, cached", n, again, row, "dispatch") for n in sms]
-    row_and_picks = row + shape.num_topk * (8 + 4)
+    picks = shape.num_topk * (8 + 4)
     name = "dispatch bf16, fresh, indices and weights"
-    cases.append(case("dispatch fresh", name, most, fresh, row_and_picks, "dispatch"))
+    cases.append(case("dispatch fresh", name, most, fresh, row + picks, "dispatch"))
     if shape.hidden % fp8.BLOCK == 0:
         pair = fp8.quantize_blocks(x)
         row_and_scales = shape.hidden + 4 * (shape.hidden // fp8.BLOCK)
@@ -255,8 +255,8 @@ def rank_cases(
             return dispatch(pair, idx, weights, buffer=buffer, num_experts=shape.num_experts)
 
         cases.append(case("dispatch fp8", "dispatch FP8 + scales, cached", most, again_fp8, row_and_scales, "dispatch"))
-        width = row_and_scales + row_and_picks - row
-        cases.append(case("dispatch fp8 fresh", "dispatch FP8 + scales, fresh", most, fresh_fp8, width, "dispatch"))
+        name = "dispatch FP8 + scales, fresh"
+        cases.append(case("dispatch fp8 fresh", name, most, fresh_fp8, row_and_scales + picks, "dispatch"))
     name = "combine bf16, peer-visible input"
     cases += [case("combine", name, n, lambda: combine(visible, handle), row, "combine") for n in sms]
     name = "combine bf16, any input"

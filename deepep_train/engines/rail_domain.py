@@ -87,11 +87,11 @@ class RailDomain:
         self.combine_steps = in_order("combine", RAIL, num_stages)
         self._network = torch.cuda.Stream(self.device, priority=-1) if num_stages > 1 else None  # as streams.py's is
         try:
+            how = (self.device.index, peers.rank, peers.size, num_local_ranks, segment, num_qps, float(peers.timeout))
+            self.end = nvshmem.before_deadline(peers, lambda: self.kernels.Endpoint(*how, self.comm.failed_flag))
             # What the kernels leave when a dispatch's counts do not allow it: csrc/rdma/fresh.hpp's `report`.
             words = self.kernels.report_head + 3 * peers.size
             self.report = torch.zeros(words, dtype=torch.int64, device="cpu", pin_memory=True)
-            how = (self.device.index, peers.rank, peers.size, num_local_ranks, segment, num_qps, float(peers.timeout))
-            self.end = nvshmem.before_deadline(peers, lambda: self.kernels.Endpoint(*how, self.comm.failed_flag))
         except RuntimeError as caught:
             error = str(caught)
         raise_if_broken(peers.gather_objects({"error": error}, "Buffer"))

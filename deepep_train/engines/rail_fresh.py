@@ -129,7 +129,7 @@ class Fresh:
 
     def __init__(self, rails: Rails) -> None:
         self._rails = rails
-        self._head, self._found_words = rails.kernels.head_words, rails.kernels.found_words
+        self._found_words = rails.kernels.found_words
         self.num_ranks = rails.peers.size
         self._row_words = counts_bytes(self.num_ranks, rails.nodes) // 4
 

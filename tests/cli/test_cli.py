@@ -30,7 +30,8 @@ def test_doctor_names_engines_and_reasons() -> None:
     assert report["auto"]["engine"] in {e["name"] for e in report["engines"] if e["usable"]}
 
 
-def test_doctor_fails_where_what_is_needed_is_missing() -> None:
+def test_doctor_fails_where_what_is_needed_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NVSHMEM_IB_ENABLE_IBGDA", raising=False)
     assert _run("doctor", "--need", "collective").returncode == 0
     done = _run("doctor", "--need", "collective", "ibgda", "--json")
     assert done.returncode == 1
