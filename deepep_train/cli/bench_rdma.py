@@ -88,9 +88,10 @@ def _unwaiting(buffer: Buffer, shape: Shape, sms: int, rows: Tensor) -> Case:
 
 
 def _num_bytes(received: int, padded: int, to_node: int, nodes: int, row_bytes: int) -> tuple[int, int]:
-    """num_nvl_bytes and num_rdma_bytes: room for every result, and for the most rows between two nodes."""
+    """num_nvl_bytes and num_rdma_bytes: room for every result, as bench_model.arena_bytes has it, and for the most rows
+    between two nodes."""
     heap = ((5 + len(GRAPHS) * GRAPH_CALLS) * received + padded) * row_bytes + (256 << 20)
-    return heap * 4 // 3, 2 * nodes * (to_node * row_bytes + 128)
+    return heap * 11 // 10 * 4 // 3, 2 * nodes * (to_node * row_bytes + 128)
 
 
 def _cases(buffer: Buffer, shape: Shape, sms: list[int], moved: dict[str, Tensor], is_first: bool) -> Iterable[Case]:

@@ -6,6 +6,7 @@ import ctypes
 import functools
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple, TypeVar
@@ -14,13 +15,17 @@ import torch
 from torch import Tensor
 
 from deepep_train import _C  # type: ignore[attr-defined]
-from deepep_train.engines.arena_sizes import SEGMENT, STAGING_SHARE
+from deepep_train.engines.arena_sizes import SEGMENT, STAGING_SHARE, size_class
 from deepep_train.errors import DeepEPError
 
 T = TypeVar("T")
 Wanted = Sequence[tuple[Sequence[int], torch.dtype] | None]
 _ASK_AGAIN = 64  # requests that are answered from memory until torch is asked again
-_LARGE = 1 << 20  # bytes: tensors whose death makes room worth asking for
+_LARGE = 1 << 20  # bytes: tensors that are counted while they live
+# What torch caches of the arena is taken back, for room without copies, when the copies made since have cost about as much: it
+# frees all that torch caches anywhere, 10 to 13 blocks in a small Megatron model, and took 2 to 3 ms and as much again to ask
+# CUDA for them anew (111df43), and the CPU no longer runs ahead. In arenas' worth of bytes.
+_TAKE_BACK_AFTER = 8
 
 
 class ArenaFull(Exception):
@@ -92,9 +97,9 @@ def _give_up_last(pools: list[_Pool]) -> None:
     pools[-1].give_up()
 
 
-def _count_death(arena: weakref.ref[Arena]) -> None:
+def _count_death(arena: weakref.ref[Arena], num_bytes: int) -> None:
     if (alive := arena()) is not None:
-        alive.count_death()
+        alive.count_death(num_bytes)
 
 
 class Arena:
@@ -114,9 +119,12 @@ class Arena:
         self._aside: torch.cuda.Stream | None = None
         self._capturing = False
         self._captured: list[Any] = []  # what CUDA graphs use lives as long as the buffer
-        self._deaths = 0
-        self._full: tuple[int, int] | None = None  # a size that did not fit, and the deaths before
+        self._live = 0  # bytes of large tensors
+        self._died: deque[int] = deque()  # theirs, not yet taken off: whichever thread drops a tensor appends
+        self._full: dict[int, int] = {}  # classes of sizes that did not fit, and the fewest live bytes beside which
         self._known_full = 0  # how often that was the answer
+        self._copied = 0  # bytes since torch's cache was last taken back
+        self.num_taken_back = 0  # times that torch's cache was
         self._staging = self._attempt(lambda: self._from_heap((comm.bytes // STAGING_SHARE,), torch.uint8))
         self._staged = 0
         self.num_staged = 0  # tensors that had to be copied
@@ -162,8 +170,11 @@ class Arena:
 
     def land(self, wanted: Wanted) -> list[Landing | None]:
         """For each (shape, dtype): a place for peers to write to; out of the heap, or staging where that is full."""
+        is_due = self._is_due(sum(_bytes(*one) for one in wanted if one is not None))
+        if is_due:
+            self._full.clear()
         try:
-            landings = self._attempt(lambda: self._land(wanted, False))
+            landings = self._attempt(lambda: self._land(wanted, False), is_due)
         except ArenaFull:
             landings = self._attempt_anew(lambda: self._land(wanted, True))
         # The copies' targets lie outside the arena, so they are made outside its pool.
@@ -171,6 +182,7 @@ class Arena:
             if landing is not None and landing.visible.numel() and self._is_staged(landing.visible):
                 landings[i] = Landing(landing.visible, torch.empty_like(landing.visible))
                 self.num_staged += 1
+                self._copied += landing.visible.nbytes
         return landings
 
     def ahead(self) -> AbstractContextManager[None]:
@@ -202,6 +214,7 @@ class Arena:
             "arena peak": self._comm.peak,
             "staging": self._staging.numel(),
             "tensors staged": self.num_staged,
+            "caches taken back": self.num_taken_back,
         }
 
     @property
@@ -221,7 +234,7 @@ class Arena:
                 landings.append(None)
                 continue
             try:
-                tensor = self._from_heap(*one)
+                tensor = self._from_heap(*one, may_be_larger=True)
             except ArenaFull:
                 staged = self._from_staging(*one) if may_stage else None
                 if staged is None:
@@ -237,24 +250,27 @@ class Arena:
         try:
             return self._attempt(make)
         except ArenaFull:
-            self._full, self._staged = None, staged
+            self._full.clear()
+            self._staged = staged
         return self._attempt(make)
 
-    def _attempt(self, make: Callable[[], T]) -> T:
+    def _attempt(self, make: Callable[[], T], take_back: bool = True) -> T:
         """`make` in the pool; once more, where there was no room, after taking back what torch caches."""
         try:
             with self._allocating():
                 return make()
         except ArenaFull as full:
-            if full.is_known or self._capturing:
+            if full.is_known or self._capturing or not take_back:
                 raise
         self._rotate()
-        try:
-            with self._allocating():
-                return make()
-        except ArenaFull as full:
-            self._full = (full.num_bytes, self._deaths)
-            raise
+        with self._allocating():
+            return make()
+
+    def _is_due(self, num_bytes: int) -> bool:
+        """Whether torch's cache is worth taking back for tensors of so many bytes."""
+        self._count_dead()
+        heap = self._comm.bytes - self._staging.nbytes
+        return self._copied >= _TAKE_BACK_AFTER * self._comm.bytes and self._live + num_bytes <= heap
 
     def _allocating(self) -> AbstractContextManager[None]:
         self._capturing = torch.cuda.is_current_stream_capturing()
@@ -267,22 +283,32 @@ class Arena:
         with torch.cuda.stream(self._aside), _InPool(self):
             yield
 
-    def _from_heap(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        if self._full is not None and self._full[1] == self._deaths and _bytes(shape, dtype) >= self._full[0]:
+    def _from_heap(self, shape: Sequence[int], dtype: torch.dtype, may_be_larger: bool = False) -> Tensor:
+        """`may_be_larger`: the memory, not the tensor."""
+        size = _bytes(shape, dtype)
+        kind = size_class(size)
+        self._count_dead()
+        if any(kind >= full and self._live >= live for full, live in self._full.items()):
             self._known_full += 1
-            if self._known_full % _ASK_AGAIN:  # asking torch makes it flush its caches
-                raise ArenaFull(_bytes(shape, dtype), is_known=True)
+            if self._known_full % _ASK_AGAIN:  # a refusal of torch's is slow, and some versions flush all caches before it
+                raise ArenaFull(size, is_known=True)
+            self._full.clear()
         try:
-            t = self._allocate(shape, dtype)
+            t = self._allocate(shape, dtype, may_be_larger)
         except torch.OutOfMemoryError:
-            raise ArenaFull(_bytes(shape, dtype)) from None
+            self._full[kind] = min(self._live, self._full.get(kind, self._live))
+            raise ArenaFull(size) from None
         if self._capturing:
             self._captured.append(t)
         if _C.is_debug:
             t.view(-1).view(torch.uint8).fill_(0xFF)
         return t
 
-    def _allocate(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    def _allocate(self, shape: Sequence[int], dtype: torch.dtype, may_be_larger: bool) -> Tensor:
+        size = _bytes(shape, dtype)
+        if may_be_larger and size >= SEGMENT // 2:  # smaller ones share torch's segments
+            t = self._allocate((-(-size_class(size) // dtype.itemsize),), dtype, False)
+            return t.resize_(tuple(shape))  # no view, which an `x[:n]` would be
         t = torch.empty(tuple(shape), dtype=dtype, device=self._device)
         if self.holds(t) or not t.numel():
             return t
@@ -314,6 +340,9 @@ class Arena:
         `empty_cache` gives back, as it does all else that torch caches. The synchronization is why this is done only when there
         is no room: the memory may next be used on another stream than before.
         """
+        self.num_taken_back += 1
+        self._full.clear()
+        self._copied = 0
         self._held[-1].give_up()
         self._held[:] = [_Pool(self._device)]
         torch.cuda.empty_cache()
@@ -322,13 +351,20 @@ class Arena:
         self._comm.settle()
 
     def _watch(self, t: Tensor) -> None:
-        """Large tensors' deaths are counted; it is the storage that counts, which views keep alive."""
+        """Large tensors are counted while they live; it is the storage that counts, which views keep alive."""
         if t.nbytes >= _LARGE and not self._is_staged(t):
+            storage = t.untyped_storage()
+            self._live += storage.nbytes()
             # Of this arena by a weak reference: what it keeps for graphs would else keep it, and so itself, for ever.
-            weakref.finalize(t.untyped_storage(), _count_death, weakref.ref(self)).atexit = False
+            weakref.finalize(storage, _count_death, weakref.ref(self), storage.nbytes()).atexit = False
 
-    def count_death(self) -> None:
-        self._deaths += 1
+    def count_death(self, num_bytes: int) -> None:
+        """May be called on any thread, and by the garbage collector within any method of this object."""
+        self._died.append(num_bytes)
+
+    def _count_dead(self) -> None:
+        while self._died:
+            self._live -= self._died.popleft()
 
     def _from_staging(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
         size = _bytes(shape, dtype)

@@ -12,6 +12,14 @@ SEGMENT = 20 << 20  # bytes that torch asks the heap for, whatever smaller tenso
 _STEP = 2 << 20  # bytes, of which larger tensors' segments are multiples
 
 
+def size_class(num_bytes: int) -> int:
+    """How much memory to take for a tensor of `num_bytes` whose size is a little different in every step, so that what one
+    leaves behind fits the next. At most a tenth more; powers of two and the like, likely means of balanced routing, lie
+    in the middle of a class."""
+    step = 1 << max((num_bytes + num_bytes // 2).bit_length() - 5, 1)
+    return -(-(num_bytes - step // 2) // step) * step + step // 2
+
+
 def segment_bytes(num_bytes: int) -> int:
     """Of the heap, that one tensor takes at most."""
     return max(SEGMENT, round_up(num_bytes, _STEP))

@@ -14,9 +14,11 @@ import torch.distributed as dist
 from harness import assert_same_bits
 from shared import LOCAL_EXPERTS, inputs, run_ranks
 from test_nvlink_streams import small_buffer, spin, two_buffers
+from torch import Tensor
 
 import deepep_train as dt
 from deepep_train import engines
+from deepep_train.engines import arena
 
 
 def fails(buffer: dt.Buffer, match: str) -> None:
@@ -208,17 +210,17 @@ def in_use(rank: int, size: int, group: dist.ProcessGroup, during: str) -> None:
     x, idx, w = (t.cuda() for t in inputs(rank, size, 12))
     how: dict[str, Any] = {"buffer": buffer, "num_experts": size * LOCAL_EXPERTS}
     first = dt.dispatch(x, idx, w, **how)
-    arena = buffer._engine._arena
+    memory = buffer._engine._arena
     dt.dispatch(x, idx, w, buffer=dead, num_experts=size * LOCAL_EXPERTS)
     cycle: list[Any] = [dead]
     cycle.append(cycle)
     del dead, cycle
     if during == "the caller's pool":
         with torch.cuda.use_mem_pool(torch.cuda.MemPool()):
-            arena._rotate()
+            memory._rotate()
             gc.collect()
     elif during == "its own":
-        with arena._allocating():
+        with memory._allocating():
             gc.collect()
     else:
         with torch.cuda.graph(torch.cuda.CUDAGraph()):
@@ -296,8 +298,10 @@ def test_a_tensor_too_large_for_the_arena() -> None:
 
 
 def growing(rank: int, size: int, group: dist.ProcessGroup) -> dict[str, int]:
-    """Ever larger tensors, one alive at a time: what torch caches of the smaller ones does not fill the arena."""
+    """Ever larger tensors, one alive at a time: what torch caches of the smaller ones does not fill the arena, if it is taken
+    back at once."""
     engines.DEFAULT_ARENA_BYTES = 48 << 20
+    arena._TAKE_BACK_AFTER = 0
     buffer = small_buffer(group, 48)
     for tokens in range(2000, 12000, 500):
         x = torch.full((tokens, 512), float(tokens % 251), dtype=torch.bfloat16, device="cuda")
@@ -316,6 +320,45 @@ def growing(rank: int, size: int, group: dist.ProcessGroup) -> dict[str, int]:
 
 def test_growing_sizes_do_not_fill_the_arena() -> None:
     run_ranks(2, growing, fresh=True, timeout=90)
+
+
+def in_the_way(rank: int, size: int, group: dist.ProcessGroup) -> None:
+    """What torch caches for one stream is no room on another: rows are copied out of staging until that has cost as much as
+    taking the cache back does, and not again afterwards. Nor is it taken back for rows that would find no room then."""
+    engines.DEFAULT_ARENA_BYTES = 96 << 20  # 72 for tensors, 24 staging
+    buffer = small_buffer(group, 96)
+    x = torch.randn(19 << 10, 512, device="cuda").to(torch.bfloat16)
+    idx = torch.full((19 << 10, 1), rank, device="cuda")
+
+    def received() -> Tensor:
+        out = dt.dispatch(x, idx, buffer=buffer, num_experts=size)
+        assert_same_bits(out.x, x)
+        return out.x
+
+    def stats() -> tuple[int, int]:
+        found = buffer.memory_stats()
+        return found["tensors staged"], found["caches taken back"]
+
+    other = torch.cuda.Stream()
+    with torch.cuda.stream(other):
+        kept = [received() for _ in range(3)]
+    torch.cuda.synchronize()
+    assert stats() == (0, 0)
+    for _ in range(80):  # twice as much as is due
+        received()
+    assert stats() == (80, 0), "there was room"
+    del kept
+    received()
+    assert stats() == (80, 1)
+    for _ in range(80):
+        received()
+    assert stats() == (80, 1)
+    buffer.check()
+    buffer.destroy()
+
+
+def test_torchs_cache_is_taken_back_when_that_is_due() -> None:
+    run_ranks(2, in_the_way, fresh=True, timeout=60)
 
 
 def uncounted(rank: int, size: int, group: dist.ProcessGroup) -> None:
