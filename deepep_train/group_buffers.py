@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import atexit
+import os
+from typing import Any
 
 import torch.distributed as dist
 
 from deepep_train.buffer import Buffer
+
+# Memory for what they receive, in bytes (`Buffer`'s num_nvl_bytes): Megatron's layers, for one, have nowhere to say it.
+VARIABLE = "DEEPEP_TRAIN_NVL_BYTES"
 
 # By group and by what it is for. Making one is a collective call, so all ranks must find one here, or none: it stays when the
 # last layer that used it is gone, as ranks collect their garbage when they like.
@@ -23,6 +28,8 @@ def buffer_of(group: dist.ProcessGroup | None, low_latency: bool = False) -> Buf
     Within a node all share one: what low-latency calls take there is what normal ones take. Across nodes they may take what the
     others would not (`Buffer`'s `low_latency_mode`), so those that make low-latency calls share one, and the rest another.
 
+    It takes as much memory as the environment's DEEPEP_TRAIN_NVL_BYTES says, or more.
+
     Args:
         group: None for the default group, or this process alone without torch.distributed.
         low_latency: whether it is for low-latency calls, too.
@@ -36,7 +43,9 @@ def buffer_of(group: dist.ProcessGroup | None, low_latency: bool = False) -> Buf
         buffer = _buffers.get((name, mode))
         if buffer is not None and buffer.group is group and (mode == low_latency or buffer.num_nodes == 1):
             return buffer
-    made = _buffers[name, low_latency] = Buffer(group, low_latency_mode=low_latency)
+    word = os.environ.get(VARIABLE, "").strip() or "0"
+    num_nvl_bytes: Any = int(word) if word.isdecimal() else word  # which Buffer refuses, on all ranks
+    made = _buffers[name, low_latency] = Buffer(group, num_nvl_bytes, low_latency_mode=low_latency)
     return made
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+import os
 import weakref
 
+import pytest
 import torch.distributed as dist
 from harness import run_ranks
 
-from deepep_train import group_buffers, moe
+from deepep_train import ArgumentError, group_buffers, moe
 from deepep_train.group_buffers import buffer_of
 
 
@@ -47,3 +49,18 @@ def of_a_group_that_goes(rank: int, size: int, group: dist.ProcessGroup) -> None
 
 def test_it_goes_with_its_group() -> None:
     run_ranks(2, of_a_group_that_goes, timeout=60)
+
+
+def of_a_size(rank: int, size: int, group: dist.ProcessGroup) -> None:
+    other = dist.new_group(list(range(size)))
+    os.environ[group_buffers.VARIABLE] = "3 GB" if rank == 1 else "12345"
+    with pytest.raises(ArgumentError, match=r"rank 1: num_nvl_bytes must be .*, got '3 GB'"):
+        buffer_of(other)
+    os.environ[group_buffers.VARIABLE] = " 12345\n"
+    assert buffer_of(other).num_nvl_bytes == 12345
+    os.environ[group_buffers.VARIABLE] = ""
+    assert buffer_of(group).num_nvl_bytes == 0
+
+
+def test_it_has_the_size_that_the_environment_says() -> None:
+    run_ranks(2, of_a_size, fresh=True, timeout=60)

@@ -22,9 +22,9 @@ T = TypeVar("T")
 Wanted = Sequence[tuple[Sequence[int], torch.dtype] | None]
 _ASK_AGAIN = 64  # requests that are answered from memory until torch is asked again
 _LARGE = 1 << 20  # bytes: tensors that are counted while they live
-# What torch caches of the arena is taken back, for room without copies, when the copies made since have cost about as much: it
-# frees all that torch caches anywhere, 10 to 13 blocks in a small Megatron model, and took 2 to 3 ms and as much again to ask
-# CUDA for them anew (111df43), and the CPU no longer runs ahead. In arenas' worth of bytes.
+# What torch caches of the arena is taken back for the sake of room only when copies out of staging have cost about as much
+# since it was last, in arenas' worth of bytes. In a small Megatron model it frees some 12 of torch's blocks, wherever they are,
+# in 2.5 ms, which are then asked of CUDA again, and the GPU runs out of work meanwhile (docs/performance.md).
 _TAKE_BACK_AFTER = 8
 
 
@@ -263,6 +263,9 @@ class Arena:
             if full.is_known or self._capturing or not take_back:
                 raise
         self._rotate()
+        self._full.clear()
+        self._copied = 0
+        self.num_taken_back += 1
         with self._allocating():
             return make()
 
@@ -294,7 +297,10 @@ class Arena:
                 raise ArenaFull(size, is_known=True)
             self._full.clear()
         try:
-            t = self._allocate(shape, dtype, may_be_larger)
+            if may_be_larger and size >= SEGMENT // 2:  # smaller ones share torch's segments
+                t = self._allocate((-(-kind // dtype.itemsize),), dtype).resize_(tuple(shape))  # no view, as t[:n] would be
+            else:
+                t = self._allocate(shape, dtype)
         except torch.OutOfMemoryError:
             self._full[kind] = min(self._live, self._full.get(kind, self._live))
             raise ArenaFull(size) from None
@@ -304,11 +310,7 @@ class Arena:
             t.view(-1).view(torch.uint8).fill_(0xFF)
         return t
 
-    def _allocate(self, shape: Sequence[int], dtype: torch.dtype, may_be_larger: bool) -> Tensor:
-        size = _bytes(shape, dtype)
-        if may_be_larger and size >= SEGMENT // 2:  # smaller ones share torch's segments
-            t = self._allocate((-(-size_class(size) // dtype.itemsize),), dtype, False)
-            return t.resize_(tuple(shape))  # no view, which an `x[:n]` would be
+    def _allocate(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         t = torch.empty(tuple(shape), dtype=dtype, device=self._device)
         if self.holds(t) or not t.numel():
             return t
@@ -340,9 +342,6 @@ class Arena:
         `empty_cache` gives back, as it does all else that torch caches. The synchronization is why this is done only when there
         is no room: the memory may next be used on another stream than before.
         """
-        self.num_taken_back += 1
-        self._full.clear()
-        self._copied = 0
         self._held[-1].give_up()
         self._held[:] = [_Pool(self._device)]
         torch.cuda.empty_cache()
