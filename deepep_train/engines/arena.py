@@ -20,21 +20,22 @@ from deepep_train.errors import DeepEPError
 
 T = TypeVar("T")
 Wanted = Sequence[tuple[Sequence[int], torch.dtype] | None]
-_ASK_AGAIN = 64  # requests that are answered from memory until torch is asked again
+_ASK_AGAIN = 64  # operations that are answered from memory until torch is asked again
 _LARGE = 1 << 20  # bytes: tensors that are counted while they live
-# What torch caches of the arena is taken back for the sake of room only when copies out of staging have cost about as much
-# since it was last, in arenas' worth of bytes. In a small Megatron model it frees some 12 of torch's blocks, wherever they are,
-# in 2.5 ms, which are then asked of CUDA again, and the GPU runs out of work meanwhile (docs/performance.md).
+# What torch caches of the arena is taken back for the sake of room when copies out of staging have cost about as much since it
+# was last, in arenas' worth of bytes. In a small Megatron model it frees some 12 of torch's blocks, wherever they are, in
+# 2.5 ms, which are then asked of CUDA again, and the GPU runs out of work meanwhile (docs/performance.md).
 _TAKE_BACK_AFTER = 8
+# It is done when few tensors live, for what lives then is out of reach until the next time; no later than so many times that.
+_AT_THE_LATEST = 4
 
 
 class ArenaFull(Exception):
     """Neither the heap nor staging has room for `num_bytes` more."""
 
-    def __init__(self, num_bytes: int, is_known: bool = False) -> None:
+    def __init__(self, num_bytes: int) -> None:
         super().__init__(num_bytes)
         self.num_bytes = num_bytes
-        self.is_known = is_known  # from an earlier attempt
 
 
 class Landing(NamedTuple):
@@ -120,14 +121,18 @@ class Arena:
         self._capturing = False
         self._captured: list[Any] = []  # what CUDA graphs use lives as long as the buffer
         self._live = 0  # bytes of large tensors
-        self._died: deque[int] = deque()  # theirs, not yet taken off: whichever thread drops a tensor appends
-        self._full: dict[int, int] = {}  # classes of sizes that did not fit, and the fewest live bytes beside which
-        self._known_full = 0  # how often that was the answer
-        self._copied = 0  # bytes since torch's cache was last taken back
-        self.num_taken_back = 0  # times that torch's cache was
-        self._staging = self._attempt(lambda: self._from_heap((comm.bytes // STAGING_SHARE,), torch.uint8))
-        self._staged = 0
+        self._landing = 0  # bytes of those that this operation has taken and that are not watched yet
+        self._died: deque[int] = deque()  # of large tensors, not yet taken off: whichever thread drops a tensor appends
+        self._full: dict[tuple[int, int], int] = {}  # by stream and class: the fewest live bytes beside which none had room
+        self._was_known_full = False  # in this operation
+        self._known_full = 0  # operations in which it was
+        self._copied = 0  # bytes, since torch's cache was last taken back
+        self._fewest = 0  # live bytes at any landing since then
         self.num_staged = 0  # tensors that had to be copied
+        self.num_taken_back = 0  # times that torch's cache was
+        self._staged = 0
+        staging = (comm.bytes // STAGING_SHARE,)
+        self._staging = self._insist(lambda: self._from_heap(staging, torch.uint8, is_last=True))
 
     @property
     def num_bytes(self) -> int:
@@ -159,7 +164,7 @@ class Arena:
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A tensor out of the heap; raises `ArenaFull`."""
-        t = self._attempt_anew(lambda: self._from_heap(shape, dtype))
+        t = self._insist(lambda: self._from_heap(shape, dtype, is_last=True))
         self._watch(t)
         return t
 
@@ -170,13 +175,13 @@ class Arena:
 
     def land(self, wanted: Wanted) -> list[Landing | None]:
         """For each (shape, dtype): a place for peers to write to; out of the heap, or staging where that is full."""
-        is_due = self._is_due(sum(_bytes(*one) for one in wanted if one is not None))
-        if is_due:
-            self._full.clear()
-        try:
-            landings = self._attempt(lambda: self._land(wanted, False), is_due)
-        except ArenaFull:
-            landings = self._attempt_anew(lambda: self._land(wanted, True))
+        if self._is_due():
+            self._take_back()
+        landings = self._attempt(lambda: self._land(wanted))
+        if landings is None:
+            landings = self._attempt(lambda: self._land(wanted, may_stage=True))
+        if landings is None:
+            landings = self._insist(lambda: self._land(wanted, may_stage=True, is_last=True))
         # The copies' targets lie outside the arena, so they are made outside its pool.
         for i, landing in enumerate(landings):
             if landing is not None and landing.visible.numel() and self._is_staged(landing.visible):
@@ -192,8 +197,10 @@ class Arena:
 
     def land_quickly(self, wanted: Wanted) -> list[Landing | None] | None:
         """`land`, within `ahead`; None where it would take more than the room that is there at once."""
+        if self._is_due():
+            return None
         try:
-            return self._land(wanted, False)
+            return self._land(wanted)
         except ArenaFull:
             return None
 
@@ -202,10 +209,16 @@ class Arena:
         for landing in landings:
             if landing is not None:
                 self._watch(landing.visible)
+        self._landing = 0
 
     def begin_operation(self) -> None:
         """Staging is free again: operations follow each other."""
-        self._staged = 0
+        self._staged = self._landing = 0
+        if self._was_known_full:
+            self._was_known_full = False
+            self._known_full += 1
+            if self._known_full % _ASK_AGAIN == 0:
+                self._full.clear()
 
     def stats(self) -> dict[str, int]:
         return {
@@ -227,53 +240,68 @@ class Arena:
 
     # Inside ------------------------------------------------------------------------------------------------------------
 
-    def _land(self, wanted: Wanted, may_stage: bool) -> list[Landing | None]:
+    def _land(self, wanted: Wanted, may_stage: bool = False, is_last: bool = False) -> list[Landing | None]:
         landings: list[Landing | None] = []
+        self._landing = 0
         for one in wanted:
             if one is None:
                 landings.append(None)
                 continue
             try:
-                tensor = self._from_heap(*one, may_be_larger=True)
+                # What a graph keeps is never left for another.
+                tensor = self._from_heap(*one, is_last, may_be_larger=not (is_last or self._capturing))
+                self._landing += self._counted(tensor)
             except ArenaFull:
                 staged = self._from_staging(*one) if may_stage else None
                 if staged is None:
+                    self._landing = 0
                     raise
                 tensor = staged
             landings.append(Landing(tensor, tensor))
         return landings
 
-    def _attempt_anew(self, make: Callable[[], T]) -> T:
-        """The last attempt before a refusal, which ends the buffer: what is known to be full is asked once more, since memory
-        may have come back uncounted (`resize_`, small tensors)."""
+    def _attempt(self, make: Callable[[], T]) -> T | None:
+        try:
+            return self._make(make)
+        except ArenaFull:
+            return None
+
+    def _insist(self, make: Callable[[], T]) -> T:
+        """`make`, where there is no other way; once more, if there was no room, after taking back what torch caches."""
+        try:
+            return self._make(make)
+        except ArenaFull:
+            if self._capturing:
+                raise
+        self._take_back()
+        return self._make(make)
+
+    def _make(self, make: Callable[[], T]) -> T:
         staged = self._staged
         try:
-            return self._attempt(make)
-        except ArenaFull:
-            self._full.clear()
-            self._staged = staged
-        return self._attempt(make)
-
-    def _attempt(self, make: Callable[[], T], take_back: bool = True) -> T:
-        """`make` in the pool; once more, where there was no room, after taking back what torch caches."""
-        try:
             with self._allocating():
-                return make()
-        except ArenaFull as full:
-            if full.is_known or self._capturing or not take_back:
-                raise
+                made = make()
+        except ArenaFull:
+            self._staged = staged
+            raise
+        if self._capturing:
+            self._captured.append(made)
+        return made
+
+    def _is_due(self) -> bool:
+        """Whether it is time to take back what torch caches, which cannot be done in a capture."""
+        self._count_dead()
+        self._fewest = min(self._fewest, self._live)
+        after = _TAKE_BACK_AFTER * self._comm.bytes
+        if self._copied < after or torch.cuda.is_current_stream_capturing():
+            return False
+        return self._live <= self._fewest + self._comm.bytes // 16 or self._copied >= _AT_THE_LATEST * after
+
+    def _take_back(self) -> None:
         self._rotate()
         self._full.clear()
-        self._copied = 0
+        self._copied, self._fewest = 0, self._live
         self.num_taken_back += 1
-        with self._allocating():
-            return make()
-
-    def _is_due(self, num_bytes: int) -> bool:
-        """Whether torch's cache is worth taking back for tensors of so many bytes."""
-        self._count_dead()
-        heap = self._comm.bytes - self._staging.nbytes
-        return self._copied >= _TAKE_BACK_AFTER * self._comm.bytes and self._live + num_bytes <= heap
 
     def _allocating(self) -> AbstractContextManager[None]:
         self._capturing = torch.cuda.is_current_stream_capturing()
@@ -286,29 +314,37 @@ class Arena:
         with torch.cuda.stream(self._aside), _InPool(self):
             yield
 
-    def _from_heap(self, shape: Sequence[int], dtype: torch.dtype, may_be_larger: bool = False) -> Tensor:
-        """`may_be_larger`: the memory, not the tensor."""
+    def _from_heap(
+        self, shape: Sequence[int], dtype: torch.dtype, is_last: bool = False, may_be_larger: bool = False
+    ) -> Tensor:
+        """`is_last`: torch is asked, whatever is known; `may_be_larger`: the memory, not the tensor."""
         size = _bytes(shape, dtype)
         kind = size_class(size)
         self._count_dead()
-        if any(kind >= full and self._live >= live for full, live in self._full.items()):
-            self._known_full += 1
-            if self._known_full % _ASK_AGAIN:  # a refusal of torch's is slow, and some versions flush all caches before it
-                raise ArenaFull(size, is_known=True)
-            self._full.clear()
+        if not is_last and self._full and self._is_known_full(kind):
+            # A refusal of torch's is slow, and some versions flush all caches before it.
+            self._was_known_full = True
+            raise ArenaFull(size)
         try:
             if may_be_larger and size >= SEGMENT // 2:  # smaller ones share torch's segments
                 t = self._allocate((-(-kind // dtype.itemsize),), dtype).resize_(tuple(shape))  # no view, as t[:n] would be
             else:
                 t = self._allocate(shape, dtype)
         except torch.OutOfMemoryError:
-            self._full[kind] = min(self._live, self._full.get(kind, self._live))
+            beside, key = self._live + self._landing, (self._stream(), kind)
+            self._full[key] = min(beside, self._full.get(key, beside))
             raise ArenaFull(size) from None
-        if self._capturing:
-            self._captured.append(t)
         if _C.is_debug:
             t.view(-1).view(torch.uint8).fill_(0xFF)
         return t
+
+    def _is_known_full(self, kind: int) -> bool:
+        stream, beside = self._stream(), self._live + self._landing
+        return any(on == stream and kind >= full and beside >= live for (on, full), live in self._full.items())
+
+    def _stream(self) -> int:
+        """What torch caches is one stream's."""
+        return int(torch.cuda.current_stream(self._device).cuda_stream)
 
     def _allocate(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         t = torch.empty(tuple(shape), dtype=dtype, device=self._device)
@@ -351,11 +387,13 @@ class Arena:
 
     def _watch(self, t: Tensor) -> None:
         """Large tensors are counted while they live; it is the storage that counts, which views keep alive."""
-        if t.nbytes >= _LARGE and not self._is_staged(t):
-            storage = t.untyped_storage()
-            self._live += storage.nbytes()
+        if num_bytes := self._counted(t):
+            self._live += num_bytes
             # Of this arena by a weak reference: what it keeps for graphs would else keep it, and so itself, for ever.
-            weakref.finalize(storage, _count_death, weakref.ref(self), storage.nbytes()).atexit = False
+            weakref.finalize(t.untyped_storage(), _count_death, weakref.ref(self), num_bytes).atexit = False
+
+    def _counted(self, t: Tensor) -> int:
+        return 0 if t.nbytes < _LARGE or self._is_staged(t) else t.untyped_storage().nbytes()
 
     def count_death(self, num_bytes: int) -> None:
         """May be called on any thread, and by the garbage collector within any method of this object."""
