@@ -23,8 +23,8 @@ Wanted = Sequence[tuple[Sequence[int], torch.dtype] | None]
 _ASK_AGAIN = 64  # operations that are answered from memory until torch is asked again
 _LARGE = 1 << 20  # bytes: tensors that are counted while they live
 # What torch caches of the arena is taken back for the sake of room when copies out of staging have cost about as much since it
-# was last, in arenas' worth of bytes. In a small Megatron model it frees some 12 of torch's blocks, wherever they are, in
-# 2.5 ms, which are then asked of CUDA again, and the GPU runs out of work meanwhile (docs/performance.md).
+# was last, in arenas' worth of bytes. In a small Megatron model it frees some 10 of torch's blocks, wherever they are, in
+# 2 ms, which are then asked of CUDA again in as much, and the GPU runs out of work meanwhile (docs/performance.md).
 _TAKE_BACK_AFTER = 8
 # It is done when few tensors live, for what lives then is out of reach until the next time; no later than so many times that.
 _AT_THE_LATEST = 4
@@ -285,7 +285,8 @@ class Arena:
             self._staged = staged
             raise
         if self._capturing:
-            self._captured.append(made)
+            # As it is now: `land` goes on to put copies' targets into its list, which are the graph's own.
+            self._captured.append(tuple(made) if isinstance(made, list) else made)
         return made
 
     def _is_due(self) -> bool:
@@ -378,8 +379,9 @@ class Arena:
         `empty_cache` gives back, as it does all else that torch caches. The synchronization is why this is done only when there
         is no room: the memory may next be used on another stream than before.
         """
-        self._held[-1].give_up()
+        given_up = self._held[-1]
         self._held[:] = [_Pool(self._device)]
+        given_up.give_up()
         torch.cuda.empty_cache()
         self._comm.begin_settling()  # what other threads release after this may still be in use
         torch.cuda.synchronize(self._device)

@@ -164,7 +164,10 @@ def test_a_capture_takes_nothing_back_and_no_more_than_it_needs(made: Any) -> No
     assert kept == [24 * MIB] * 4
     assert (memory.num_staged, memory.num_taken_back, cache.left) == (0, 0, 0)  # and all of it is kept for replays
     assert memory.was_captured
-    land(memory, 24 * MIB)
+    result = weakref.ref(land(memory, 24 * MIB).untyped_storage())
+    assert memory.num_staged == 1
+    is_kept = result() is not None
+    assert not is_kept
     with pytest.raises(ArenaFull):
         land(memory, 48 * MIB)
     assert memory.num_taken_back == 0
