@@ -20,6 +20,7 @@ from deepep_train.buffer import Buffer
 from deepep_train.cli.bench_gpu import QUICK_ROUNDS, ROUNDS, TIMEOUT_SECONDS, examine, inputs, slowest_ms
 from deepep_train.cli.bench_model import ALIGNMENT, Shape, resident_sms, traffic_of
 from deepep_train.cli.bench_report import CALLS, about, title
+from deepep_train.engines.arena_sizes import bytes_to_receive
 from deepep_train.errors import DeepEPError
 from deepep_train.fp8.te_present import has_te_kernels
 from deepep_train.ops import combine, dispatch
@@ -63,12 +64,11 @@ def measure(plan: Plan) -> None:
 
 
 def _arena_bytes(shape: Shape, num_ranks: int) -> int:
-    """Two results of the dispatch of either side, the input and result of combine's gradient, and what the linear takes; as
-    bench_model.arena_bytes has it, a tenth more and a quarter for staging."""
+    """Two results of the dispatch of either side, the input and result of combine's gradient, and what the linear takes."""
     t = traffic_of(shape, num_ranks)
     padded = int(t.expert_rows.max()) + ALIGNMENT * (shape.num_experts // num_ranks)
-    heap = 2 * int(t.received.max()) * shape.hidden * 2 + (4 + 8) * padded * shape.hidden + (256 << 20)
-    return heap * 11 // 10 * 4 // 3
+    rows = 2 * int(t.received.max()) * shape.hidden * 2 + (4 + 8) * padded * shape.hidden
+    return bytes_to_receive(rows + (256 << 20))
 
 
 def _calls(buffer: Buffer, shape: Shape) -> tuple[dict[str, Callable[[], Any]], float]:

@@ -29,6 +29,7 @@ from deepep_train.cli.bench_gpu import (
 from deepep_train.cli.bench_links_report import HEADER, NCCL, OURS, PEER, Row, about_links, line, summary, title, write
 from deepep_train.cli.bench_model import GRAPH_CALLS, Shape, Traffic, floor_ms, resident_sms, rows_moved, traffic_of
 from deepep_train.cli.bench_report import CALLS, about
+from deepep_train.engines.arena_sizes import bytes_to_receive
 from deepep_train.errors import DeepEPError
 from deepep_train.ops import combine, dispatch
 
@@ -133,7 +134,7 @@ def arena_bytes(traffic: dict[Shape, Traffic], num_sms: int) -> int:
     """Peer-visible memory for a shape's tensors and for all that graphs keep: for every number of SMs bf16 and FP8 rows."""
     rows = {shape: int(t.received.max()) * 2 * shape.hidden for shape, t in traffic.items()}
     heap = 6 * max(rows.values()) + 2 * num_sms * GRAPH_CALLS * sum(rows.values()) + GIB
-    return heap * 11 // 10 * 4 // 3  # a result takes up to a tenth more, and a quarter of the arena is staging
+    return bytes_to_receive(heap)
 
 
 # The cases --------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deepep_train.engines.arena_sizes import bytes_to_receive
 from deepep_train.engines.sms import most_sms
 
 ALIGNMENT = 16
@@ -179,7 +180,7 @@ def arena_bytes(t: Traffic, shape: Shape) -> int:
     row = shape.hidden * torch.bfloat16.itemsize
     padded = int(t.expert_rows.max()) + ALIGNMENT * (shape.num_experts // t.sent.numel())
     heap = ((5 + GRAPH_CALLS) * int(t.received.max()) + 4 * padded) * row + (256 << 20)
-    return heap * 11 // 10 * 4 // 3  # a result takes up to a tenth more, and a quarter of the arena is staging
+    return bytes_to_receive(heap)
 
 
 def routing(shape: Shape, rank: int) -> tuple[Tensor, Tensor]:

@@ -28,6 +28,7 @@ from deepep_train.cli.bench_model import (
     traffic_of,
 )
 from deepep_train.cli.bench_report import HEADER, about, line, title, turns_warning, write
+from deepep_train.engines.arena_sizes import bytes_to_receive
 from deepep_train.ops import dispatch
 
 GRAPHS = ("dispatch", "dispatch fp8", "dispatch worst", "combine")  # what the kernels alone take
@@ -88,10 +89,9 @@ def _unwaiting(buffer: Buffer, shape: Shape, sms: int, rows: Tensor) -> Case:
 
 
 def _num_bytes(received: int, padded: int, to_node: int, nodes: int, row_bytes: int) -> tuple[int, int]:
-    """num_nvl_bytes and num_rdma_bytes: room for every result, as bench_model.arena_bytes has it, and for the most rows
-    between two nodes."""
+    """num_nvl_bytes and num_rdma_bytes: room for every result, and for the most rows between two nodes."""
     heap = ((5 + len(GRAPHS) * GRAPH_CALLS) * received + padded) * row_bytes + (256 << 20)
-    return heap * 11 // 10 * 4 // 3, 2 * nodes * (to_node * row_bytes + 128)
+    return bytes_to_receive(heap), 2 * nodes * (to_node * row_bytes + 128)
 
 
 def _cases(buffer: Buffer, shape: Shape, sms: list[int], moved: dict[str, Tensor], is_first: bool) -> Iterable[Case]:

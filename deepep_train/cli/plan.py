@@ -81,7 +81,10 @@ def as_text(work: model.Work, hardware: model.Hardware) -> str:
     lines += [_warning(work, operation, p) for operation, p in predicted.items() if p.metadata_share > _MOST_METADATA]
     b = model.buffers(work)
     kept = f"received rows in bf16, for each dispatch whose backward is to come: {b.received / 2**20:.0f} MiB a GPU"
-    lines += ["", f"{kept}; Buffer holds {b.arena / 2**20:.0f} MiB for them unless num_nvl_bytes asks for more"]
+    lines += [
+        "",
+        f"{kept}; Buffer holds {b.arena / 2**20:.0f} MiB for them, a quarter as staging, unless num_nvl_bytes asks for more",
+    ]
     if work.nodes > 1:
         if model.num_stages(work) == 1:
             more = "; --stages makes them overlap" if work.nodes > 2 else ""

@@ -28,5 +28,13 @@ def segment_bytes(num_bytes: int) -> int:
 def bytes_for(tensors: Iterable[int]) -> int:
     """By how much an arena must be larger to hold tensors of so many bytes each besides: a part of that is staging again. The
     arena, and staging in it, are rounded up to steps whether it is larger or not."""
-    heap = 2 * _STEP + sum(map(segment_bytes, tensors))
+    return _with_staging(2 * _STEP + sum(map(segment_bytes, tensors)))
+
+
+def bytes_to_receive(num_bytes: int) -> int:
+    """Of an arena that holds received tensors of so many bytes together, whatever their classes."""
+    return _with_staging(-(-num_bytes * 11 // 10))
+
+
+def _with_staging(heap: int) -> int:
     return -(-heap * STAGING_SHARE // (STAGING_SHARE - 1))

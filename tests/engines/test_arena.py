@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import random
 import weakref
-from collections.abc import Iterator
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from deepep_train.engines.arena_sizes import SEGMENT, segment_bytes, size_class
+from deepep_train.engines.arena_sizes import SEGMENT, bytes_to_receive, segment_bytes, size_class
 
 if importlib.util.find_spec("deepep_train._C") is None:
     pytest.skip("the package was built without nvcc, so it has no kernels", allow_module_level=True)
@@ -58,7 +57,7 @@ class Cache:
 
 
 @pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def made(monkeypatch: pytest.MonkeyPatch) -> Any:
     """An arena over a cache; both, by the bytes for tensors beside staging."""
 
     def make(heap: int) -> tuple[Arena, Cache]:
@@ -78,7 +77,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         comm: Any = SimpleNamespace(base=0, bytes=total, used=0, peak=0)
         return Arena(comm, torch.device("cpu")), cache
 
-    yield make
+    return make
 
 
 def land(memory: Arena, *num_bytes: int) -> Any:
@@ -260,6 +259,12 @@ def test_memory_that_comes_back_uncounted_is_found(made: Any) -> None:
         land(memory, 19 * MIB)
     assert memory.num_staged == staged
     del kept
+
+
+@given(st.lists(st.integers(SEGMENT, 1 << 34), min_size=1, max_size=20))
+def test_an_arena_for_received_tensors_holds_them(sizes: list[int]) -> None:
+    heap = bytes_to_receive(sum(sizes)) * 3 // 4
+    assert sum(map(size_class, sizes)) <= heap <= 1.1 * sum(sizes) + 2
 
 
 @given(st.integers(1, 1 << 44))
